@@ -1,0 +1,75 @@
+"""Choose the settings of the digits run, on validation images only.
+
+Draws several divisions of the non-test digits into training and validation parts, trains one row of the
+run under every combination of the values given, and prints validation accuracy (mean over classes), best
+first. Test images are never read.
+
+    python examples/benchmarks/digits_search.py --row "LPT, phase 1" --shared-learning-rate 2 4 8
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from dataclasses import dataclass, field, replace
+
+import tyro
+from tqdm import tqdm
+
+from lpt_peft.data.digits import DigitsLT
+from lpt_peft.demo.rows import EPOCHS, rows
+from lpt_peft.demo.run import train_row
+
+
+@dataclass
+class Settings:
+    """Which row, which values."""
+
+    row: str = "LPT"
+    shared_epochs: list[int] = field(default_factory=list)
+    shared_learning_rate: list[float] = field(default_factory=list)
+    shared_weight_decay: list[float] = field(default_factory=list)
+    group_epochs: list[int] = field(default_factory=list)
+    group_learning_rate: list[float] = field(default_factory=list)
+    group_weight_decay: list[float] = field(default_factory=list)
+    batch_size: list[int] = field(default_factory=list)
+    divisions: int = 3
+    epochs: int = EPOCHS
+
+
+def main(settings: Settings) -> None:
+    """Run the grid."""
+    [row] = [row for row in rows(settings.epochs) if row.name == settings.row]
+    names = [name for name in vars(settings) if isinstance(getattr(settings, name), list) and getattr(settings, name)]
+    results = []
+    grid = list(itertools.product(*(getattr(settings, name) for name in names)))
+    for values in tqdm(grid, desc=settings.row):
+        changed = row.settings
+        for name, value in zip(names, values, strict=True):
+            phase, _, key = name.partition("_")
+            if phase in ("shared", "group"):
+                name, value = phase, replace(getattr(changed, phase), **{key: value})  # noqa: PLW2901
+            changed = replace(changed, **{name: value})
+        start = time.perf_counter()
+        found = []
+        for division in range(1, settings.divisions + 1):  # division 0 is the one reported on
+            parts = [DigitsLT(part, augment=part == "train", division=division) for part in ("train", "validation")]
+            found.append(train_row(replace(row, settings=changed), division, *parts, progress=False)[1])
+        means = [statistics.fmean(getattr(r, shot) for r in found) for shot in ("overall", "many", "medium", "few")]
+        results.append((means, values, (time.perf_counter() - start) / settings.divisions))
+        tqdm.write(_line(names, *results[-1]))
+    print(f"\n{settings.row}: validation, mean over classes, {settings.divisions} divisions, best first")
+    for result in sorted(results, key=lambda result: -result[0][0]):
+        print(_line(names, *result))
+
+
+def _line(names: list[str], means: list[float], values: tuple[float, ...], seconds: float) -> str:
+    told = ", ".join(f"{name} {value:g}" for name, value in zip(names, values, strict=True))
+    shots = zip(("all", "many", "medium", "few"), means, strict=True)
+    figures = "  ".join(f"{shot} {100 * mean:.1f}" for shot, mean in shots)
+    return f"{figures}   {told}   ({seconds:.0f} s each)"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

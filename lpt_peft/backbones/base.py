@@ -1,0 +1,85 @@
+"""Backbone: what the adapter must know of a ViT, and nothing more.
+
+One implementation per ecosystem, one file each. Not here: how a block takes prompts
+(`lpt_peft.attention`) and what is learnt (`lpt_peft.prompts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+
+class Stream(NamedTuple):
+    """What flows through the blocks."""
+
+    tokens: Tensor
+    """(B, N, d), floating point."""
+    context: Mapping[str, Any]
+    """What every block is given besides the tokens (mask, rotary embedding); opaque to the adapter."""
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """Which model this is, as far as the model itself tells; the fingerprint proves it."""
+
+    library: str
+    library_version: str
+    architecture: str
+    embed_dim: int
+    depth: int
+    num_heads: int
+    num_parameters: int
+    pretrained_tag: str | None = None
+    hub_id: str | None = None
+    hub_revision: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Backbone(Protocol):
+    """A ViT as the adapter drives it: embed, run blocks with prompts, pool.
+
+    Attributes:
+        model: The user's very object.
+        blocks: Its `L` transformer blocks, in order.
+        dim: Width `d` of the tokens.
+        feature_dim: Width of what `pool` returns.
+        num_classes: Classes of the model's own head; 0 where it has none.
+    """
+
+    model: nn.Module
+    blocks: Sequence[nn.Module]
+    dim: int
+    feature_dim: int
+    num_classes: int
+
+    def attach(self) -> None:
+        """Let every block take prompts, check one of each class, or leave all as it was and raise.
+
+        Raises:
+            BackboneError: A block cannot take prompts; the message names its class.
+        """
+
+    def detach(self) -> None:
+        """Give every module its original class back."""
+
+    def embed(self, *args: Any, **kwargs: Any) -> Stream:
+        """The model's own forward arguments to the tokens that enter block 1."""
+
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
+        """Blocks `start`, `start + 1`, ... one for each prompt, (n, d) or (B, n, d) floating point."""
+
+    def pool(self, stream: Stream) -> Tensor:
+        """Tokens after the last block to the pooled, normalised feature (B, feature_dim), without dropout."""
+
+    def info(self) -> BackboneInfo:
+        """What the prompt file says of the backbone."""
+
+    def preprocess(self) -> dict[str, Any]:
+        """input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode of the model's data configuration."""
+
+    def frozen_tensors(self) -> Iterable[Tensor]:
+        """Parameters and persistent buffers without the classification head: what the fingerprint covers."""

@@ -1,0 +1,45 @@
+"""Fingerprint of frozen weights: tells whether prompts meet the backbone they were learnt on.
+
+A pretrained tag proves nothing (timm sets it with `pretrained=False` too); the bytes do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+ALGORITHM = "sha256-tensors-v1"
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """sha256 over the sorted sha256 of each tensor's (dtype, shape, little-endian bytes), as hex.
+
+    A tensor hashes as the ASCII text `dtype|d0,d1,...|` (torch's name of the dtype, without `torch.`)
+    and its contiguous bytes; the hex digests are sorted and joined without a separator. Names are left
+    out, so wrapping and renaming do not matter.
+
+    Example:
+        >>> fingerprint([torch.zeros(2)]) == fingerprint([torch.zeros(2, requires_grad=True)])
+        True
+        >>> fingerprint([torch.zeros(2)]) == fingerprint([torch.zeros(2, 1)])
+        False
+    """
+    digests = sorted(_digest(tensor) for tensor in tensors)
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    shape = ",".join(str(size) for size in tensor.shape)
+    head = f"{str(tensor.dtype).removeprefix('torch.')}|{shape}|"
+    flat = tensor.detach().cpu().contiguous().flatten()
+    # A byte view of every dtype, bfloat16 too, without a copy; numpy carries the buffer protocol.
+    data = flat.view(torch.uint8).numpy()
+    if sys.byteorder == "big":
+        data = data.reshape(-1, tensor.element_size())[:, ::-1].copy()
+    digest = hashlib.sha256(head.encode())
+    digest.update(data.data if data.size else b"")
+    return digest.hexdigest()

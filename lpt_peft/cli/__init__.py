@@ -1,0 +1,31 @@
+"""The `lpt-peft` command: one small file for each sub-command, imported when it is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lpt_peft.errors import LPTError, MissingExtraError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 for an `LPTError`, 2 for wrong arguments."""
+    try:
+        try:
+            import tyro  # noqa: PLC0415 - an optional extra
+        except ImportError as error:
+            raise MissingExtraError('The lpt-peft command needs tyro: pip install "lpt_peft[cli]".') from error
+        from lpt_peft.cli.demo import demo  # noqa: PLC0415 - after the check for tyro
+        from lpt_peft.cli.doctor import doctor  # noqa: PLC0415
+        from lpt_peft.cli.inspect import inspect  # noqa: PLC0415
+
+        commands: dict[str, Callable[..., Any]] = {"demo": demo, "doctor": doctor, "inspect": inspect}
+        tyro.extras.subcommand_cli_from_dict(commands, prog="lpt-peft", args=arguments)
+    except LPTError as error:
+        print(f"lpt-peft: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lpt-peft: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,134 @@
+"""PromptConfig: the sizes and switches that fix the shape of what is learnt; PromptMetadata: what is told of it.
+
+Not here: how to train (see `lpt_peft.recipe`) and which backbone (see `lpt_peft.backbones`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from lpt_peft.errors import ConfigError
+
+MAX_CLASSES = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """The schema of what was learnt; every tensor shape follows from it.
+
+    Args:
+        dim: Width `d` of the backbone's blocks.
+        depth: Number of blocks `L`.
+        num_classes: Classes `C` of the head, 1 to 1,000,000.
+        feature_dim: Width of the pooled feature, that of keys and class vectors; None means `dim`.
+        prompt_length: Tokens `n` of a prompt in each block.
+        shared_layers: Blocks `K` that have the shared prompt only; groups act in the `L - K` after them.
+            None means `depth // 2`.
+        pool_size: Number of groups `m`.
+        top_k: Groups `k` chosen per image.
+        logit_scale: `s` of the cosine classifier.
+
+    Raises:
+        ConfigError: A value is out of its range; the message names it.
+
+    Example:
+        >>> config = PromptConfig(dim=768, depth=12, num_classes=365)
+        >>> config.shared_layers, config.num_prompt_parameters
+        (6, 1029120)
+    """
+
+    dim: int
+    depth: int
+    num_classes: int
+    feature_dim: int | None = None
+    prompt_length: int = 10
+    shared_layers: int | None = None
+    pool_size: int = 20
+    top_k: int = 2
+    logit_scale: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.shared_layers is None:
+            object.__setattr__(self, "shared_layers", self.depth // 2 if isinstance(self.depth, int) else None)
+        if self.feature_dim is None:
+            object.__setattr__(self, "feature_dim", self.dim)
+        whole = [field.name for field in fields(self) if field.name != "logit_scale"]
+        for name in whole:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ConfigError(f"{name}={value!r} must be a whole number, not {type(value).__name__}.")
+        upper = {"num_classes": MAX_CLASSES, "top_k": self.pool_size, "shared_layers": self.depth - 1}
+        for name in whole:
+            value, low, high = getattr(self, name), 0 if name == "shared_layers" else 1, upper.get(name)
+            if value < low or (high is not None and value > high):
+                bound = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise ConfigError(f"{name}={value} must be {bound} (depth={self.depth}, pool_size={self.pool_size}).")
+        scale = self.logit_scale
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale <= 0:
+            raise ConfigError(f"logit_scale={scale!r} must be a finite number greater than 0; the usual value is 20.")
+        object.__setattr__(self, "logit_scale", float(scale))
+
+    @property
+    def group_layers(self) -> int:
+        """Blocks `L - K` in which the groups act."""
+        return self.depth - self.first_group_layer
+
+    @property
+    def first_group_layer(self) -> int:
+        """Index `K` of the first block with group prompts, counted from 0."""
+        assert self.shared_layers is not None  # noqa: S101 - set in __post_init__; narrows the type
+        return self.shared_layers
+
+    @property
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every learnt tensor, as in `adapter_state_dict()` and in a prompt file."""
+        assert self.feature_dim is not None  # noqa: S101 - set in __post_init__; narrows the type
+        return {
+            "shared.prompts": (self.depth, self.prompt_length, self.dim),
+            "pool.prompts": (self.pool_size, self.group_layers, self.prompt_length, self.dim),
+            "pool.keys": (self.pool_size, self.feature_dim),
+            "head.weight": (self.num_classes, self.feature_dim),
+        }
+
+    @property
+    def num_prompt_parameters(self) -> int:
+        """Parameters learnt besides the head, over both phases."""
+        return sum(math.prod(shape) for name, shape in self.tensor_shapes.items() if name != "head.weight")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready dictionary, the inverse of `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PromptConfig:
+        """Build from `to_dict`'s output.
+
+        Raises:
+            ConfigError: A key is unknown or missing, or a value is out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(
+                f"Unknown key(s) {', '.join(unknown)} in a PromptConfig; known are {', '.join(sorted(known))}."
+            )
+        if missing := sorted({"dim", "depth", "num_classes"} - set(values)):
+            raise ConfigError(f"A PromptConfig needs the key(s) {missing}.")
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptMetadata:
+    """What a prompt file tells besides the prompts; an adapter carries it from file to file and never reads it.
+
+    Args:
+        class_counts: Training images of each class, for shot metrics.
+        label_names: Name of each class.
+        training: Free JSON: recipe, metrics with their shot rule, seeds.
+    """
+
+    class_counts: tuple[int, ...] | None = None
+    label_names: tuple[str, ...] | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Long-tailed data: indices, labels and small datasets. Import the file you need; each names its own extra."""

@@ -1,0 +1,92 @@
+"""What the digits run came to: the numbers, as a table on the terminal and as JSON."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+from lpt_peft._version import __version__
+from lpt_peft.data.digits import digits_counts
+from lpt_peft.metrics import ShotResult
+
+SHOTS = ("overall", "many", "medium", "few")
+
+
+@dataclass
+class RowResult:
+    """What one row came to, over seeds."""
+
+    name: str
+    trained_parameters: int
+    file_bytes: int | None = None
+    results: list[ShotResult] = field(default_factory=list)
+
+    def mean(self, figure: str) -> float:
+        """Mean over seeds of `overall`, `many`, `medium` or `few`."""
+        return statistics.fmean(getattr(result, figure) for result in self.results)
+
+    def spread(self, figure: str) -> float | None:
+        """Standard deviation over seeds; None for one seed."""
+        values = [getattr(result, figure) for result in self.results]
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def per_class(self) -> list[float]:
+        """Accuracy of each class, mean over seeds."""
+        return [statistics.fmean(values) for values in zip(*(r.per_class for r in self.results), strict=True)]
+
+
+@dataclass
+class DemoResult:
+    """Everything the run has to show."""
+
+    rows: list[RowResult]
+    groups_per_class: list[list[float]]
+    """Share of the test images of each class (row) that chose each group (column), LPT, first seed."""
+    dead_groups: list[int]
+    rule: str
+    seeds: list[int]
+    epochs: int
+    seconds: float
+    prompt_file: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        table = [
+            {
+                "name": row.name,
+                "trained_parameters": row.trained_parameters,
+                "file_bytes": row.file_bytes,
+                **{shot: {"mean": row.mean(shot), "spread": row.spread(shot)} for shot in SHOTS},
+                "per_class": row.per_class(),
+                "results": [result.to_dict() for result in row.results],
+            }
+            for row in self.rows
+        ]
+        about = {name: value for name, value in vars(self).items() if name != "rows"}
+        counts = digits_counts()
+        return {"rows": table, **about, "class_counts": counts, "library_version": __version__}
+
+    def table(self) -> str:
+        """The rows in aligned columns, percent, mean and spread over seeds."""
+        header = ("", *SHOTS, "parameters", "file")
+        lines = [
+            (
+                row.name,
+                *(_percent(row.mean(shot), row.spread(shot)) for shot in SHOTS),
+                f"{row.trained_parameters:,}",
+                f"{row.file_bytes / 1024:,.0f} KiB" if row.file_bytes else "-",
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in (header, *lines)
+        )
+
+
+def _percent(mean: float, spread: float | None) -> str:
+    return f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if spread is not None else "")

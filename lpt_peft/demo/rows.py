@@ -1,0 +1,81 @@
+"""The five rows of the digits run: same backbone, same cosine head, same number of images seen.
+
+Settings were chosen on validation images drawn from the non-test part, over several divisions of it
+(`examples/benchmarks/digits_search.py`); test images had no say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lpt_peft.adapter import AdapterOutput, LongTailPromptAdapter
+from lpt_peft.demo.backbone import glyph_vit
+from lpt_peft.heads import CosineClassifier
+from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
+
+EPOCHS = 20
+_BASE = TrainSettings(batch_size=16, samples_per_class=1, clip_norm=5.0)
+
+
+class LinearProbe(nn.Module):
+    """A cosine head on frozen features, with an adapter's way to be called."""
+
+    def __init__(self, vit: nn.Module, num_classes: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.vit = vit.requires_grad_(False)
+        self.head_drop = nn.Dropout(dropout)
+        self.head = CosineClassifier(vit.num_features, num_classes)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor, return_output: bool = True) -> AdapterOutput:
+        """Images (B, 3, 32, 32) to an `AdapterOutput` without groups."""
+        with torch.no_grad():
+            features = self.vit.forward_head(self.vit.forward_features(images), pre_logits=True)  # type: ignore[operator]
+        nothing = features.new_empty(len(features), 0)
+        return AdapterOutput(self.head(self.head_drop(features)), features, features, nothing, nothing.long())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of the table."""
+
+    name: str
+    settings: TrainSettings
+    build: Callable[[int], nn.Module]
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether there is a prompt file to write."""
+        return self.build is build_adapter
+
+
+def build_probe(num_classes: int) -> LinearProbe:
+    """The backbone under a linear probe."""
+    return LinearProbe(glyph_vit(), num_classes)
+
+
+def build_adapter(num_classes: int) -> LongTailPromptAdapter:
+    """The backbone under prompts: 8 tokens a block, 10 groups, 2 of them per image."""
+    return LongTailPromptAdapter.wrap(glyph_vit(), num_classes, prompt_length=8, pool_size=10, top_k=2)
+
+
+def rows(epochs: int = EPOCHS) -> list[Row]:
+    """The five rows, each seeing `epochs` passes of `2 B`-image steps."""
+    nothing = PhaseSettings(epochs=0)
+    plain: dict[str, Any] = {"sampling": "instance", "loss": "cross_entropy", "group": nothing}
+    probe = PhaseSettings(epochs=epochs, learning_rate=2.0, weight_decay=0.0)
+    prompts = PhaseSettings(epochs=epochs, learning_rate=0.4, weight_decay=1e-4)
+    second = max(1, epochs // 4) if epochs > 1 else 0
+    first = replace(prompts, epochs=epochs - second)
+    group = PhaseSettings(epochs=second, learning_rate=2.0, weight_decay=1e-4)
+    return [
+        Row(name="linear probe, cross-entropy", settings=replace(_BASE, shared=probe, **plain), build=build_probe),
+        Row(name="linear probe, A-GCL", settings=replace(_BASE, shared=probe, group=nothing), build=build_probe),
+        Row(name="VPT-Deep, cross-entropy", settings=replace(_BASE, shared=prompts, **plain), build=build_adapter),
+        Row(name="LPT, phase 1", settings=replace(_BASE, shared=prompts, group=nothing), build=build_adapter),
+        Row(name="LPT", settings=replace(_BASE, shared=first, group=group), build=build_adapter),
+    ]

@@ -1,0 +1,73 @@
+"""CosineClassifier: logits as a scaled cosine of feature and class vector.
+
+Works alone, on any features. Not here: dropout before the head (the adapter's) and margins (the loss's).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lpt_peft._cosine import cosine
+from lpt_peft.errors import ConfigError
+
+
+def cosine_logits(features: Tensor, weight: Tensor, scale: float = 20.0) -> Tensor:
+    r"""`logits_j = s * cos(f, w_j)`.
+
+    Args:
+        features: Features (B, d), floating point.
+        weight: Class vectors (C, d), floating point.
+        scale: `s`; without it the softmax over cosines is nearly uniform.
+
+    Returns:
+        Logits (B, C): float64 where an input is float64, else float32, under autocast too.
+
+    Source: LPT, Dong et al., ICLR 2023, arXiv 2210.01033.
+    """
+    return scale * cosine(features, weight)
+
+
+class CosineClassifier(nn.Module):
+    """Linear classifier on normalised features with normalised class vectors: see `cosine_logits`.
+
+    Args:
+        dim: Width `d` of the features.
+        num_classes: Number of classes `C`.
+        scale: Logit scale `s`, a constant.
+
+    Attributes:
+        weight: Class vectors (C, d); random directions of unit length at first. Only directions matter.
+
+    Raises:
+        ConfigError: A size is not at least 1.
+
+    Example:
+        >>> head = CosineClassifier(dim=8, num_classes=3)
+        >>> logits = head(torch.randn(4, 8))
+        >>> logits.shape, bool((logits.abs() <= 20.001).all())
+        (torch.Size([4, 3]), True)
+    """
+
+    def __init__(self, dim: int, num_classes: int, scale: float = 20.0) -> None:
+        super().__init__()
+        if dim < 1 or num_classes < 1:
+            raise ConfigError(f"CosineClassifier needs dim and num_classes of at least 1, got {dim} and {num_classes}.")
+        self.scale = float(scale)
+        self.weight = nn.Parameter(torch.empty(num_classes, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new class vectors from torch's default generator."""
+        with torch.no_grad():
+            self.weight.copy_(F.normalize(torch.randn_like(self.weight), dim=-1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, d) to logits (B, C)."""
+        return cosine_logits(features, self.weight, self.scale)
+
+    def extra_repr(self) -> str:
+        """Sizes, as torch's own layers show them."""
+        classes, dim = self.weight.shape
+        return f"dim={dim}, num_classes={classes}, scale={self.scale:g}"

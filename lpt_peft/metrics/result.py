@@ -1,0 +1,136 @@
+"""ShotResult, and the pure function from per-class counters to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from lpt_peft.errors import ConfigError, InputError
+from lpt_peft.metrics.checks import as_integers, first_true
+from lpt_peft.metrics.rules import SHOT_RULES, ShotRule, shot_groups
+
+Average = Literal["class", "image"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShotResult:
+    """What a test set says of a classifier; None where there is nothing to average.
+
+    Attributes:
+        rule: The shot rule and the average in words.
+        num_images: Test images counted.
+        overall: `balanced_accuracy` or `accuracy`, as `average` said.
+        many: Accuracy on the many-shot classes, averaged like `overall`; so are `medium` and `few`.
+        medium: On the medium-shot classes.
+        few: On the few-shot classes.
+        accuracy: Mean over images: top-1 accuracy.
+        balanced_accuracy: Mean over classes of the per-class accuracies.
+        geometric_mean: Of the per-class accuracies; 0 as soon as one of them is 0.
+        harmonic_mean: Of the per-class accuracies; 0 as soon as one of them is 0.
+        worst_class: The class of lowest accuracy, the first of equals.
+        worst_accuracy: Its accuracy.
+        expected_calibration_error: |accuracy - confidence| of a bin, mean over images (Guo et al., ICML 2017);
+            confidence is the largest softmax probability, in 15 bins (a, b]. None if some image came without logits.
+        absent_classes: Classes without a test image.
+        per_class: Accuracy of each class, None for absent ones.
+    """
+
+    rule: str
+    num_images: int
+    overall: float | None
+    many: float | None
+    medium: float | None
+    few: float | None
+    accuracy: float | None
+    balanced_accuracy: float | None
+    geometric_mean: float | None
+    harmonic_mean: float | None
+    worst_class: int | None
+    worst_accuracy: float | None
+    expected_calibration_error: float | None
+    absent_classes: tuple[int, ...]
+    per_class: tuple[float | None, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes by name, as strict JSON takes them: `json.dumps(result.to_dict(), allow_nan=False)`."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def shot_metrics(
+    correct: Tensor | Sequence[int],
+    total: Tensor | Sequence[int],
+    class_counts: Tensor | Sequence[int],
+    rule: ShotRule = SHOT_RULES["lift"],
+    average: Average = "class",
+) -> ShotResult:
+    """All figures that follow from per-class counters; the calibration error does not and is None.
+
+    Args:
+        correct: Correctly classified test images of each class, (C,) integers.
+        total: Test images of each class, (C,) integers.
+        class_counts: Training images of each class, (C,) integers of at least 0.
+        rule: The shot thresholds.
+        average: "class" weighs classes alike, "image" images, in `overall`, `many`, `medium` and `few`.
+
+    Raises:
+        InputError: Counters are negative, not integers, of different lengths, or `correct` exceeds `total`.
+        ConfigError: `average` is unknown.
+
+    Example:
+        >>> result = shot_metrics(correct=[9, 3, 0], total=[10, 4, 0], class_counts=[500, 50, 5])
+        >>> result.many, result.medium, result.few, result.absent_classes
+        (0.9, 0.75, None, (2,))
+        >>> result.rule
+        'many: n > 100, medium: 20 <= n <= 100, few: n < 20; mean over classes'
+    """
+    check_average(average)
+    correct, total = as_integers("correct", correct), as_integers("total", total)
+    groups = shot_groups(class_counts, rule)
+    if not len(correct) == len(total) == len(groups):
+        raise InputError(
+            f"correct, total and class_counts must have one entry per class, not {len(correct)}, {len(total)} and "
+            f"{len(groups)}. Count with torch.bincount(labels, minlength=num_classes)."
+        )
+    if (correct > total).any():
+        raise InputError(f"correct exceeds total for class {first_true(correct > total)}. Pass correct before total.")
+
+    present = total > 0
+    rates = correct.double() / total  # NaN for absent classes, which no mean below reads
+
+    def mean(classes: Tensor, by: Average) -> float | None:
+        classes = classes & present
+        if not classes.any():
+            return None
+        if by == "class":
+            return float(rates[classes].mean())
+        return int(correct[classes].sum()) / int(total[classes].sum())
+
+    seen = rates[present]
+    worst = first_true(rates == seen.min()) if len(seen) else None
+    return ShotResult(
+        rule=f"{rule}; mean over {'classes' if average == 'class' else 'images'}",
+        num_images=int(total.sum()),
+        overall=mean(present, average),
+        many=mean(groups == 0, average),
+        medium=mean(groups == 1, average),
+        few=mean(groups == 2, average),
+        accuracy=mean(present, "image"),
+        balanced_accuracy=mean(present, "class"),
+        geometric_mean=float(seen.log().mean().exp()) if len(seen) else None,
+        harmonic_mean=float(1 / (1 / seen).mean()) if len(seen) else None,
+        worst_class=worst,
+        worst_accuracy=None if worst is None else float(rates[worst]),
+        expected_calibration_error=None,
+        absent_classes=tuple((~present).nonzero().flatten().tolist()),
+        per_class=tuple(None if math.isnan(rate) else rate for rate in rates.tolist()),
+    )
+
+
+def check_average(average: str) -> None:
+    """`average` is one of the two words."""
+    if average not in get_args(Average):
+        raise ConfigError(f"average={average!r} is unknown; pass 'class' (mean over classes) or 'image' (over images).")

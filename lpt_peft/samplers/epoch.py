@@ -1,0 +1,125 @@
+"""What both samplers share: checked labels, the epoch, and the place in it that can be saved."""
+
+from __future__ import annotations
+
+import zlib
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from lpt_peft.errors import InputError
+from lpt_peft.samplers.checks import Labels, checked_labels, replica, whole
+
+_T = TypeVar("_T")
+
+
+class EpochSampler(Sampler[_T]):
+    """What both samplers share: checked labels, the epoch, and the place in it."""
+
+    _length: int
+
+    def __init__(
+        self, labels: Labels, samples_per_class: int, seed: int, num_replicas: int | None, rank: int | None
+    ) -> None:
+        images = checked_labels(labels)
+        classes, self._class_of = np.unique(images, return_inverse=True)
+        if len(classes) == 1:
+            raise InputError(
+                f"labels hold one class only ({classes[0]}), so there is nothing to balance; "
+                f"pass the labels of the whole training set, or use torch.utils.data.RandomSampler."
+            )
+        self._samples_per_class = whole("samples_per_class", samples_per_class, 1)
+        self._seed = whole("seed", seed, 0)
+        self._num_replicas, self._rank = replica(num_replicas, rank)
+        self._epoch = self._start = self._position = 0
+        self._settings = {  # what a saved place is valid for; the rank is not in it: one checkpoint serves all ranks
+            "labels_crc32": zlib.crc32(images.astype("<i8").tobytes()),
+            "samples_per_class": self._samples_per_class,
+            "seed": self._seed,
+            "num_replicas": self._num_replicas,
+        }
+
+    def __len__(self) -> int:
+        """Lists (`DualSampler`) or indices (`ClassBalancedSampler`) that this rank yields in a whole epoch."""
+        return self._length
+
+    @abstractmethod
+    def _draw(self, epoch: int, start: int) -> Iterator[_T]:
+        """The items of an epoch from number `start` on."""
+
+    def __iter__(self) -> Iterator[_T]:
+        # All of this happens at the first next(): a DataLoader with workers calls iter() twice and drops the first, so
+        # a loaded place must not be spent by iter(). Once spent, the pass after it begins at the beginning.
+        start, self._start = self._start, 0
+        for position, item in enumerate(self._draw(self._epoch, start), start + 1):
+            self._position = position
+            yield item
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose order the next iteration gives."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; call it before each one, else every pass repeats the same order.
+
+        A place set by `load_state_dict` stays if it lies in this epoch, so a resumed loop may call this as well.
+
+        Args:
+            epoch: Whole number of at least 0.
+
+        Raises:
+            ConfigError: `epoch` is none.
+        """
+        epoch = whole("epoch", epoch, 0)
+        if epoch != self._epoch:
+            self._epoch, self._start, self._position = epoch, 0, 0
+
+    def state_dict(self, position: int | None = None) -> dict[str, int]:
+        """The place in the epoch, and the settings it is valid for, as plain ints ready for JSON; equal on all ranks.
+
+        Args:
+            position: Items of this epoch (lists of a `DualSampler`, else indices) that training has used, counted from
+                the beginning of the epoch, also after a resume. None: those yielded so far, which is right where the
+                sampler is iterated directly. The workers of a DataLoader fetch ahead of training, so there the loop
+                must say how far it is: `sampler.state_dict(position=step + 1)`.
+
+        Raises:
+            ConfigError: `position` is not from 0 to `len(self)`.
+        """
+        position = self._position if position is None else whole("position", position, 0, len(self))
+        return {**self._settings, "epoch": self._epoch, "position": position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go to a saved place: the next iteration gives exactly what was left of that epoch.
+
+        Args:
+            state: What `state_dict` gave, on any rank.
+
+        Raises:
+            InputError: The state is of another sampler, of other labels or of other settings (the message lists the
+                differences), or its place does not exist. The sampler stays as it was.
+        """
+        expected = {*self._settings, "epoch", "position"}
+        if not isinstance(state, Mapping) or set(state) != expected:
+            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise InputError(
+                f"The state of a {type(self).__name__} has the keys {sorted(expected)}, not {got}; "
+                f"pass what state_dict() of the same sampler class gave."
+            )
+        differences = [
+            f"{name} is {here} here and {state[name]} in the state"
+            for name, here in self._settings.items()
+            if state[name] != here
+        ]
+        if differences:
+            raise InputError(
+                f"The state belongs to another draw: {'; '.join(differences)}. Build the sampler as it was when the "
+                f"state was saved, or begin the epoch anew with set_epoch()."
+            )
+        epoch = whole("state['epoch']", state["epoch"], 0, error=InputError)
+        position = whole("state['position']", state["position"], 0, len(self), error=InputError)
+        self._epoch, self._start, self._position = epoch, position, position

@@ -1,0 +1,107 @@
+"""The digits run, cut short: what it writes, and that it fails where it must."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from lpt_peft import LongTailPromptAdapter
+from lpt_peft.cli import main
+from lpt_peft.data.digits import DigitsLT, digits_counts
+from lpt_peft.demo import glyph_vit
+from lpt_peft.demo.rows import build_probe, rows
+from lpt_peft.demo.run import DemoError, run_demo
+from lpt_peft.errors import ConfigError
+from lpt_peft.recipe import predict
+
+NAMES = ["linear probe, cross-entropy", "linear probe, A-GCL", "VPT-Deep, cross-entropy", "LPT, phase 1", "LPT"]
+
+
+def test_backbone_is_small_and_reads_shapes():
+    """A frozen feature that tells digits apart: nearest class mean, no training at all."""
+    vit = glyph_vit()
+    assert sum(t.numel() * t.element_size() for t in vit.state_dict().values()) <= 6 * 2**20
+    part = DigitsLT("test")
+    with torch.no_grad():
+        features = vit.forward_head(vit.forward_features(torch.stack([image for image, _ in part])), pre_logits=True)
+    features = torch.nn.functional.normalize(features, dim=1)
+    labels = torch.tensor(part.labels)
+    means = torch.stack([features[labels == digit][:25].mean(0) for digit in range(10)])
+    held_out = torch.cat([(labels == digit).nonzero()[25:, 0] for digit in range(10)])
+    accuracy = ((features[held_out] @ means.T).argmax(1) == labels[held_out]).float().mean()
+    assert accuracy > 0.6
+
+
+def test_rows_see_the_same_number_of_images_and_have_the_same_head():
+    table = rows(20)
+    assert [row.name for row in table] == NAMES
+    assert {row.settings.shared.epochs + row.settings.group.epochs for row in table} == {20}
+    assert len({row.settings.batch_size for row in table}) == 1
+    heads = {(*model.head.weight.shape, model.head.scale, model.head_drop.p) for model in (r.build(10) for r in table)}
+    assert len(heads) == 1
+
+
+def test_probe_is_the_plain_backbone_under_a_head():
+    probe, vit = build_probe(10).eval(), glyph_vit()
+    images = torch.randn(2, 3, 32, 32)
+    out = probe(images)
+    torch.testing.assert_close(out.features, vit.forward_head(vit.forward_features(images), pre_logits=True))
+    assert [name for name, p in probe.named_parameters() if p.requires_grad] == ["head.weight"]
+
+
+@pytest.mark.slow
+def test_command_writes_everything(tmp_path, capsys):
+    assert main(["demo", "--output", str(tmp_path), "--epochs", "2"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in NAMES)
+    assert "all predictions identical" in out
+    assert "many: n > 100" in out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == NAMES
+    assert all(len(row["results"]) == 1 for row in results["rows"])
+    assert all(0 <= row["overall"]["mean"] <= 1 and row["overall"]["spread"] is None for row in results["rows"])
+    assert results["class_counts"] == digits_counts()
+    head, prompts = 10 * 128, 6 * 8 * 128
+    group = 10 * 3 * 8 * 128 + 10 * 128
+    assert [row["trained_parameters"] for row in results["rows"]] == [
+        head,
+        head,
+        head + prompts,
+        head + prompts,
+        head + prompts + group,
+    ]
+    assert Image.open(tmp_path / "digits.png").size[0] > 1000
+    adapter = LongTailPromptAdapter.from_pretrained(tmp_path / "prompts", glyph_vit())
+    assert adapter.phase == "group"
+    assert adapter.metadata.class_counts == tuple(digits_counts())
+    output, labels = predict(adapter, DigitsLT("test"))
+    right = (output.logits.argmax(1) == labels).float()
+    per_class = [float(right[labels == digit].mean()) for digit in range(10)]
+    assert per_class == pytest.approx(results["rows"][-1]["results"][0]["per_class"])
+    assert adapter.metadata.training["metrics"]["overall"] == pytest.approx(sum(per_class) / 10)
+    chosen = torch.tensor(results["groups_per_class"])
+    torch.testing.assert_close(chosen.sum(1), torch.full((10,), 2.0))
+
+
+def test_a_file_that_reads_back_differently_fails_the_run(tmp_path, monkeypatch):
+    original = LongTailPromptAdapter.from_pretrained.__func__
+
+    def tampered(cls, *args, **kwargs):
+        adapter = original(cls, *args, **kwargs)
+        with torch.no_grad():
+            adapter.head.weight[0, 0] += 1e-3
+        return adapter
+
+    monkeypatch.setattr(LongTailPromptAdapter, "from_pretrained", classmethod(tampered))
+    monkeypatch.setattr("lpt_peft.demo.run.rows", lambda epochs: rows(epochs)[3:4])
+    with pytest.raises(DemoError, match="other predictions"):
+        run_demo(tmp_path, epochs=2, progress=False)
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ConfigError, match="seeds"):
+        run_demo(tmp_path / "new", seeds=0)
+    assert not (tmp_path / "new").exists()

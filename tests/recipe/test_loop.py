@@ -1,0 +1,157 @@
+"""The two-phase loop on a tiny ViT and tiny data: what it trains, what it leaves alone, what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from lpt_peft import LongTailPromptAdapter, ShotMetrics
+from lpt_peft.errors import ConfigError, InputError, StateError
+from lpt_peft.recipe import PhaseSettings, TrainSettings, evaluate, predict, run_phase, train, warmup_cosine
+from tests.conftest import tiny_vit
+
+COUNTS = [20, 8, 3]
+PHASE = PhaseSettings(epochs=4, learning_rate=2.0)
+SETTINGS = TrainSettings(shared=PHASE, group=PHASE, batch_size=8)
+
+
+def striped_data(seed=0):
+    """Three classes that a stripe's place tells apart."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = [label for label, count in enumerate(COUNTS) for _ in range(count)]
+    images = 0.3 * torch.randn(len(labels), 3, 32, 32, generator=generator)
+    for image, label in zip(images, labels, strict=True):
+        image[:, :, 10 * label : 10 * label + 10] += 2
+    return TensorDataset(images, torch.tensor(labels)), labels
+
+
+def tiny_adapter():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LongTailPromptAdapter.wrap(tiny_vit(), 3, prompt_length=2, pool_size=4)
+
+
+def test_two_phases_learn_and_touch_nothing_else():
+    dataset, labels = striped_data()
+    adapter = tiny_adapter()
+    frozen = {name: p.clone() for name, p in adapter.vit.named_parameters()}
+    start = {name: t.clone() for name, t in adapter.adapter_state_dict().items()}
+    long, nothing = replace(PHASE, epochs=16), replace(PHASE, epochs=0)
+    history = train(adapter, dataset, labels, replace(SETTINGS, shared=long, group=nothing), progress=False)
+    after_shared = {name: t.clone() for name, t in adapter.adapter_state_dict().items()}
+    changed = {name for name in start if not torch.equal(start[name], after_shared[name])}
+    assert changed == {"shared.prompts", "head.weight"}
+    history += train(adapter, dataset, labels, replace(SETTINGS, shared=nothing, group=long), progress=False)
+    changed = {n for n, t in adapter.adapter_state_dict().items() if not torch.equal(t, after_shared[n])}
+    assert changed == {"pool.prompts", "pool.keys", "head.weight"}
+    assert all(torch.equal(p, frozen[name]) for name, p in adapter.vit.named_parameters())
+    assert adapter.phase == "group"
+    assert not adapter.training
+    assert [(r["phase"], r["epoch"]) for r in history] == [
+        (phase, e) for phase in ("shared", "group") for e in range(16)
+    ]
+    assert history[15]["loss"] < history[0]["loss"]
+    assert history[-1]["learning_rate"] < 0.1 * PHASE.learning_rate * 8 / 256
+    result = evaluate(adapter, dataset, ShotMetrics(COUNTS, many=10, few=5))
+    assert result.overall > 0.9
+
+
+def test_runs_repeat_exactly_and_leave_random_state():
+    dataset, labels = striped_data()
+    twins = [tiny_adapter(), tiny_adapter()]
+    for twin in twins:
+        state = torch.get_rng_state()
+        train(twin, dataset, labels, SETTINGS, progress=False)
+        assert torch.equal(torch.get_rng_state(), state)
+    one, two = (twin.adapter_state_dict() for twin in twins)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    other = tiny_adapter()
+    train(other, dataset, labels, replace(SETTINGS, seed=1), progress=False)
+    assert not torch.equal(other.shared.prompts, twins[0].shared.prompts)
+
+
+@pytest.mark.parametrize("keys", ["kmeans", "random"])
+@pytest.mark.parametrize("decay", ["all", "selected"])
+def test_switches(keys, decay):
+    dataset, labels = striped_data()
+    settings = replace(SETTINGS, init_keys=keys, decay=decay, clip_norm=1.0)
+    history = train(tiny_adapter(), dataset, labels, settings, progress=False)
+    assert len(history) == 8
+
+
+def test_unchosen_groups_keep_their_prompts_when_only_chosen_ones_decay():
+    dataset, labels = striped_data()
+    adapter = tiny_adapter()
+    adapter.phase = "group"
+    with torch.no_grad():  # group 3 is never near: it points away from every query
+        query = adapter.features(torch.stack([image for image, _ in dataset])).mean(0)
+        adapter.pool.keys[:3] = query + 0.01 * torch.randn(3, 24)
+        adapter.pool.keys[3] = -query
+    before = adapter.pool.prompts[3].clone()
+    phase = replace(PHASE, weight_decay=0.1)
+    run_phase(adapter, dataset, labels, replace(SETTINGS, decay="selected"), phase, progress=False)
+    assert adapter.pool.dead_groups() == [3]
+    assert torch.equal(adapter.pool.prompts[3], before)
+    run_phase(adapter, dataset, labels, SETTINGS, phase, progress=False)
+    assert not torch.equal(adapter.pool.prompts[3], before)
+
+
+def test_cross_entropy_on_instance_batches():
+    dataset, labels = striped_data()
+    settings = replace(SETTINGS, loss="cross_entropy", sampling="instance")
+    seen = []
+
+    def criterion(output, target, epoch):
+        seen.append(target.tolist())
+        return torch.nn.functional.cross_entropy(output.logits, target)
+
+    run_phase(tiny_adapter(), dataset, labels, settings, PHASE, criterion=criterion, progress=False)
+    assert [len(batch) for batch in seen] == [16] * (4 * (31 // 8 + 1)), "as many images as dual sampling sees"
+    assert seen[0] != seen[4]
+
+
+def test_progress_bar_is_shown_on_request(capsys):
+    dataset, labels = striped_data()
+    run_phase(tiny_adapter(), dataset, labels, SETTINGS, PHASE, name="shared", progress=True)
+    assert "shared: 100%" in capsys.readouterr().err
+
+
+def test_predict_keeps_order_type_and_mode():
+    dataset, labels = striped_data()
+    adapter = tiny_adapter().train()
+    output, target = predict(adapter, dataset, batch_size=7)
+    assert adapter.training
+    assert target.tolist() == labels
+    adapter.eval()
+    wanted = adapter(torch.stack([image for image, _ in dataset]), return_output=True)
+    torch.testing.assert_close(output.logits, wanted.logits)
+    assert type(output) is type(wanted)
+
+
+def test_refusals():
+    dataset, labels = striped_data()
+    with pytest.raises(InputError, match="3 labels do not fit a dataset of 31"):
+        train(tiny_adapter(), dataset, [0, 1, 2], SETTINGS, progress=False)
+    with pytest.raises(InputError, match="class 2|2"):
+        train(tiny_adapter(), dataset, [min(label, 1) for label in labels], SETTINGS, progress=False)
+    broken = TensorDataset(torch.full((31, 3, 32, 32), float("nan")), torch.tensor(labels))
+    with pytest.raises(StateError, match="loss became nan in epoch 0 of phase shared"):
+        train(tiny_adapter(), broken, labels, SETTINGS, progress=False)
+    with pytest.raises(ConfigError, match="learning_rate=0"):
+        PhaseSettings(learning_rate=0)
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        TrainSettings(batch_size=0)
+    with pytest.raises(ConfigError, match='needs sampling="dual"'):
+        TrainSettings(sampling="instance")
+
+
+def test_schedule():
+    curve = [warmup_cosine(step, 100, 10) for step in range(100)]
+    assert curve[:10] == [pytest.approx((step + 1) / 10) for step in range(10)]
+    assert max(curve) == 1.0
+    assert all(a >= b for a, b in zip(curve[9:], curve[10:], strict=False))
+    assert 0 < curve[-1] < 0.001
+    assert warmup_cosine(0, 10, 0) == 1.0

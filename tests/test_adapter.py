@@ -1,0 +1,337 @@
+"""LongTailPromptAdapter: the whole method against the oracle, and the habits of an ordinary torch module."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lpt_peft import AdapterOutput, LongTailPromptAdapter, PromptConfig
+from lpt_peft.attention import Prompted
+from lpt_peft.backbones import find_backbone
+from lpt_peft.errors import BackboneError, ConfigError, InputError, LPTError, StateError
+from tests.conftest import tiny_vit
+from tests.oracle import lpt_by_concatenation
+
+IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def tiny_adapter(phase="shared", dtype=torch.float64, seed=0, **options):
+    vit = tiny_vit(depth=3, **options).to(dtype)
+    adapter = LongTailPromptAdapter.wrap(vit, prompt_length=4, pool_size=6, top_k=2, shared_layers=1)
+    generator = torch.Generator().manual_seed(seed)
+    adapter.load_adapter_state_dict(
+        {name: torch.randn(shape, generator=generator) for name, shape in adapter.config.tensor_shapes.items()}
+    )
+    adapter.phase = phase
+    return adapter.eval()
+
+
+@pytest.mark.parametrize("pool", ["token", "avg", "map"])
+def test_whole_method_against_the_oracle(pool):
+    adapter = tiny_adapter("group", global_pool=pool)
+    learnt = adapter.adapter_state_dict()
+    images = IMAGES.double()
+    out = adapter(images, return_output=True)
+    assert isinstance(out, AdapterOutput)
+    vit = adapter.unwrap()
+    wanted = lpt_by_concatenation(
+        vit,
+        images,
+        learnt["shared.prompts"],
+        learnt["pool.prompts"],
+        learnt["pool.keys"],
+        learnt["head.weight"],
+        2,
+        20.0,
+    )
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(getattr(out, name), tensor, rtol=0, atol=1e-11, msg=name)
+
+
+def test_choice_and_logits_are_per_image():
+    adapter = tiny_adapter("group")
+    images = IMAGES.double()
+    whole = adapter(images, return_output=True)
+    for i in range(len(images)):
+        alone = adapter(images[i : i + 1], return_output=True)
+        assert torch.equal(alone.groups[0], whole.groups[i])
+        torch.testing.assert_close(alone.logits[0], whole.logits[i], rtol=0, atol=1e-12)
+
+
+def test_first_blocks_run_once_and_the_query_pass_takes_no_gradient():
+    adapter = tiny_adapter("group")
+    calls: list[tuple[int, bool]] = []
+    for index, block in enumerate(adapter.vit.blocks):
+        block.register_forward_hook(lambda _, __, out, index=index: calls.append((index, out.requires_grad)))
+    out = adapter(IMAGES.double(), return_output=True)
+    # K = 1: block 0 once; blocks 1 and 2 for the query without gradient, then with.
+    assert calls == [(0, False), (1, False), (2, False), (1, True), (2, True)]
+    assert not out.query.requires_grad
+    assert out.similarity.requires_grad
+
+
+@pytest.mark.parametrize("phase", ["shared", "group"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_exactly_the_parameters_of_the_phase(phase, checkpointing):
+    adapter = tiny_adapter(phase).train()
+    adapter.vit.set_grad_checkpointing(checkpointing)
+    out = adapter(IMAGES.double(), return_output=True)
+    (out.logits.square().sum() + out.similarity.sum()).backward()
+    got = {name for name, p in adapter.named_parameters() if p.grad is not None}
+    wanted = {"shared": {"shared.prompts"}, "group": {"pool.prompts", "pool.keys"}}[phase] | {"head.weight"}
+    assert got == wanted == {name for name, p in adapter.named_parameters() if p.requires_grad}
+    assert {id(p) for p in adapter.trainable_parameters()} == {id(adapter.get_parameter(name)) for name in wanted}
+
+
+@pytest.mark.parametrize("phase", ["shared", "group"])
+def test_input_gradients_flow(phase):
+    """Saliency maps: what is frozen still passes gradients through."""
+    images = IMAGES.double().requires_grad_()
+    tiny_adapter(phase)(images).sum().backward()
+    assert images.grad.abs().sum() > 0
+
+
+def test_vit_base_counts_neutrality_and_unwrap():
+    vit = timm.create_model("vit_base_patch16_224").eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        before = vit(images)
+    state = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    trainable = {name: p.requires_grad for name, p in vit.named_parameters()}
+    classes = [type(module) for module in vit.modules()]
+    adapter = LongTailPromptAdapter.wrap(vit, 365)
+
+    def unchanged():
+        with torch.no_grad():
+            assert torch.equal(vit(images), before)
+        assert list(vit.state_dict()) == list(state)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in vit.state_dict().items())
+
+    unchanged()
+    learnt: set[str] = set()
+    for phase in ("shared", "group"):
+        adapter.phase = phase
+        learnt |= {name for name, p in adapter.named_parameters() if p.requires_grad}
+    assert sum(adapter.get_parameter(name).numel() for name in learnt if name != "head.weight") == 1_029_120
+    assert adapter.config.num_prompt_parameters == 1_029_120
+    with torch.no_grad():
+        assert adapter(images).shape == (1, 365)
+    unchanged()
+    assert adapter.unwrap() is vit
+    unchanged()
+    assert [type(module) for module in vit.modules()] == classes
+    assert {name: p.requires_grad for name, p in vit.named_parameters()} == trainable
+
+
+def test_unwrap_restores_a_partly_frozen_model():
+    vit = tiny_vit()
+    vit.patch_embed.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in vit.named_parameters()}
+    adapter = LongTailPromptAdapter.wrap(vit)
+    assert not any(p.requires_grad for p in vit.parameters())
+    adapter.unwrap()
+    assert {name: p.requires_grad for name, p in vit.named_parameters()} == flags
+    for call in (adapter.unwrap, lambda: adapter(IMAGES), lambda: adapter.fingerprint):
+        with pytest.raises(StateError, match=r"unwrapped.*wrap\(vit\)"):
+            call()
+
+
+def test_one_adapter_at_a_time():
+    vit = tiny_vit()
+    adapter = LongTailPromptAdapter.wrap(vit)
+    with pytest.raises(BackboneError, match=r"already takes prompts.*unwrap"):
+        LongTailPromptAdapter.wrap(vit)
+    assert adapter(IMAGES).shape == (5, 7), "the refused second wrap must not harm the first"
+    adapter.unwrap()
+    LongTailPromptAdapter.wrap(vit)
+
+
+@pytest.mark.parametrize("phase", ["shared", "group"])
+def test_deepcopy_and_pickle(phase):
+    adapter = tiny_adapter(phase)
+    images = IMAGES.double()
+    wanted = adapter(images)
+    for twin in (copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):
+        assert twin.phase == phase
+        assert torch.equal(twin(images), wanted)
+        assert twin.backbone.model is twin.vit
+        with torch.no_grad():
+            for parameter in twin.vit.parameters():
+                parameter.zero_()
+    assert torch.equal(adapter(images), wanted), "copies must not share tensors"
+    vit = copy.deepcopy(adapter.vit)
+    assert all(isinstance(block, Prompted) for block in vit.blocks)
+    torch.testing.assert_close(vit(images), adapter.vit(images), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["shared", "group"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compile_in_one_graph(phase, checkpointing):
+    adapter = tiny_adapter(phase, torch.float32)
+    adapter.vit.set_grad_checkpointing(checkpointing)
+    torch._dynamo.reset()
+    compiled = torch.compile(adapter, fullgraph=True, backend="aot_eager")
+    out, wanted = compiled(IMAGES, return_output=True), adapter(IMAGES, return_output=True)
+    for one, two in zip(out, wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    gradients = [
+        torch.autograd.grad(o.logits.square().mean() + o.similarity.sum(), list(adapter.trainable_parameters()))
+        for o in (out, wanted)
+        if phase == "group"
+    ] or [torch.autograd.grad(o.logits.square().mean(), list(adapter.trainable_parameters())) for o in (out, wanted)]
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compile_with_inductor():
+    adapter = tiny_adapter("group", torch.float32)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(adapter, fullgraph=True)
+        torch.testing.assert_close(compiled(IMAGES), adapter(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("phase", ["shared", "group"])
+def test_autocast_bfloat16(phase):
+    adapter = tiny_adapter(phase, torch.float32)
+    wanted = adapter(IMAGES)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = adapter(IMAGES, return_output=True)
+    assert out.logits.dtype == torch.float32, "logits and choice keep full precision"
+    torch.testing.assert_close(out.logits, wanted, rtol=0, atol=0.5)
+    out.logits.sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in [adapter.head.weight])
+
+
+@pytest.mark.parametrize("phase", ["shared", "group"])
+def test_bfloat16_backbone(phase):
+    wanted = tiny_adapter(phase, torch.float32)(IMAGES)
+    adapter = tiny_adapter(phase, torch.bfloat16)
+    assert adapter.shared.prompts.dtype == adapter.pool.keys.dtype == adapter.head.weight.dtype == torch.float32
+    logits = adapter(IMAGES.bfloat16())
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1.0)
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.trainable_parameters() if p.ndim > 2)
+
+
+def test_standard_habits():
+    adapter = tiny_adapter("group", torch.float32)
+    assert not adapter.vit.training
+    assert adapter.train().vit.training
+    assert adapter.double().pool.prompts.dtype == torch.float64
+    state = adapter.state_dict()
+    assert {name for name in state if not name.startswith("vit.")} == {*adapter.config.tensor_shapes, "pool.usage"}
+    twin = tiny_adapter("group", seed=1).double().eval()
+    twin.load_state_dict(state)
+    assert torch.equal(twin(IMAGES.double()), adapter.eval()(IMAGES.double()))
+    assert "CosineClassifier" in repr(adapter)
+
+
+def test_wrap_follows_the_mode_of_the_model():
+    assert LongTailPromptAdapter.wrap(tiny_vit().train()).training
+    assert not LongTailPromptAdapter.wrap(tiny_vit().eval()).training
+    vit = tiny_vit().train()
+    vit.blocks[0].mlp.eval()
+    modes = [module.training for module in vit.modules()]
+    adapter = LongTailPromptAdapter.wrap(vit)
+    assert [module.training for module in vit.modules()] == modes
+    assert adapter.pool.training
+
+
+def test_head_dropout_only_while_training():
+    adapter = tiny_adapter(dtype=torch.float32)
+    assert torch.equal(adapter(IMAGES), adapter(IMAGES))
+    adapter.train()
+    assert not torch.equal(adapter(IMAGES), adapter(IMAGES))
+    assert torch.equal(adapter.features(IMAGES), adapter.features(IMAGES))
+
+
+def test_output_in_the_shared_phase():
+    out = tiny_adapter()(IMAGES.double(), return_output=True)
+    assert out.similarity.shape == out.groups.shape == (5, 0)
+    assert out.groups.dtype == torch.int64
+    assert torch.equal(out.features, out.query)
+
+
+def test_usage_is_counted_while_training_only():
+    adapter = tiny_adapter("group")
+    adapter(IMAGES.double())
+    assert adapter.pool.usage.sum() == 0
+    out = adapter.train()(IMAGES.double(), return_output=True)
+    assert torch.equal(adapter.pool.usage, torch.bincount(out.groups.flatten(), minlength=6))
+    assert adapter.pool.dead_groups() == [i for i in range(6) if i not in out.groups]
+
+
+def test_adapter_state_dict_round_trip_and_refusals():
+    adapter, other = tiny_adapter(seed=0), tiny_adapter(seed=1)
+    tensors = adapter.adapter_state_dict()
+    assert list(tensors) == ["shared.prompts", "pool.prompts", "pool.keys", "head.weight"]
+    assert [tuple(t.shape) for t in tensors.values()] == [(3, 4, 24), (6, 2, 4, 24), (6, 24), (7, 24)]
+    assert not any(t.requires_grad for t in tensors.values())
+    before = {name: t.clone() for name, t in other.adapter_state_dict().items()}
+    bad = {
+        "missing": {k: v for k, v in tensors.items() if k != "pool.keys"},
+        "unknown": {**tensors, "vit.cls_token": torch.zeros(1)},
+        "shape": {**tensors, "head.weight": tensors["head.weight"].T},
+        "NaN": {**tensors, "head.weight": torch.full((7, 24), float("nan"))},
+        "floating": {**tensors, "head.weight": torch.zeros(7, 24, dtype=torch.int64)},
+    }
+    for word, broken in bad.items():
+        with pytest.raises(InputError, match=word):
+            other.load_adapter_state_dict(broken)
+        assert all(torch.equal(t, before[name]) for name, t in other.adapter_state_dict().items())
+    other.load_adapter_state_dict(tensors)
+    assert all(torch.equal(t, tensors[name]) for name, t in other.adapter_state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompt_length": 0}, "prompt_length=0"),
+        ({"pool_size": 3, "top_k": 4}, "top_k=4 must be from 1 to 3"),
+        ({"shared_layers": 2}, "shared_layers=2 must be from 0 to 1"),
+        ({"shared_layers": "1"}, "shared_layers='1' must be a whole number"),
+        ({"head_dropout": 1.0}, "head_dropout"),
+        ({"logit_scale": 0}, "logit_scale=0"),
+        ({"logit_scale": float("nan")}, "logit_scale=nan"),
+        ({"num_classes": True}, "num_classes=True"),
+    ],
+)
+def test_bad_settings_are_named_and_leave_the_model_alone(arguments, words):
+    vit = tiny_vit()
+    with pytest.raises(ConfigError, match=words):
+        LongTailPromptAdapter.wrap(vit, **arguments)
+    assert not any(isinstance(module, Prompted) for module in vit.modules())
+    assert all(p.requires_grad for p in vit.parameters())
+
+
+def test_refusals_name_the_model():
+    with pytest.raises(ConfigError, match="no head of its own"):
+        LongTailPromptAdapter.wrap(tiny_vit(num_classes=0))
+    with pytest.raises(BackboneError, match="wrap\\(\\) takes a ViT"):
+        LongTailPromptAdapter.wrap("vit_base_patch16_224")
+    with pytest.raises(BackboneError, match="Linear of torch.*vit_base_patch16_224"):
+        LongTailPromptAdapter.wrap(nn.Linear(2, 2))
+    with pytest.raises(BackboneError, match="SwinTransformer is not a plain VisionTransformer"):
+        LongTailPromptAdapter.wrap(timm.create_model("swin_tiny_patch4_window7_224"))
+    with pytest.raises(BackboneError, match="VisionTransformerDistilled overrides"):
+        LongTailPromptAdapter.wrap(timm.create_model("deit_tiny_distilled_patch16_224"))
+    with pytest.raises(ConfigError, match=r'"shared" or "group"'):
+        tiny_adapter().phase = "both"
+    assert issubclass(BackboneError, LPTError)
+
+
+def test_a_configuration_of_another_size_is_refused():
+    config = PromptConfig(dim=16, depth=2, num_classes=3)
+    vit = tiny_vit()
+    with pytest.raises(ConfigError, match="width 16, 2 blocks"):
+        LongTailPromptAdapter(find_backbone(vit), config)
+    assert not any(isinstance(module, Prompted) for module in vit.modules())

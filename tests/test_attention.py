@@ -1,0 +1,260 @@
+"""Prompt keys and values against token concatenation: every attention and block class of timm's vision_transformer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from timm.layers import Attention
+from timm.models import vision_transformer as timm_vit
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from lpt_peft import LongTailPromptAdapter
+from lpt_peft.attention import Prompted, append, attach, check, detach, extend_mask
+from lpt_peft.backbones import find_backbone
+from lpt_peft.backbones.timm_blocks import PromptedAttention
+from lpt_peft.errors import BackboneError
+from tests.conftest import tiny_vit
+from tests.oracle import concatenated_prompts
+
+BLOCKS = {
+    "Block": {},
+    "Block, layer scale": {"init_values": 0.3},
+    "Block, qk and output norm": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
+    "Block, no qkv bias": {"qkv_bias": False},
+    "Block, differential": {"attn_layer": "diff"},
+    "Block, differential, norms": {"attn_layer": "diff", "qk_norm": True, "scale_attn_norm": True},
+    "ResPostBlock": {"block_fn": timm_vit.ResPostBlock, "init_values": 0.5},
+    "ParallelThingsBlock": {"block_fn": timm_vit.ParallelThingsBlock, "init_values": 0.5},
+    "ParallelThingsBlock, differential": {"block_fn": timm_vit.ParallelThingsBlock, "attn_layer": "diff"},
+    "ParallelScalingBlock": {"block_fn": timm_vit.ParallelScalingBlock, "qk_norm": True, "init_values": 0.5},
+    "ParallelScalingBlock, no qkv bias": {"block_fn": timm_vit.ParallelScalingBlock, "qkv_bias": False},
+    "DiffParallelScalingBlock": {"block_fn": timm_vit.DiffParallelScalingBlock},
+    "DiffParallelScalingBlock, norms": {
+        "block_fn": timm_vit.DiffParallelScalingBlock,
+        "qk_norm": True,
+        "qkv_bias": False,
+        "init_values": 0.5,
+    },
+}
+POOLS = {
+    "avg": {"global_pool": "avg"},
+    "avg, no CLS": {"global_pool": "avg", "class_token": False},
+    "avg with registers": {"global_pool": "avg", "reg_tokens": 3},
+    "avgmax": {"global_pool": "avgmax"},
+    "max": {"global_pool": "max", "fc_norm": False},
+    "map": {"global_pool": "map", "class_token": False},
+    "prr": {"global_pool": "prr"},
+    "none": {"global_pool": ""},
+    "none, no CLS": {"global_pool": "", "class_token": False},
+    "registers": {"reg_tokens": 4, "no_embed_class": True},
+    "pre-norm": {"pre_norm": True},
+    "dynamic size": {"dynamic_img_size": True},
+    "no position": {"pos_embed": "none"},
+}
+IMAGES = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def random_prompts(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def reference_feature(vit, images):
+    """The pooled feature, by timm's own methods."""
+    out = vit.forward_head(vit.forward_features(images), pre_logits=True)
+    if out.ndim == 3:
+        out = out[:, 0] if vit.has_class_token else out.mean(1)
+    return out
+
+
+@pytest.mark.parametrize("per_image", [False, True], ids=["shared", "per-image"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "step-by-step"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
+def test_blocks_equal_concatenation(options, training, fused, checkpointing, per_image):
+    plain = tiny_vit(**options).double().train(training)
+    for module in plain.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    ours = copy.deepcopy(plain)
+    ours.set_grad_checkpointing(checkpointing)
+    prompts = [random_prompts(*((3,) if per_image else ()), 4, 24, seed=layer) for layer in range(2)]
+    with concatenated_prompts(plain.blocks, prompts):
+        wanted = reference_feature(plain, IMAGES)
+    wanted_gradients = torch.autograd.grad((wanted**2).sum(), prompts)
+
+    backbone = find_backbone(ours)
+    backbone.attach()
+    got = backbone.pool(backbone.run(backbone.embed(IMAGES), 0, prompts))
+    gradients = torch.autograd.grad((got**2).sum(), prompts)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    for one, two in zip(gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
+    assert not torch.allclose(got, reference_feature(plain, IMAGES), atol=1e-3), "the prompt had no effect"
+
+
+@pytest.mark.parametrize("options", POOLS.values(), ids=POOLS)
+def test_pools_equal_concatenation(options):
+    vit = tiny_vit(**options).double()
+    prompts = [random_prompts(4, 24, seed=layer) for layer in range(2)]
+    with concatenated_prompts(vit.blocks, prompts):
+        wanted = reference_feature(vit, IMAGES)
+    backbone = find_backbone(vit)
+    backbone.attach()
+    got = backbone.pool(backbone.run(backbone.embed(IMAGES), 0, prompts))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("kind", ["bool", "float", "causal", "per image"])
+def test_masks(options, kind):
+    """A mask over tokens: prompts stay visible to all of them. Oracle: the original block with a padded mask."""
+    vit = tiny_vit(**options).double()
+    block = vit.blocks[0]
+    x, prompt = random_prompts(3, 5, 24).detach(), random_prompts(2, 24, seed=1).detach().expand(3, 2, 24)
+    mask = torch.rand(5, 5, generator=torch.Generator().manual_seed(2)) > 0.4
+    mask |= torch.eye(5, dtype=torch.bool)
+    if kind == "per image":
+        mask = torch.stack([mask, mask.T, torch.ones_like(mask)])[:, None]
+    causal = kind == "causal"
+    allowed = torch.ones(5, 5, dtype=torch.bool).tril() if causal else mask
+    padded = torch.ones(*allowed.shape[:-2], 7, 7, dtype=torch.bool)
+    padded[..., :5, :5] = allowed
+    wanted = block(torch.cat([x, prompt], 1), attn_mask=padded)[:, :5]
+    find_backbone(vit).attach()
+    given = torch.zeros(5, 5, dtype=torch.float64).masked_fill(~mask, float("-inf")) if kind == "float" else mask
+    got = block(x, attn_mask=None if causal else given, is_causal=causal, prompt=prompt)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+def test_mask_reaches_the_blocks_through_the_adapter():
+    vit = tiny_vit(global_pool="avg").double()
+    adapter = LongTailPromptAdapter.wrap(vit)
+    assert not torch.allclose(adapter(IMAGES), adapter(IMAGES, is_causal=True), atol=1e-4)
+
+
+def test_gated_attention():
+    attention = Attention(24, 2, qkv_bias=True, gated=True).double()
+    block = tiny_vit().double().blocks[0]
+    block.attn = attention
+    x, prompt = random_prompts(3, 5, 24).detach(), random_prompts(3, 2, 24, seed=1).detach()
+    wanted = block(torch.cat([x, prompt], 1))[:, :5]
+    vit = tiny_vit().double()
+    vit.blocks[0] = block
+    find_backbone(vit).attach()
+    torch.testing.assert_close(block(x, prompt=prompt), wanted, rtol=0, atol=1e-12)
+
+
+def test_two_passes_before_one_backward_with_checkpointing():
+    """The trap of checkpointing: recomputation must see the prompt of its own pass."""
+    gradients = []
+    for checkpointing in (False, True):
+        vit = tiny_vit().double()
+        vit.set_grad_checkpointing(checkpointing)
+        backbone = find_backbone(vit)
+        backbone.attach()
+        first = [random_prompts(4, 24, seed=layer) for layer in range(2)]
+        second = [random_prompts(3, 4, 24, seed=9 + layer) for layer in range(2)]
+        total = 0
+        for prompts in (first, second):
+            total = total + (backbone.pool(backbone.run(backbone.embed(IMAGES), 0, prompts)) ** 2).sum()
+        gradients.append(torch.autograd.grad(total, first + second))
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+def test_frozen_packed_buffer_is_not_kept_alive():
+    """A concatenation behind a packed projection would keep q, k and v of it all: only q may stay, copied."""
+    vit = tiny_vit()
+    vit.requires_grad_(False)
+    find_backbone(vit).attach()
+    saved: dict[int, int] = {}
+
+    def note(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x, prompt = torch.randn(4, 64, 24, requires_grad=True), torch.randn(1, 2, 24, requires_grad=True)
+    attention = vit.blocks[0].attn
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        attention(x, prompt=prompt)
+    packed = 4 * 64 * 3 * 24 * 4
+    assert packed not in saved.values()
+
+
+class Drifted(Attention):
+    """What upstream drift looks like: the same names, another formula."""
+
+
+def test_self_check_refuses_drift(monkeypatch):
+    def drifted(self, x, attn_mask=None, is_causal=False):
+        return self.proj(x * 2)
+
+    monkeypatch.setattr(Attention, "forward", drifted)
+    vit = tiny_vit()
+    before = [type(module) for module in vit.modules()]
+    with pytest.raises(BackboneError, match=r"Prompts do not work in Block .*report"):
+        LongTailPromptAdapter.wrap(vit)
+    assert [type(module) for module in vit.modules()] == before
+
+
+def test_self_check_refuses_a_silent_no_op(monkeypatch):
+    monkeypatch.setattr(PromptedAttention, "forward", lambda self, x, prompt=None, **_: Attention.forward(self, x))
+    with pytest.raises(BackboneError, match="off by"):
+        LongTailPromptAdapter.wrap(tiny_vit())
+
+
+def test_self_check_leaves_modes_and_random_state():
+    vit = tiny_vit(proj_drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5).train()
+    vit.blocks[0].mlp.eval()
+    modes = [module.training for module in vit.modules()]
+    state = torch.get_rng_state()
+    backbone = find_backbone(vit)
+    backbone.attach()
+    assert [module.training for module in vit.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_meta_modules_attach_unchecked():
+    with torch.device("meta"):
+        vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+    LongTailPromptAdapter.wrap(vit, 7)
+    assert all(isinstance(block, Prompted) for block in vit.blocks)
+
+
+def test_attach_and_detach_by_class():
+    attention = Attention(8, 2)
+    attach(attention, PromptedAttention)
+    assert isinstance(attention, Attention)
+    with pytest.raises(BackboneError, match=r"already takes prompts.*unwrap"):
+        attach(attention, PromptedAttention)
+    detach(attention)
+    detach(attention)
+    assert type(attention) is Attention
+    with pytest.raises(BackboneError, match="Linear is not Attention"):
+        attach(nn.Linear(2, 2), PromptedAttention)
+    check(nn.Linear(2, 2), 2)  # not a prompted module: nothing to check
+
+
+def test_unknown_attention_is_named_and_nothing_changes():
+    vit = tiny_vit(attn_layer=Drifted)
+    before = [type(module) for module in vit.modules()]
+    with pytest.raises(BackboneError, match=r"Drifted of tests\.test_attention cannot take prompts.*attn_layer="):
+        LongTailPromptAdapter.wrap(vit)
+    assert [type(module) for module in vit.modules()] == before
+
+
+def test_pure_helpers():
+    k, prompt = torch.randn(2, 3, 5, 4), torch.randn(1, 3, 2, 4)
+    joined = append(k, prompt)
+    assert joined.shape == (2, 3, 7, 4)
+    assert torch.equal(joined[1, :, 5:], prompt[0])
+    tokens = torch.zeros(2, 5, 8)
+    assert extend_mask(None, False, tokens, 3) is None
+    row = torch.tensor([[True, False, True, True, False]])
+    assert torch.equal(extend_mask(row, False, tokens, 2), torch.tensor([[True, False, True, True, False, True, True]]))
+    assert extend_mask(torch.zeros(2, 1, 5, 1), False, tokens, 2).shape == (2, 1, 5, 7)

@@ -1,0 +1,97 @@
+"""The lpt-peft command, called as a user calls it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lpt_peft import LongTailPromptAdapter
+from lpt_peft.cli import main
+from tests.conftest import tiny_vit
+
+
+def test_doctor_tells_what_would_be_attached(capsys):
+    assert main(["doctor", "vit_tiny_patch16_224"]) == 0
+    out = capsys.readouterr().out
+    assert "12 x Attention, 12 x Block" in out
+    assert "shared.prompts 23,040" in out
+    assert "mean [0.5, 0.5, 0.5]" in out
+
+
+def test_doctor_json(capsys):
+    assert main(["doctor", "vit_tiny_patch16_224", "--json", "--num-classes", "7"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["supported"] is True
+    assert report["learnt_parameters"]["group"] == {
+        "pool.prompts": 20 * 6 * 10 * 192,
+        "pool.keys": 20 * 192,
+        "head.weight": 7 * 192,
+    }
+    assert report["prompt_share"] == pytest.approx(report["prompt_parameters"] / report["frozen_parameters"])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("resnet18", "ResNet is not a plain VisionTransformer"),
+        ("vit_tiny_patch16_2244", "has no model"),
+        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+    ],
+)
+def test_doctor_says_why_not(capsys, name, words):
+    assert main(["doctor", name]) == 1
+    streams = capsys.readouterr()
+    assert words in streams.err
+    assert streams.out == ""
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", name, "--json"])
+    assert stop.value.code == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["supported"] is False
+    assert words in report["reason"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    adapter = LongTailPromptAdapter.wrap(tiny_vit(), 3)
+    adapter.phase = "group"
+    adapter.save_pretrained(
+        tmp_path / "prompts",
+        class_counts=[100, 20, 5],
+        label_names=["cat", "dog", "emu"],
+        training={"rule": "mean over classes", "metrics": {"few": 0.5}},
+    )
+    return tmp_path / "prompts"
+
+
+def test_inspect(capsys, folder):
+    assert main(["inspect", str(folder)]) == 0
+    out = capsys.readouterr().out
+    for words in ("phase group", "VisionTransformer", "pool.prompts", "cat", "100", "fingerprint", "few"):
+        assert words in out, words
+
+
+def test_inspect_json_is_the_config(capsys, folder):
+    assert main(["inspect", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((folder / "config.json").read_text())
+
+
+def test_inspect_refuses_a_broken_file(capsys, folder, tmp_path):
+    weights = folder / "prompts.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert main(["inspect", str(folder)]) == 1
+    assert "prompts.safetensors" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_wrong_arguments_are_explained(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["doctr"])
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("demo", "doctor", "inspect"))

@@ -1,0 +1,207 @@
+"""SharedPrompt and PromptPool against brute force, with no adapter in sight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.cluster import KMeans
+from torch import nn
+
+from lpt_peft import PoolMatch, PromptPool, SharedPrompt, decay_selected
+from lpt_peft.errors import ConfigError, InputError
+
+
+def brute_force(query, keys, prompts, top_k):
+    """One image at a time, from the equations."""
+    similarity, groups, means = [], [], []
+    for one in query.double():
+        cosines = [float(one @ key / (one.norm() * key.norm())) for key in keys.double()]
+        best = sorted(range(len(cosines)), key=lambda i: -cosines[i])[:top_k]
+        groups.append(best)
+        similarity.append([cosines[i] for i in best])
+        means.append(torch.stack([prompts[i] for i in best]).double().mean(0))
+    return torch.stack(means), torch.tensor(similarity, dtype=torch.float64), torch.tensor(groups)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.integers(1, 9),
+    top_k=st.integers(1, 9),
+    batch=st.integers(1, 7),
+    key_dim=st.integers(2, 12),
+    seed=st.integers(0, 2**31),
+)
+def test_matches_brute_force_and_nothing_leaks_between_images(size, top_k, batch, key_dim, seed):
+    top_k = min(top_k, size)
+    generator = torch.Generator().manual_seed(seed)
+    pool = PromptPool(size, layers=2, length=3, dim=5, top_k=top_k, key_dim=key_dim).double()
+    query = torch.randn(batch, key_dim, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        pool.keys.copy_(torch.randn(pool.keys.shape, generator=generator, dtype=torch.float64))
+    match = pool(query)
+    assert isinstance(match, PoolMatch)
+    means, similarity, groups = brute_force(query, pool.keys.detach(), pool.prompts.detach(), top_k)
+    assert torch.equal(match.groups, groups)
+    torch.testing.assert_close(match.similarity, similarity, rtol=0, atol=1e-12)
+    torch.testing.assert_close(match.prompts, means, rtol=0, atol=1e-12)
+    order = torch.randperm(batch, generator=generator)
+    for i in order.tolist():
+        alone = pool(query[i : i + 1])
+        assert torch.equal(alone.groups[0], match.groups[i])
+        torch.testing.assert_close(alone.prompts[0], match.prompts[i], rtol=0, atol=1e-15)
+
+
+def test_gradients_only_for_the_chosen():
+    pool = PromptPool(6, layers=1, length=2, dim=4, top_k=2)
+    match = pool(torch.randn(3, 4))
+    ((1 - match.similarity).mean() + match.prompts.square().sum()).backward()
+    chosen = torch.zeros(6, dtype=torch.bool)
+    chosen[match.groups.flatten()] = True
+    assert torch.equal(pool.keys.grad.ne(0).any(1), chosen)
+    assert torch.equal(pool.prompts.grad.flatten(1).ne(0).any(1), chosen)
+
+
+def test_match_term_pulls_chosen_keys_to_the_query():
+    pool = PromptPool(4, layers=1, length=1, dim=8, top_k=1)
+    query = torch.randn(1, 8)
+    before = pool(query)
+    optimizer = torch.optim.SGD([pool.keys], lr=0.1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (1 - pool(query).similarity).mean().backward()
+        optimizer.step()
+    after = pool(query)
+    assert torch.equal(after.groups, before.groups)
+    assert after.similarity > before.similarity
+
+
+def test_usage_counts_training_only():
+    pool = PromptPool(5, layers=1, length=1, dim=4, top_k=2).eval()
+    query = torch.randn(11, 4)
+    pool(query)
+    assert pool.dead_groups() == [0, 1, 2, 3, 4]
+    pool.train()
+    total = torch.zeros(5, dtype=torch.int64)
+    for _ in range(2):
+        total += torch.bincount(pool(query).groups.flatten(), minlength=5)
+    assert torch.equal(pool.usage, total)
+    assert pool.dead_groups() == [i for i in range(5) if total[i] == 0]
+    assert pool.usage.dtype == torch.int64
+    pool.half()
+    assert pool.usage.dtype == torch.int64
+    pool.reset_usage()
+    assert pool.usage.sum() == 0
+
+
+def test_low_precision_inputs_choose_in_float32():
+    pool = PromptPool(8, layers=1, length=1, dim=16)
+    query = torch.randn(5, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        match = pool(query)
+    wanted = pool(query.float())
+    assert match.similarity.dtype == torch.float32
+    assert torch.equal(match.groups, wanted.groups)
+    assert torch.equal(match.similarity, wanted.similarity)
+
+
+def clusters(centres=5, each=30, dim=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(centres, dim, generator=generator)
+    points = means.repeat_interleave(each, 0) + 0.1 * torch.randn(centres * each, dim, generator=generator)
+    return means, points * torch.empty(centres * each, 1).uniform_(0.5, 2, generator=generator)  # lengths do not matter
+
+
+def test_init_keys_finds_clusters_and_ends_dead_groups():
+    means, points = clusters()
+    pool = PromptPool(5, layers=1, length=1, dim=12, top_k=1)
+    length = pool.keys.norm(dim=1).mean()
+    pool.init_keys(points)
+    similarity = nn.functional.cosine_similarity(pool.keys[:, None], means[None], dim=-1)
+    assert (similarity.amax(0) > 0.99).all(), "every cluster has its key"
+    torch.testing.assert_close(pool.keys.norm(dim=1), length.expand(5), rtol=1e-5, atol=0)
+    pool(points)
+    assert pool.dead_groups() == []
+
+
+def test_init_keys_is_as_good_as_scikit_learn():
+    _, points = clusters(centres=9, each=20, dim=6, seed=3)
+    unit = nn.functional.normalize(points, dim=1)
+    pool = PromptPool(9, layers=1, length=1, dim=6)
+    pool.init_keys(points)
+    ours = (unit @ nn.functional.normalize(pool.keys.detach(), dim=1).T).amax(1).mean()
+    peer = KMeans(9, n_init=10, random_state=0).fit(unit.numpy()).cluster_centers_
+    theirs = (unit @ nn.functional.normalize(torch.from_numpy(peer).float(), dim=1).T).amax(1).mean()
+    assert ours > theirs - 0.02
+
+
+def test_init_keys_is_seeded_and_leaves_global_random_state():
+    _, points = clusters()
+    state = torch.get_rng_state()
+    one, two, other = (PromptPool(5, 1, 1, 12) for _ in range(3))
+    with torch.no_grad():
+        two.keys.copy_(one.keys)
+    state = torch.get_rng_state()
+    one.init_keys(points, seed=4)
+    two.init_keys(points, seed=4)
+    other.init_keys(points, seed=5)
+    assert torch.equal(one.keys, two.keys)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("size", [1, 2, 30])
+def test_init_keys_with_as_many_groups_as_queries(size):
+    points = torch.randn(size, 6)
+    pool = PromptPool(size, 1, 1, 6, top_k=1)
+    pool.init_keys(points)
+    similarity = nn.functional.cosine_similarity(pool.keys[:, None], points[None], dim=-1)
+    torch.testing.assert_close(similarity.amax(0), torch.ones(size), rtol=0, atol=1e-5)
+
+
+def test_init_keys_refuses():
+    pool = PromptPool(4, 1, 1, 6)
+    before = pool.keys.detach().clone()
+    with pytest.raises(InputError, match=r"shape \(N, 6\), got \(3, 5\)"):
+        pool.init_keys(torch.randn(3, 5))
+    with pytest.raises(InputError, match="at least 4 distinct queries.*got 2 of 9"):
+        pool.init_keys(torch.randn(2, 6)[[0, 1, 0, 1, 0, 1, 0, 1, 0]])
+    with pytest.raises(InputError, match="NaN"):
+        pool.init_keys(torch.full((9, 6), float("nan")))
+    assert torch.equal(pool.keys, before)
+
+
+def test_decay_selected_decays_the_chosen_only():
+    pool = PromptPool(6, layers=1, length=2, dim=4, top_k=1)
+    match = pool(torch.randn(2, 4))
+    match.prompts.sum().backward()
+    plain = pool.prompts.grad.clone()
+    decay_selected(pool.prompts, 0.5)
+    decay_selected(pool.keys, 0.5)  # no gradient yet: nothing to do
+    for group in range(6):
+        extra = 0.5 * pool.prompts[group] if group in match.groups else torch.zeros_like(pool.prompts[group])
+        torch.testing.assert_close(pool.prompts.grad[group], plain[group] + extra)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"size": 0}, "size=0 must be at least 1"),
+        ({"length": 0}, "length=0"),
+        ({"top_k": 5}, "top_k=5 groups cannot be chosen from a pool of size=4"),
+        ({"key_dim": 0}, "key_dim=0"),
+    ],
+)
+def test_bad_sizes(sizes, words):
+    with pytest.raises(ConfigError, match=words):
+        PromptPool(**{"size": 4, "layers": 1, "length": 2, "dim": 3, **sizes})
+    with pytest.raises(ConfigError, match="layers=0"):
+        SharedPrompt(0, 1, 1)
+
+
+def test_shared_prompt():
+    shared = SharedPrompt(3, 5, 400)
+    assert shared() is shared.prompts
+    assert abs(float(shared.prompts.detach().std()) - 0.02) < 0.002
+    assert "layers=3, length=5, dim=400" in repr(shared)
+    assert "size=4" in repr(PromptPool(4, 1, 1, 2))
