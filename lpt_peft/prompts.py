@@ -162,6 +162,24 @@ class PromptPool(nn.Module):
         centres = _spherical_kmeans(points, size, torch.Generator().manual_seed(seed), iterations)
         self.keys.copy_(centres * self.keys.norm(dim=-1).mean())
 
+    @torch.no_grad()
+    def init_prompts(self, prompts: Tensor) -> None:
+        """Start every group from the same prompts, those of a trained shared prompt: groups part as they are chosen.
+
+        Prompts enter attention through a norm, so random ones disturb a trained model at full strength however
+        small they are; copies of the shared prompt only weigh it more.
+
+        Args:
+            prompts: (layers, n, d) floating point, for example `adapter.shared.prompts[shared_layers:]`.
+
+        Raises:
+            InputError: The shape is another.
+        """
+        if prompts.shape != self.prompts.shape[1:]:
+            wanted, got = tuple(self.prompts.shape[1:]), tuple(prompts.shape)
+            raise InputError(f"init_prompts needs one prompt for all groups, shape {wanted}, got {got}.")
+        self.prompts.copy_(prompts.expand_as(self.prompts))
+
     def dead_groups(self) -> list[int]:
         """Groups that no image has chosen in training since `reset_usage()`."""
         return [group for group, count in enumerate(self.usage.tolist()) if count == 0]

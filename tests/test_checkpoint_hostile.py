@@ -477,6 +477,11 @@ def test_truncated_anywhere():
             decode(config_bytes, weights[:length])
 
 
+def test_bytes_are_limited_as_files_are():
+    with pytest.raises(PromptFileFormatError, match="at most 1048576"):
+        decode(good()[0] + b" " * 2**20, good()[1])
+
+
 def test_cut_anywhere_and_resealed():
     weights = good()[1]
     for length in range(0, len(weights), 53):

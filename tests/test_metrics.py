@@ -160,6 +160,12 @@ def test_a_rule_parts_all_counts_or_is_refused(many, few, many_inclusive, few_in
     assert read == {name: [g == i for g in groups] for i, name in enumerate(("many", "medium", "few"))}
 
 
+def test_a_rule_without_medium_says_so():
+    rule = ShotRule(many=20, few=20, many_inclusive=True)
+    assert str(rule) == "many: n >= 20, medium: none, few: n < 20"
+    assert shot_groups([19, 20], rule).tolist() == [2, 0]
+
+
 def test_refused_rules():
     with pytest.raises(ConfigError, match=r"many=20 and few=20 overlap.*20 training images"):
         ShotMetrics(COUNTS, many=20, few=20, many_inclusive=True, few_inclusive=True)

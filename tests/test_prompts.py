@@ -171,6 +171,15 @@ def test_init_keys_refuses():
     assert torch.equal(pool.keys, before)
 
 
+def test_init_prompts_copies_one_prompt_to_all_groups():
+    pool, prompts = PromptPool(4, layers=2, length=3, dim=5), torch.randn(2, 3, 5)
+    pool.init_prompts(prompts)
+    assert all(torch.equal(group, prompts) for group in pool.prompts)
+    assert pool.prompts.requires_grad
+    with pytest.raises(InputError, match=r"shape \(2, 3, 5\), got \(3, 2, 5\)"):
+        pool.init_prompts(prompts.transpose(0, 1))
+
+
 def test_decay_selected_decays_the_chosen_only():
     pool = PromptPool(6, layers=1, length=2, dim=4, top_k=1)
     match = pool(torch.randn(2, 4))

@@ -68,10 +68,10 @@ def rows(epochs: int = EPOCHS) -> list[Row]:
     nothing = PhaseSettings(epochs=0)
     plain: dict[str, Any] = {"sampling": "instance", "loss": "cross_entropy", "group": nothing}
     probe = PhaseSettings(epochs=epochs, learning_rate=2.0, weight_decay=0.0)
-    prompts = PhaseSettings(epochs=epochs, learning_rate=0.4, weight_decay=1e-4)
+    prompts = PhaseSettings(epochs=epochs, learning_rate=0.4, weight_decay=0.01)
     second = max(1, epochs // 4) if epochs > 1 else 0
     first = replace(prompts, epochs=epochs - second)
-    group = PhaseSettings(epochs=second, learning_rate=2.0, weight_decay=1e-4)
+    group = PhaseSettings(epochs=second, learning_rate=0.2, weight_decay=0.01)
     return [
         Row(name="linear probe, cross-entropy", settings=replace(_BASE, shared=probe, **plain), build=build_probe),
         Row(name="linear probe, A-GCL", settings=replace(_BASE, shared=probe, group=nothing), build=build_probe),

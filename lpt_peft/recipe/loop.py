@@ -61,10 +61,8 @@ def train(
         phase_settings: PhaseSettings = getattr(settings, phase)
         if phase_settings.epochs == 0:
             continue
-        if phase == "group" and settings.init_keys == "kmeans":
-            adapter.phase = "shared"
-            with seeded(settings.seed, adapter.head.weight.device):
-                adapter.pool.init_keys(_queries(adapter, dataset, settings), seed=settings.seed)
+        if phase == "group":
+            _open_pool(adapter, dataset, settings)
         adapter.phase = phase
         history += run_phase(
             adapter, dataset, labels, settings, phase_settings, name=phase, accelerator=accelerator, progress=progress
@@ -195,6 +193,16 @@ def _parameter_groups(model: nn.Module, pool: nn.Module | None, weight_decay: fl
         {"params": [p for p in learnt if id(p) in apart], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _open_pool(adapter: LongTailPromptAdapter, dataset: Dataset[Any], settings: TrainSettings) -> None:
+    """Where keys and group prompts start from, as the settings say."""
+    if settings.init_groups == "shared":
+        adapter.pool.init_prompts(adapter.shared.prompts[adapter.config.first_group_layer :])
+    if settings.init_keys == "kmeans":
+        adapter.phase = "shared"
+        with seeded(settings.seed, adapter.head.weight.device):
+            adapter.pool.init_keys(_queries(adapter, dataset, settings), seed=settings.seed)
 
 
 @torch.no_grad()

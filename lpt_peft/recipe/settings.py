@@ -54,6 +54,8 @@ class TrainSettings:
     """Weight of the instance-balanced branch at the start; falls linearly to 0."""
     init_keys: Literal["kmeans", "random"] = "kmeans"
     """How keys start in phase "group": centres of the training queries, or at random."""
+    init_groups: Literal["shared", "random"] = "shared"
+    """How group prompts start: as copies of the trained shared prompt, or at random as in the paper."""
     decay: Literal["all", "selected"] = "all"
     """Weight decay on the whole pool, or only on the groups that a step has chosen."""
     clip_norm: float | None = None
@@ -70,6 +72,7 @@ class TrainSettings:
             "loss": self.loss in ("lpt", "cross_entropy"),
             "eta": self.eta >= 0,
             "init_keys": self.init_keys in ("kmeans", "random"),
+            "init_groups": self.init_groups in ("shared", "random"),
             "decay": self.decay in ("all", "selected"),
             "clip_norm": self.clip_norm is None or self.clip_norm > 0,
             "num_workers": self.num_workers >= 0,

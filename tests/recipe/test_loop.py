@@ -75,9 +75,10 @@ def test_runs_repeat_exactly_and_leave_random_state():
 
 @pytest.mark.parametrize("keys", ["kmeans", "random"])
 @pytest.mark.parametrize("decay", ["all", "selected"])
-def test_switches(keys, decay):
+@pytest.mark.parametrize("groups", ["shared", "random"])
+def test_switches(keys, decay, groups):
     dataset, labels = striped_data()
-    settings = replace(SETTINGS, init_keys=keys, decay=decay, clip_norm=1.0)
+    settings = replace(SETTINGS, init_keys=keys, init_groups=groups, decay=decay, clip_norm=1.0)
     history = train(tiny_adapter(), dataset, labels, settings, progress=False)
     assert len(history) == 8
 
