@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from lpt_peft import DualSampler, LongTailPromptAdapter, LPTLoss
 
 
-def train(vit: nn.Module, dataset: Dataset, labels: list[int], epochs: int = 10, lr: float = 1.0) -> nn.Module:
+def train(vit: nn.Module, dataset: Dataset, labels: list[int], epochs: int = 10, lr: float = 0.05) -> nn.Module:
     """Two phases of LPT on any map-style dataset of (image, label)."""
     class_counts = torch.bincount(torch.tensor(labels))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,7 +23,7 @@ def train(vit: nn.Module, dataset: Dataset, labels: list[int], epochs: int = 10,
     for phase in ("shared", "group"):  # LPT
         model.phase = phase  # LPT
         criterion = LPTLoss(class_counts, epochs).to(device)  # LPT
-        optimizer = torch.optim.SGD(model.trainable_parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(model.trainable_parameters(), lr=lr, momentum=0.9, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
         model.train()
         for epoch in range(epochs):

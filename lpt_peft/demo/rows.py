@@ -67,7 +67,7 @@ def rows(epochs: int = EPOCHS) -> list[Row]:
     """The five rows, each seeing `epochs` passes of `2 B`-image steps."""
     nothing = PhaseSettings(epochs=0)
     plain: dict[str, Any] = {"sampling": "instance", "loss": "cross_entropy", "group": nothing}
-    probe = PhaseSettings(epochs=epochs, learning_rate=2.0, weight_decay=0.0)
+    probe = PhaseSettings(epochs=epochs, learning_rate=2.0, weight_decay=0.01)
     prompts = PhaseSettings(epochs=epochs, learning_rate=0.4, weight_decay=0.01)
     second = max(1, epochs // 4) if epochs > 1 else 0
     first = replace(prompts, epochs=epochs - second)
