@@ -337,6 +337,9 @@ def test_a_configuration_too_large_to_be_read_is_not_written():
     assert len(encode(adapter)[0]) < 2**20
     with pytest.raises(InputError, match="the header takes .* shorten label_names"):
         encode(adapter, label_names=['"' * 200] * 2000)
+    adapter = LongTailPromptAdapter.wrap(tiny_vit(), 160_000, prompt_length=1, pool_size=2)
+    with pytest.raises(InputError, match=r"config\.json takes .* leave class_counts out"):
+        encode(adapter, class_counts=[0] * 160_000)
 
 
 def test_a_state_that_the_format_has_no_place_for(tmp_path):

@@ -89,7 +89,8 @@ def encode(
         config = (dumps(content, indent=2) + "\n").encode("utf-8")
         if len(config) > MAX_CONFIG_BYTES:
             raise BrokenRule(
-                f"config.json takes {len(config)} bytes, at most {MAX_CONFIG_BYTES} are read; shorten label_names"
+                f"config.json takes {len(config)} bytes, at most {MAX_CONFIG_BYTES} are read; "
+                "shorten label_names or leave class_counts out"
             )
     except BrokenRule as error:
         raise InputError(f"These prompts cannot be saved: {error}.") from error

@@ -61,7 +61,10 @@ def encode_tensors(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) ->
     raw = dumps(header).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
     if len(raw) > MAX_HEADER_BYTES:
-        raise BrokenRule(f"the header takes {len(raw)} bytes, at most {MAX_HEADER_BYTES} are read; shorten label_names")
+        raise BrokenRule(
+            f"the header takes {len(raw)} bytes, at most {MAX_HEADER_BYTES} are read; "
+            "shorten label_names or leave class_counts out"
+        )
     return len(raw).to_bytes(8, "little") + raw + plain[start:]
 
 

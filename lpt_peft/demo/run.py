@@ -82,11 +82,11 @@ def train_row(
     settings = replace(row.settings, seed=seed)
     with seeded(seed):
         model = row.build(NUM_CLASSES)
-    label = f"{row.name}, seed {seed}"
+    bar = progress and f"{row.name}, seed {seed}"
     if isinstance(model, LongTailPromptAdapter):
-        train(model, train_set, train_set.labels, settings, progress=progress)
+        train(model, train_set, train_set.labels, settings, progress=bar)
     else:
-        run_phase(model, train_set, train_set.labels, settings, settings.shared, name=label, progress=progress)
+        run_phase(model, train_set, train_set.labels, settings, settings.shared, name="head", progress=bar)
     return model, evaluate(model, test_set, ShotMetrics(digits_counts()))
 
 

@@ -36,7 +36,7 @@ def train(
     settings: TrainSettings | None = None,
     *,
     accelerator: Accelerator | None = None,
-    progress: bool = True,
+    progress: bool | str = True,
 ) -> History:
     """Train phase "shared", then phase "group"; the adapter is left in the last phase trained, in eval mode.
 
@@ -44,9 +44,10 @@ def train(
         adapter: A wrapped ViT.
         dataset: Map-style, yields (image, label), `len(labels)` items.
         labels: Class of every item, 0 to `C - 1`; every class at least once.
-        settings: How to train; None takes the paper's recipe.
+        settings: How to train; None takes the defaults: the paper's recipe, but keys start at k-means centres and
+            groups as copies of the shared prompt.
         accelerator: Yours, for mixed precision or several processes; None makes a plain one.
-        progress: Show a bar for each phase.
+        progress: Show a bar for each phase; a text is put before the phase's name.
 
     Returns:
         One record for each epoch: phase, epoch, loss, learning_rate.
@@ -80,7 +81,7 @@ def run_phase(
     name: str = "training",
     criterion: Criterion | None = None,
     accelerator: Accelerator | None = None,
-    progress: bool = True,
+    progress: bool | str = True,
 ) -> History:
     """Train what requires a gradient in `model`: one phase of LPT, or a baseline by the same loop.
 
@@ -93,7 +94,7 @@ def run_phase(
         name: For history and progress bar.
         criterion: Called as `criterion(output, target, epoch)`; None takes what `settings.loss` says.
         accelerator: Yours, or None for a plain one.
-        progress: Show a bar.
+        progress: Show a bar; a text is put before the name.
 
     Returns:
         One record for each epoch.
@@ -218,5 +219,6 @@ def _queries(adapter: LongTailPromptAdapter, dataset: Dataset[Any], settings: Tr
     return queries
 
 
-def _bar(steps: int, name: str, progress: bool, accelerator: Accelerator) -> Any:
-    return tqdm(total=steps, desc=name, unit="step", disable=not (progress and accelerator.is_main_process))
+def _bar(steps: int, name: str, progress: bool | str, accelerator: Accelerator) -> Any:
+    label = f"{progress}: {name}" if isinstance(progress, str) else name
+    return tqdm(total=steps, desc=label, unit="step", disable=not (progress and accelerator.is_main_process))

@@ -116,8 +116,8 @@ def test_cross_entropy_on_instance_batches():
 
 def test_progress_bar_is_shown_on_request(capsys):
     dataset, labels = striped_data()
-    run_phase(tiny_adapter(), dataset, labels, SETTINGS, PHASE, name="shared", progress=True)
-    assert "shared: 100%" in capsys.readouterr().err
+    run_phase(tiny_adapter(), dataset, labels, SETTINGS, PHASE, name="shared", progress="stripes")
+    assert "stripes: shared: 100%" in capsys.readouterr().err
 
 
 def test_predict_keeps_order_type_and_mode():
