@@ -64,15 +64,6 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other on a busy machine make these tiny models a hundred times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny_adapter(phase="group", seed=0, dtype=torch.float32, **options):
     adapter = LongTailPromptAdapter.wrap(tiny_vit(**options), prompt_length=3, pool_size=5, top_k=2)
     for learnt in (adapter.shared, adapter.pool, adapter.head):

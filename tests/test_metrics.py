@@ -24,15 +24,6 @@ COUNTS = [500, 150, 101, 100, 60, 21, 20, 19, 3, 0]
 SIZE = len(COUNTS)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine turn milliseconds into seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def draw(images, size=SIZE, seed=0, absent=(), dtype=torch.float32):
     """Logits that are right about a third of the time, and targets without the absent classes."""
     generator = torch.Generator().manual_seed(seed)

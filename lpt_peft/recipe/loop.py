@@ -86,7 +86,8 @@ def run_phase(
     """Train what requires a gradient in `model`: one phase of LPT, or a baseline by the same loop.
 
     Args:
-        model: Called as `model(images, return_output=True)`; returns an `AdapterOutput`.
+        model: Called as `model(images, return_output=True)`; returns an `AdapterOutput`. Has a `CosineClassifier`
+            named `head`.
         dataset: Map-style, yields (image, label).
         labels: Class of every item.
         settings: What both phases share.
@@ -100,7 +101,7 @@ def run_phase(
         One record for each epoch.
     """
     accelerator = accelerator or Accelerator()
-    criterion = criterion or _criterion(settings, phase, labels, len(model.get_parameter("head.weight")))
+    criterion = criterion or _criterion(settings, phase, labels, model.get_submodule("head"))
     sampler = _batch_sampler(dataset, labels, settings)
     batches = DataLoader(dataset, batch_sampler=sampler, num_workers=settings.num_workers)
     steps = phase.epochs * len(batches)
@@ -174,10 +175,10 @@ def _batch_sampler(
     return dual
 
 
-def _criterion(settings: TrainSettings, phase: PhaseSettings, labels: Sequence[int], num_classes: int) -> Criterion:
+def _criterion(settings: TrainSettings, phase: PhaseSettings, labels: Sequence[int], head: Any) -> Criterion:
     if settings.loss == "lpt":
-        counts = torch.bincount(torch.as_tensor(labels), minlength=num_classes)
-        return LPTLoss(counts, phase.epochs, eta=settings.eta)
+        counts = torch.bincount(torch.as_tensor(labels), minlength=len(head.weight))
+        return LPTLoss(counts, phase.epochs, eta=settings.eta, scale=head.scale)
 
     def cross_entropy(output: AdapterOutput, target: Tensor, epoch: int) -> Tensor:
         return F.cross_entropy(output.logits, target)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from lpt_peft import LongTailPromptAdapter, ShotMetrics
+from lpt_peft import LongTailPromptAdapter, LPTLoss, ShotMetrics
 from lpt_peft.errors import ConfigError, InputError, StateError
 from lpt_peft.recipe import PhaseSettings, TrainSettings, evaluate, predict, run_phase, train, warmup_cosine
 from tests.conftest import tiny_vit
@@ -112,6 +112,21 @@ def test_cross_entropy_on_instance_batches():
     run_phase(tiny_adapter(), dataset, labels, settings, PHASE, criterion=criterion, progress=False)
     assert [len(batch) for batch in seen] == [16] * (4 * (31 // 8 + 1)), "as many images as dual sampling sees"
     assert seen[0] != seen[4]
+
+
+def test_the_loss_takes_the_scale_of_the_head(monkeypatch):
+    """A margin is a cosine: its weight among the logits must follow the head's own scale."""
+    seen = []
+
+    def noted(*args, **options):
+        seen.append(options)
+        return LPTLoss(*args, **options)
+
+    monkeypatch.setattr("lpt_peft.recipe.loop.LPTLoss", noted)
+    dataset, labels = striped_data()
+    adapter = LongTailPromptAdapter.wrap(tiny_vit(), 3, prompt_length=2, pool_size=4, logit_scale=7.0)
+    run_phase(adapter, dataset, labels, SETTINGS, replace(PHASE, epochs=1), progress=False)
+    assert seen[0]["scale"] == 7.0
 
 
 def test_progress_bar_is_shown_on_request(capsys):
