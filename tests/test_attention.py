@@ -219,6 +219,20 @@ def test_self_check_leaves_modes_and_random_state():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_self_check_sees_through_a_tiny_layer_scale(dtype):
+    """A fresh LayerScale of 1e-6 hides attention behind the rounding of 16 bits; prompts work there all the same."""
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, init_values=1e-6).to(dtype)
+    LongTailPromptAdapter.wrap(vit, 7)
+    assert vit.blocks[0].attn.qkv.weight.dtype == dtype
+
+
+def test_self_check_runs_as_it_is_where_weights_are_not_floating():
+    vit = tiny_vit()
+    vit.blocks[0].attn.quantized = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    LongTailPromptAdapter.wrap(vit)
+
+
 def test_meta_modules_attach_unchecked():
     with torch.device("meta"):
         vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
