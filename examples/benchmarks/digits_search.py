@@ -13,6 +13,7 @@ import itertools
 import statistics
 import time
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import tyro
 from tqdm import tqdm
@@ -33,6 +34,7 @@ class Settings:
     group_epochs: list[int] = field(default_factory=list)
     group_learning_rate: list[float] = field(default_factory=list)
     group_weight_decay: list[float] = field(default_factory=list)
+    init_groups: list[Literal["shared", "random"]] = field(default_factory=list)
     batch_size: list[int] = field(default_factory=list)
     divisions: int = 3
     epochs: int = EPOCHS
@@ -64,8 +66,8 @@ def main(settings: Settings) -> None:
         print(_line(names, *result))
 
 
-def _line(names: list[str], means: list[float], values: tuple[float, ...], seconds: float) -> str:
-    told = ", ".join(f"{name} {value:g}" for name, value in zip(names, values, strict=True))
+def _line(names: list[str], means: list[float], values: tuple[object, ...], seconds: float) -> str:
+    told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
     shots = zip(("all", "many", "medium", "few"), means, strict=True)
     figures = "  ".join(f"{shot} {100 * mean:.1f}" for shot, mean in shots)
     return f"{figures}   {told}   ({seconds:.0f} s each)"
