@@ -7,37 +7,30 @@ block takes prompts (`lpt_peft.attention`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from os import PathLike
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lpt_peft.backbones import Backbone, find_backbone
-from lpt_peft.backbones.fingerprint import fingerprint
+from lpt_peft.backbones.fingerprint import fingerprint, whole
+from lpt_peft.backbones.frozen import set_batch_norms
 from lpt_peft.config import PromptConfig, PromptMetadata
-from lpt_peft.errors import ConfigError, InputError, StateError
+from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.heads import CosineClassifier
+from lpt_peft.output import AdapterOutput
 from lpt_peft.prompts import PromptPool, SharedPrompt
 
 Phase = Literal["shared", "group"]
 PHASES: tuple[Phase, ...] = ("shared", "group")
 
-
-class AdapterOutput(NamedTuple):
-    """Everything a forward pass learnt about a batch."""
-
-    logits: Tensor
-    """(B, C) float32 or float64, `logit_scale * cosine`."""
-    features: Tensor
-    """(B, d) what the head sees, before dropout."""
-    query: Tensor
-    """(B, d) the pooled feature under shared prompts alone; no gradient in phase "group"."""
-    similarity: Tensor
-    """(B, k) cosine of query and chosen keys; (B, 0) in phase "shared"."""
-    groups: Tensor
-    """(B, k) int64 chosen groups; (B, 0) in phase "shared"."""
+_NOTHING_LEARNT = (
+    "Prompts and head are all frozen while training; peft.get_peft_model(adapter) does that. Assign adapter.phase once "
+    "more to open what the phase learns, or give PEFT the ViT alone: wrap(get_peft_model(vit, ...))."
+)
 
 
 class LongTailPromptAdapter(nn.Module):
@@ -109,6 +102,7 @@ class LongTailPromptAdapter(nn.Module):
         self.metadata = PromptMetadata()
         backbone.attach()  # last of what can fail: until here the model is untouched
         self.vit.requires_grad_(False)
+        set_batch_norms(self.vit, False)
         self.phase = "shared"
 
     @classmethod
@@ -170,48 +164,64 @@ class LongTailPromptAdapter(nn.Module):
         self._phase: Phase = phase
         self.shared.requires_grad_(phase == "shared")
         self.pool.requires_grad_(phase == "group")
+        self.head.requires_grad_(True)
 
-    def forward(self, *args: Any, return_output: bool = False, **kwargs: Any) -> Tensor | AdapterOutput:
+    def train(self, mode: bool = True) -> LongTailPromptAdapter:
+        """Set the mode; batch norms of the ViT stay in eval mode, for their running statistics are frozen, too."""
+        super().train(mode)
+        if (vit := self._modules.get("vit")) is not None:
+            set_batch_norms(vit, False)
+        return self
+
+    def forward(
+        self, images: Any = None, *args: Any, return_output: bool = False, **kwargs: Any
+    ) -> Tensor | AdapterOutput:
         """Classify images.
 
         Args:
-            *args: What the wrapped model's own forward takes: images (B, 3, H, W) for most.
+            images: What the wrapped model's own forward takes first: (B, 3, H, W) for most, a dict of padded
+                patches for NaFlex; left out where the model takes keywords, as `pixel_values=`.
+            *args: The rest of what the wrapped model takes.
             return_output: Return an `AdapterOutput` instead of the logits alone.
             **kwargs: The rest of what the wrapped model takes.
 
         Returns:
             Logits (B, C) float32 or float64, or `AdapterOutput`.
         """
-        features, query, similarity, groups = self._features(*args, **kwargs)
+        learnt = (self.get_parameter(name) for name in self.config.tensor_shapes)
+        if self.training and torch.is_grad_enabled() and not any(one.requires_grad for one in learnt):
+            warnings.warn(_NOTHING_LEARNT, UserWarning, stacklevel=2)
+        features, query, similarity, groups = self._features(images, *args, **kwargs)
         logits = self.head(self.head_drop(features))
         return AdapterOutput(logits, features, query, similarity, groups) if return_output else logits
 
-    def features(self, *args: Any, **kwargs: Any) -> Tensor:
+    def features(self, images: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """What the head sees, (B, d), in the present phase; arguments as in `forward`."""
-        return self._features(*args, **kwargs)[0]
+        return self._features(images, *args, **kwargs)[0]
 
-    def _features(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _features(self, images: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         self._check_wrapped()
+        args = () if images is None else (images, *args)
         shared, split = self.shared(), self.config.first_group_layer
         kept = self.backbone.run(self.backbone.embed(*args, **kwargs), 0, shared[:split].unbind())
         if self._phase == "shared":
             features = self.backbone.pool(self.backbone.run(kept, split, shared[split:].unbind()))
-            nothing = features.new_empty(len(features), 0)
+            nothing = features.new_empty(features.shape[0], 0)
             return features, features, nothing, nothing.long()
         with torch.no_grad():
             query = self.backbone.pool(self.backbone.run(kept, split, shared[split:].unbind()))
         match = self.pool(query)
-        both = torch.cat([shared[split:].expand(len(query), -1, -1, -1), match.prompts], dim=2)
+        both = torch.cat([shared[split:].expand(query.shape[0], -1, -1, -1), match.prompts], dim=2)
         features = self.backbone.pool(self.backbone.run(kept, split, both.unbind(1)))
         return features, query, match.similarity, match.groups
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """What was learnt, and nothing of the backbone, detached.
+        """What was learnt, and nothing of the backbone, detached; under FSDP2, gathered: all processes must call it.
 
         Returns:
             `shared.prompts` (L, n, d), `pool.prompts` (m, L-K, n, d), `pool.keys` (m, d), `head.weight` (C, d).
         """
-        return {name: self.get_parameter(name).detach() for name in self.config.tensor_shapes}
+        return {name: whole(self.get_parameter(name).detach()) for name in self.config.tensor_shapes}
 
     def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors as given by `adapter_state_dict` into the adapter; all or nothing.
@@ -219,20 +229,9 @@ class LongTailPromptAdapter(nn.Module):
         Raises:
             InputError: A name, a shape or a value (NaN, infinity) is wrong; nothing was loaded.
         """
-        shapes = self.config.tensor_shapes
-        if set(tensors) != set(shapes):
-            missing, extra = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
-            raise InputError(f"An adapter has exactly the tensors {list(shapes)}; missing {missing}, unknown {extra}.")
-        for name, shape in shapes.items():
-            tensor = tensors[name]
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                raise InputError(f"{name} must be a floating point tensor.")
-            if tuple(tensor.shape) != shape:
-                raise InputError(f"{name} has shape {tuple(tensor.shape)}, this adapter needs {shape}.")
-            if not bool(tensor.isfinite().all()):
-                raise InputError(f"{name} holds NaN or infinity; the training that made it diverged.")
+        self.config.check_tensors(tensors)
         with torch.no_grad():
-            for name in shapes:
+            for name in self.config.tensor_shapes:
                 self.get_parameter(name).copy_(tensors[name])
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
@@ -255,6 +254,7 @@ class LongTailPromptAdapter(nn.Module):
         self._check_wrapped()
         vit = self.vit
         self.backbone.detach()
+        set_batch_norms(vit, vit.training)
         for name, parameter in vit.named_parameters():
             parameter.requires_grad_(name in self._was_trainable)
         del self.vit

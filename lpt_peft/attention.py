@@ -29,6 +29,13 @@ class Prompted:
 
     original: ClassVar[type[nn.Module]]
 
+    def without_positions(self, count: int) -> dict[str, Any]:
+        """Make a throw-away copy blind to positions, and give the arguments for `count` such tokens.
+
+        For the self-check, which moves prompts among tokens. Most blocks are blind without further arguments.
+        """
+        return {}
+
 
 def attach(module: nn.Module, prompted: type[Any]) -> None:
     """Let `module` take prompts: swap its class for `prompted`.
@@ -78,7 +85,8 @@ def run_block(block: nn.Module, tokens: Tensor, prompt: Tensor, *, checkpointing
 
 def append(sequence: Tensor, prompt: Tensor) -> Tensor:
     """Heads of keys or values (B, h, N, e) with those of the prompt (1 or B, h, n, e) behind: (B, h, N + n, e)."""
-    return torch.cat([sequence, prompt.expand(len(sequence), -1, -1, -1)], dim=-2)
+    # shape[0] and not len(): torch.export takes the latter for a constant.
+    return torch.cat([sequence, prompt.expand(sequence.shape[0], -1, -1, -1)], dim=-2)
 
 
 def extend_mask(mask: Tensor | None, is_causal: bool, tokens: Tensor, length: int) -> Tensor | None:
@@ -101,7 +109,7 @@ def extend_mask(mask: Tensor | None, is_causal: bool, tokens: Tensor, length: in
 
 
 @torch.no_grad()
-def check(block: nn.Module, dim: int, **context: Any) -> None:
+def check(block: nn.Module, dim: int) -> None:
     """Prove on random tokens that a prompted block does what appending prompt tokens would do.
 
     Compares with the original class on `[x; P]`, outputs of `P` dropped, and makes sure that the prompt
@@ -125,9 +133,10 @@ def check(block: nn.Module, dim: int, **context: Any) -> None:
         reference = next(parameter for parameter in twin.parameters() if parameter.is_floating_point())
         x, prompt = x.to(reference.device, reference.dtype), prompt.to(reference.device, reference.dtype)
         with torch.autocast(reference.device.type, enabled=False):
-            ours = twin.forward(x, prompt=prompt, **context).double()
-            wanted = original.forward(twin, torch.cat([x, prompt], 1), **context)[:, :5].double()
-            plain = original.forward(twin, x, **context).double()
+            few, all_of_them = twin.without_positions(5), twin.without_positions(8)
+            ours = twin.forward(x, prompt=prompt, **few).double()
+            wanted = original.forward(twin, torch.cat([x, prompt], 1), **all_of_them)[:, :5].double()
+            plain = original.forward(twin, x, **few).double()
     except (TypeError, AttributeError, RuntimeError) as error:
         raise BackboneError(
             f"{original.__name__} of {original.__module__} is not the version this library knows: {error}. "

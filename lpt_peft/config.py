@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from lpt_peft.errors import ConfigError
+from torch import Tensor
+
+from lpt_peft.errors import ConfigError, InputError
 
 MAX_CLASSES = 1_000_000
 
@@ -92,6 +94,25 @@ class PromptConfig:
             "pool.keys": (self.pool_size, self.feature_dim),
             "head.weight": (self.num_classes, self.feature_dim),
         }
+
+    def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hold learnt tensors to what this configuration needs.
+
+        Raises:
+            InputError: A name, a shape, a dtype or a value (NaN, infinity) is wrong.
+        """
+        shapes = self.tensor_shapes
+        if set(tensors) != set(shapes):
+            missing, extra = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
+            raise InputError(f"An adapter has exactly the tensors {list(shapes)}; missing {missing}, unknown {extra}.")
+        for name, shape in shapes.items():
+            tensor = tensors[name]
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                raise InputError(f"{name} must be a floating point tensor.")
+            if tuple(tensor.shape) != shape:
+                raise InputError(f"{name} has shape {tuple(tensor.shape)}, this adapter needs {shape}.")
+            if not bool(tensor.isfinite().all()):
+                raise InputError(f"{name} holds NaN or infinity; the training that made it diverged.")
 
     @property
     def num_prompt_parameters(self) -> int:

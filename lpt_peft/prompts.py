@@ -122,7 +122,7 @@ class PromptPool(nn.Module):
     def forward(self, query: Tensor) -> PoolMatch:
         """Choose groups for queries (B, key_dim), floating point."""
         similarity, groups = cosine(query, self.keys).topk(self.top_k, dim=-1)
-        chosen = torch.zeros(len(query), len(self.keys), dtype=torch.bool, device=query.device)
+        chosen = torch.zeros(query.shape[0], len(self.keys), dtype=torch.bool, device=query.device)
         chosen = chosen.scatter(1, groups, True)
         if self.training:
             with torch.no_grad():

@@ -34,7 +34,7 @@ def test_doctor_json(capsys):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("resnet18", "ResNet is not a plain VisionTransformer"),
+        ("resnet18", "ResNet cannot take prompts: it has no attention over tokens"),
         ("vit_tiny_patch16_2244", "has no model"),
         ("swin_tiny_patch4_window7_224", "SwinTransformer"),
     ],

@@ -11,7 +11,26 @@ from lpt_peft.errors import BackboneError
 
 __all__ = ["Backbone", "BackboneInfo", "Stream", "find_backbone"]
 
-_ECOSYSTEMS = {"timm": "lpt_peft.backbones.timm_vit"}  # top-level package of the model's classes -> our file
+# Top-level package of the model's classes -> our file.
+_ECOSYSTEMS = {
+    "open_clip": "lpt_peft.backbones.open_clip_vit",
+    "peft": "lpt_peft.backbones.peft_model",
+    "timm": "lpt_peft.backbones.timm_families",
+    "torchvision": "lpt_peft.backbones.torchvision_vit",
+    "transformers": "lpt_peft.backbones.transformers_vit",
+}
+
+# What people put around a ViT, by class name: where prompts go instead.
+_WRAPPERS = {
+    "LongTailPromptAdapter": "it has its own; give wrap() the ViT, or unwrap() this adapter first",
+    "ScriptModule": "its forward is fixed; wrap the Python model, then torch.compile or torch.export the adapter",
+    "OptimizedModule": "its forward is fixed; wrap the model inside (._orig_mod), then torch.compile the adapter",
+    "DataParallel": "it copies the model for each call; wrap the model inside (.module), then put "
+    "DistributedDataParallel around the adapter",
+    "DistributedDataParallel": "wrap the model inside (.module), then put DistributedDataParallel around the adapter",
+    "FullyShardedDataParallel": "its parameters are sharded; wrap the model first, then fully_shard the adapter",
+    "FSDPModule": "its parameters are sharded; wrap the model first, then fully_shard blocks and adapter",
+}
 
 
 def find_backbone(model: nn.Module) -> Backbone:
@@ -23,6 +42,8 @@ def find_backbone(model: nn.Module) -> Backbone:
     if not isinstance(model, nn.Module):
         raise BackboneError(f"wrap() takes a ViT (torch.nn.Module), got {type(model).__name__}.")
     for cls in type(model).__mro__:
+        if (cure := _WRAPPERS.get(cls.__name__)) is not None:
+            raise BackboneError(f"{type(model).__name__} cannot take prompts: {cure}.")
         if (name := _ECOSYSTEMS.get(cls.__module__.partition(".")[0])) is not None:
             backbone: Backbone = import_module(name).open_backbone(model)
             return backbone

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 ALGORITHM = "sha256-tensors-v1"
 
@@ -32,10 +33,16 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or gathered from all processes where FSDP2 has sharded it."""
+    gathered: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return gathered
+
+
 def _digest(tensor: Tensor) -> str:
     shape = ",".join(str(size) for size in tensor.shape)
     head = f"{str(tensor.dtype).removeprefix('torch.')}|{shape}|"
-    flat = tensor.detach().cpu().contiguous().flatten()
+    flat = whole(tensor.detach()).cpu().contiguous().flatten()
     # A byte view of every dtype, bfloat16 too, without a copy; numpy carries the buffer protocol.
     data = flat.view(torch.uint8).numpy()
     if sys.byteorder == "big":

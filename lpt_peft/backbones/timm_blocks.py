@@ -23,8 +23,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor
 
 from lpt_peft.attention import Prompted, append, extend_mask
-
-Triple = tuple[Tensor, Tensor, Tensor]
+from lpt_peft.backbones.timm_attend import Triple, attend, weights
 
 
 class PromptedAttention(Prompted, Attention):
@@ -43,7 +42,7 @@ class PromptedAttention(Prompted, Attention):
         q = q.contiguous()
         _, k_prompt, v_prompt = self._project(prompt)
         mask = extend_mask(attn_mask, is_causal, x, prompt.shape[-2])
-        out = _attend(self, q, append(k, k_prompt), append(v, v_prompt), mask)
+        out = attend(self, q, append(k, k_prompt), append(v, v_prompt), mask)
         out = self.norm(rearrange(out, "b h n e -> b n (h e)"))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
@@ -141,7 +140,7 @@ class PromptedParallelScalingBlock(Prompted, ParallelScalingBlock):
         hidden, (q, k, v) = self._project(x)
         _, (_, k_prompt, v_prompt) = self._project(prompt)
         mask = extend_mask(attn_mask, is_causal, x, prompt.shape[-2])
-        out = _attend(self, q, append(k, k_prompt), append(v, v_prompt), mask)
+        out = attend(self, q, append(k, k_prompt), append(v, v_prompt), mask)
         return _add_parallel(self, x, rearrange(out, "b h n e -> b n (h e)"), hidden)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Triple]:
@@ -172,21 +171,6 @@ class PromptedDiffParallelScalingBlock(Prompted, DiffParallelScalingBlock):
         return hidden, _split_difference(self, q, k, v)
 
 
-def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(e) + mask) v on heads (B, h, N, e), fused or step by step as the module is set."""
-    if module.fused_attn:
-        drop = module.attn_drop.p if module.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
-    return module.attn_drop(_weights(module, q, k, mask)) @ v
-
-
-def _weights(module: Any, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    scores = (q * module.scale) @ k.transpose(-2, -1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(dim=-1)
-
-
 def _split_difference(module: Any, q: Tensor, k: Tensor, v: Tensor) -> Triple:
     """Twice the heads of half the width for q and k, (B, 2h, N, e); v (B, h, N, 2e)."""
     q = rearrange(q, "b n (h e) -> b h n e", h=2 * module.num_heads)
@@ -206,7 +190,7 @@ def _attend_difference(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tenso
         )
         out = one - weight * two
     else:
-        attention = module.attn_drop(_weights(module, q, k, mask))
+        attention = module.attn_drop(weights(q, k, mask))
         out = (attention[:, first] - weight * attention[:, second]) @ v
     normed: Tensor = module.sub_norm(out) * (1 - module.lambda_init)
     return normed

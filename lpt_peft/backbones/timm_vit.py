@@ -1,23 +1,24 @@
-"""timm's VisionTransformer as a Backbone: every block class and every pool of `vision_transformer.py`.
+"""timm's plain ViTs as a Backbone: what all families do alike, and the choice of the family.
 
-Not here: the blocks' forwards (`timm_blocks.py`). Models that override VisionTransformer's own forward
-(distilled, for one) are refused rather than guessed at.
+Not here: how each family comes from image to tokens and from tokens to feature (`timm_families.py`), and
+the blocks' forwards (`timm_blocks.py`, `timm_rotary.py`, `timm_bias.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 from timm.data import resolve_model_data_config
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lpt_peft.attention import attach, check, detach, run_block
+from lpt_peft.backbones import timm_bias, timm_blocks, timm_rotary
 from lpt_peft.backbones.base import BackboneInfo, Stream
-from lpt_peft.backbones.timm_blocks import PROMPTED
 from lpt_peft.errors import BackboneError
+
+PROMPTED = timm_blocks.PROMPTED | timm_rotary.PROMPTED | timm_bias.PROMPTED
 
 # Arguments that a prompt file may hand to timm.create_model: sizes and switches that fix the weights' meaning.
 MODEL_ARGS = frozenset(
@@ -30,47 +31,36 @@ MODEL_ARGS = frozenset(
 )
 
 
-def open_backbone(model: nn.Module) -> TimmViT:
-    """The driver for a timm model.
+class TimmBackbone:
+    """`lpt_peft.backbones.base.Backbone` for timm, up to `embed` and `feature`, which a family adds.
 
-    Raises:
-        BackboneError: The model is not a plain VisionTransformer; the message says what works.
+    Attributes:
+        model: The user's very object: the classifier, or what wraps it.
+        classifier: timm's model.
+        vit: The module that holds the blocks: the classifier itself, or the encoder inside it.
     """
-    name = type(model).__name__
-    if not isinstance(model, VisionTransformer):
-        raise BackboneError(
-            f"timm's {name} is not a plain VisionTransformer, and prompts have no place in it yet. What works: the "
-            'models of timm.models.vision_transformer, for example "vit_base_patch16_224".'
-        )
-    for method in ("forward_features", "forward_head"):
-        if getattr(type(model), method) is not getattr(VisionTransformer, method):
-            raise BackboneError(
-                f"{name} overrides VisionTransformer.{method}, so its way from image to feature is not known here. "
-                "What works: VisionTransformer itself and subclasses that keep that method."
-            )
-    return TimmViT(model)
 
+    restated: ClassVar[tuple[str, ...]] = ("forward_features", "forward_head")
+    """Methods of the model whose steps the family's `embed` and `feature` take: an override of one is refused."""
 
-class TimmViT:
-    """`lpt_peft.backbones.base.Backbone` for `timm.models.vision_transformer.VisionTransformer`."""
-
-    def __init__(self, model: VisionTransformer) -> None:
-        self.model = model
-        self.dim: int = model.embed_dim
-        self.feature_dim: int = model.num_features
+    def __init__(self, model: Any) -> None:
+        self.model = self.classifier = model
+        self.vit = getattr(model, "encoder", model)
+        self.dim: int = self.vit.embed_dim
+        self.feature_dim: int = self.dim
         self.num_classes: int = model.num_classes
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         """The transformer blocks, in order."""
-        return tuple(self.model.blocks)
+        return tuple(self.vit.blocks)
 
     def attach(self) -> None:
         """Swap the classes of blocks and attentions, then check one block of each class."""
         modules = [module for block in self.blocks for module in _prompt_sites(block)]
         for module in modules:
             if type(module) not in PROMPTED.keys() | set(PROMPTED.values()):
-                known = ", ".join(sorted(cls.__name__ for cls in PROMPTED))
+                known = ", ".join(sorted({cls.__name__ for cls in PROMPTED}))
                 raise BackboneError(
                     f"{type(module).__name__} of {type(module).__module__} cannot take prompts; timm's {known} can. "
                     "Build the ViT with one of these (block_fn=, attn_layer=)."
@@ -94,37 +84,41 @@ class TimmViT:
             for module in _prompt_sites(block):
                 detach(module)
 
-    def embed(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Stream:
-        """Images (B, 3, H, W) float to the tokens that enter block 1; masks as in VisionTransformer.forward."""
-        vit = self.model
-        tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-        masked = attn_mask is not None or is_causal
-        return Stream(tokens, {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {})
+    def embed(self, *args: Any, **kwargs: Any) -> Stream:
+        """The model's forward arguments to tokens; `context["blocks"]` holds the keyword arguments of each block."""
+        raise NotImplementedError
 
     def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
         """Blocks from `start` on, one for each prompt (n, d) or (B, n, d)."""
         tokens = stream.tokens
-        for block, prompt in zip(self.model.blocks[start : start + len(prompts)], prompts, strict=True):
-            tokens = run_block(block, tokens, prompt, checkpointing=self.model.grad_checkpointing, **stream.context)
+        for layer, prompt in enumerate(prompts, start):
+            arguments = stream.context["blocks"][layer]
+            tokens = run_block(
+                self.vit.blocks[layer], tokens, prompt, checkpointing=self.vit.grad_checkpointing, **arguments
+            )
         return Stream(tokens, stream.context)
 
     def pool(self, stream: Stream) -> Tensor:
-        """What the model's own head would see (B, d), without dropout; CLS or token mean where it pools nothing."""
-        vit = self.model
-        pooled: Tensor = vit.fc_norm(vit.pool(vit.norm(stream.tokens)))
-        if pooled.ndim == 3:  # global_pool=""
-            pooled = pooled[:, 0] if vit.has_class_token else pooled.mean(1)
-        return pooled
+        """What the model's own head would see (B, d), without dropout; CLS or patch mean where it pools nothing."""
+        feature = self.feature(stream)
+        if feature.ndim == 2:
+            return feature
+        if getattr(getattr(self.vit, "embeds", self.vit), "cls_token", None) is not None:
+            return feature[:, 0]
+        return feature.flatten(1, -2)[:, self.vit.num_prefix_tokens :].mean(1)
+
+    def feature(self, stream: Stream) -> Tensor:
+        """`forward_head(norm(tokens), pre_logits=True)` without its dropout: (B, d), or tokens where nothing pools."""
+        raise NotImplementedError
 
     def info(self) -> BackboneInfo:
         """What timm recorded when it built the model."""
-        vit = self.model
-        cfg: dict[str, Any] = getattr(vit, "pretrained_cfg", None) or {}
-        recorded: dict[str, Any] = getattr(vit, "_model_args", {})
+        cfg: dict[str, Any] = getattr(self.classifier, "pretrained_cfg", None) or {}
+        recorded: dict[str, Any] = getattr(self.classifier, "_model_args", {})
         return BackboneInfo(
             library="timm",
             library_version=timm.__version__,
-            architecture=cfg.get("architecture") or type(vit).__name__,
+            architecture=cfg.get("architecture") or type(self.classifier).__name__,
             pretrained_tag=cfg.get("tag") or None,
             hub_id=cfg.get("hf_hub_id") or None,
             model_args={
@@ -133,17 +127,17 @@ class TimmViT:
                 if key in MODEL_ARGS and isinstance(value, (bool, int, float, str, list, tuple))
             },
             embed_dim=self.dim,
-            depth=len(vit.blocks),
-            num_heads=_num_heads(vit.blocks[0]),
+            depth=len(self.blocks),
+            num_heads=_num_heads(self.vit.blocks[0]),
             num_parameters=sum(tensor.numel() for tensor in self.frozen_tensors()),
         )
 
     def preprocess(self) -> dict[str, Any]:
         """The data configuration (timm) of this model, with the image size it was built for."""
-        config = resolve_model_data_config(self.model)
-        size = getattr(self.model.patch_embed, "img_size", None) or config["input_size"][1:]
+        config = resolve_model_data_config(self.classifier)
+        size = getattr(getattr(self.vit, "patch_embed", None), "img_size", None) or config["input_size"][1:]
         return {
-            "input_size": [self.model.in_chans, *size],
+            "input_size": [config["input_size"][0], *size],
             "mean": list(config["mean"]),
             "std": list(config["std"]),
             "interpolation": config["interpolation"],
@@ -152,8 +146,9 @@ class TimmViT:
         }
 
     def frozen_tensors(self) -> Iterable[Tensor]:
-        """The state dict without `head.*`."""
-        return [tensor for name, tensor in self.model.state_dict().items() if not name.startswith("head.")]
+        """The state dict without the classification heads."""
+        heads = ("head.", "head_dist.")
+        return [tensor for name, tensor in self.classifier.state_dict().items() if not name.startswith(heads)]
 
 
 def _prompt_sites(block: Any) -> Iterator[nn.Module]:

@@ -5,11 +5,16 @@ Not here: images, files, transforms.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from lpt_peft.errors import ConfigError, InputError
+from lpt_peft.samplers.checks import Labels, checked_labels, whole
+
+Kind = Literal["exp", "step"]
 
 
 def exponential_counts(num_classes: int, largest: int, imbalance: float) -> list[int]:
@@ -28,18 +33,31 @@ def exponential_counts(num_classes: int, largest: int, imbalance: float) -> list
         >>> counts[0], counts[-1], sum(counts)
         (500, 5, 10847)
     """
-    if num_classes < 2 or largest < 1 or not imbalance >= 1:
-        raise ConfigError(
-            f"exponential_counts needs num_classes >= 2, largest >= 1 and imbalance >= 1, got {num_classes}, "
-            f"{largest} and {imbalance}."
-        )
-    counts = [int(largest * (1 / imbalance) ** (j / (num_classes - 1))) for j in range(num_classes)]
-    if counts[-1] < 1:
-        raise ConfigError(f"imbalance={imbalance} leaves class {num_classes - 1} no image of {largest}; lower it.")
-    return counts
+    return _counts("exp", num_classes, largest, imbalance)
 
 
-def cifar_lt_indices(labels: Sequence[int], imbalance: float) -> list[int]:
+def step_counts(num_classes: int, largest: int, imbalance: float) -> list[int]:
+    """Images per class: `largest` for the first half of the classes, `int(largest / imbalance)` for the rest.
+
+    The step imbalance of Buda et al. (2018, arXiv 1710.05381) with half of the classes in the minority, as used on
+    CIFAR by LDAM (Cao et al., NeurIPS 2019). With an odd `C` the class in the middle belongs to the first half.
+
+    Args:
+        num_classes: Classes `C`, at least 2.
+        largest: Images of class 0, at least 1.
+        imbalance: Largest over smallest count, at least 1.
+
+    Raises:
+        ConfigError: A number is out of range, or a class would be left without an image.
+
+    Example:
+        >>> step_counts(num_classes=5, largest=500, imbalance=100)
+        [500, 500, 500, 5, 5]
+    """
+    return _counts("step", num_classes, largest, imbalance)
+
+
+def cifar_lt_indices(labels: Sequence[int], imbalance: float, kind: Kind = "exp") -> list[int]:
     """The accepted CIFAR-10/100-LT split: indices into the training set, class after class.
 
     One legacy numpy generator seeded 0 shuffles the indices of class after class, in class order, and
@@ -50,21 +68,84 @@ def cifar_lt_indices(labels: Sequence[int], imbalance: float) -> list[int]:
         labels: Class of every training image in the archive's order, `N` whole numbers from 0 to `C - 1`, equally
             many of each.
         imbalance: 100, 50 or 10 in the literature.
+        kind: "exp" for `exponential_counts`, "step" for `step_counts`.
 
     Raises:
         InputError: The labels are not balanced over 0 to `C - 1`.
-        ConfigError: The imbalance is out of range.
+        ConfigError: The imbalance is out of range, or the kind unknown.
     """
     classes = np.asarray(labels)
     sizes = np.bincount(classes) if classes.ndim == 1 and len(classes) and classes.min() >= 0 else np.zeros(1)
     if len(sizes) < 2 or sizes.min() != sizes.max():
         raise InputError(
-            "cifar_lt_indices takes the labels of the balanced CIFAR training set; these are not balanced."
+            "cifar_lt_indices takes the labels of the balanced CIFAR training set; these are not balanced. For other "
+            "data call make_long_tailed."
         )
     generator = np.random.RandomState(0)
     kept: list[int] = []
-    for label, count in enumerate(exponential_counts(len(sizes), int(sizes[0]), imbalance)):
+    for label, count in enumerate(_counts(kind, len(sizes), int(sizes[0]), imbalance)):
         indices = np.flatnonzero(classes == label)
         generator.shuffle(indices)
         kept += indices[:count].tolist()
     return kept
+
+
+def make_long_tailed(labels: Labels, imbalance: float, kind: Kind = "exp", *, seed: int = 0) -> list[int]:
+    """Indices of a long-tailed part of any labelled data, class after class.
+
+    Class 0 becomes the largest. Its count is the largest for which no class is asked for more images than it has: on
+    balanced data all of it. Which images are kept is drawn without replacement from `seed`; of one seed on balanced
+    data, a higher imbalance keeps a subset of what a lower one keeps. For CIFAR take `cifar_lt_indices`, the
+    accepted split.
+
+    Args:
+        labels: Class of every image, (N,) whole numbers from 0 to `C - 1`, each at least once.
+        imbalance: Largest over smallest count, at least 1.
+        kind: "exp" for `exponential_counts`, "step" for `step_counts`.
+        seed: Whole number of at least 0.
+
+    Raises:
+        InputError: The labels are empty, negative, not whole, of one class, or leave out a number.
+        ConfigError: The imbalance or the seed is out of range, the kind unknown, or a class would be left without an
+            image.
+
+    Example:
+        >>> labels = [0] * 40 + [1] * 40 + [2] * 40
+        >>> kept = make_long_tailed(labels, imbalance=10)
+        >>> [sum(labels[index] == label for index in kept) for label in range(3)]
+        [40, 12, 4]
+    """
+    classes = checked_labels(labels)
+    present, sizes = np.unique(classes, return_counts=True)
+    if len(present) < 2 or present[-1] != len(present) - 1:
+        raise InputError(
+            f"make_long_tailed needs labels 0 to C - 1 of two classes or more, each at least once; these have "
+            f"{len(present)} classes and the largest label is {present[-1]}. Number the classes without a gap."
+        )
+    shares = _shares(kind, len(sizes), imbalance)
+    largest = int(min(size / share for size, share in zip(sizes.tolist(), shares, strict=True)))
+    generator = np.random.default_rng(whole("seed", seed, 0))
+    kept: list[int] = []
+    for label, count in enumerate(_counts(kind, len(sizes), largest, imbalance)):
+        kept += generator.permutation(np.flatnonzero(classes == label))[:count].tolist()
+    return kept
+
+
+def _counts(kind: Kind, num_classes: int, largest: int, imbalance: float) -> list[int]:
+    if num_classes < 2 or largest < 1:
+        raise ConfigError(f"Counts need num_classes >= 2 and largest >= 1, got {num_classes} and {largest}.")
+    counts = [int(largest * share) for share in _shares(kind, num_classes, imbalance)]
+    if counts[-1] < 1:
+        raise ConfigError(f"imbalance={imbalance} leaves class {num_classes - 1} no image of {largest}; lower it.")
+    return counts
+
+
+def _shares(kind: Kind, num_classes: int, imbalance: float) -> list[float]:
+    """Images of each class over those of class 0."""
+    if not 1 <= imbalance < math.inf:
+        raise ConfigError(f"Largest over smallest count must be finite and imbalance >= 1, got imbalance={imbalance}.")
+    if kind == "exp":
+        return [(1 / imbalance) ** (j / (num_classes - 1)) for j in range(num_classes)]
+    if kind == "step":
+        return [1.0 if 2 * j < num_classes else 1 / imbalance for j in range(num_classes)]
+    raise ConfigError(f'kind={kind!r} must be "exp" or "step".')

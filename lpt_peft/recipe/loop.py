@@ -17,9 +17,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from tqdm.auto import tqdm
 
 from lpt_peft._random import seeded
-from lpt_peft.adapter import PHASES, AdapterOutput, LongTailPromptAdapter
+from lpt_peft.adapter import PHASES, LongTailPromptAdapter
 from lpt_peft.errors import InputError, StateError
 from lpt_peft.losses import LPTLoss
+from lpt_peft.output import AdapterOutput
 from lpt_peft.prompts import decay_selected
 from lpt_peft.recipe.schedule import warmup_cosine
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings

@@ -1,0 +1,51 @@
+"""Why a timm model cannot take prompts, in one sentence, and what can.
+
+Judged by the module that defines the model's class and, where that is not known here, by what the model is
+made of; no list of model names. Not here: what can take prompts (`timm_families.py`).
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+_CONVOLUTION = "it has no attention over tokens, so there are no keys and values to add a prompt to"
+_CHANNELS = "its attention weighs channels by each other, not tokens, so a prompt token has nothing to be attended by"
+_STAGES = "its tokens lie on a grid that is cut into windows or shrinks between stages, and a prompt has no place on it"
+_LOCAL = "its attention is made from positions or neighbourhoods on a grid, where a prompt has no place"
+_LATER = "a prompt could enter its attention, but its blocks are not one plain chain; this is not supported yet"
+
+_NEAREST = {
+    _CONVOLUTION: '"vit_small_patch16_224" or, with convolutions in front of its blocks, "vit_small_r26_s32_224"',
+    _CHANNELS: '"deit3_small_patch16_224"',
+    _STAGES: '"vit_base_patch16_224" or, for large images, "vit_base_patch16_dinov3"',
+    _LOCAL: '"deit3_small_patch16_224" or, with relative positions, "vit_relpos_small_patch16_224"',
+    _LATER: '"deit3_small_patch16_224"',
+}
+
+_WHY = {
+    "xcit": _CHANNELS,
+    "davit": _CHANNELS,
+    "volo": _LOCAL,
+    "convit": _LOCAL,
+    "resnest": _CONVOLUTION,
+    "resnet": _CONVOLUTION,
+    "cait": _LATER,
+    "pit": _LATER,
+    "crossvit": _LATER,
+    "tnt": _LATER,
+    "vision_transformer_sam": _LATER,
+}
+
+
+def reason(model: nn.Module) -> str:
+    """The sentence that refuses `model`."""
+    kind, module = type(model).__name__, type(model).__module__
+    why = _WHY.get(module.rpartition(".")[2]) or _by_structure(model)
+    return f"timm's {kind} cannot take prompts: {why}. What works: plain ViTs, for example {_NEAREST[why]}."
+
+
+def _by_structure(model: nn.Module) -> str:
+    parts = {type(part).__name__.lower() for part in model.modules()}
+    if not any("attention" in part or "attn" in part for part in parts):
+        return _CONVOLUTION
+    return _STAGES

@@ -1,0 +1,56 @@
+"""Any map-style dataset of (image, label) as LabelledImages: torchvision's, timm's or your own.
+
+Not here: iterable datasets, which no sampler can draw from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lpt_peft.data.images import LabelledImages, Options
+from lpt_peft.data.sources import ItemImages
+from lpt_peft.errors import InputError
+from lpt_peft.samplers.checks import Labels
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def from_dataset(
+    dataset: Any, labels: Labels | None = None, class_names: Sequence[str] | None = None, **options: Unpack[Options]
+) -> LabelledImages:
+    """Labels, names and counts for a dataset that you have; its own transform goes on working.
+
+    Args:
+        dataset: `len(dataset)`, and `dataset[index]` gives a tuple that begins with the image: PIL or a tensor.
+        labels: Class of every image, (N,) whole numbers; None takes the dataset's `targets` or `labels`.
+        class_names: (C,); None takes the dataset's `classes` if it has them, else the numbers.
+        **options: transform, unreadable, verify and allow_empty of `LabelledImages`.
+
+    Raises:
+        InputError: The dataset has no length, tells no labels, or they break a rule of `LabelledImages`.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> images = torch.zeros(3, 3, 8, 8)
+        >>> data = from_dataset(TensorDataset(images), labels=[0, 1, 1])
+        >>> data.class_counts, data[2][1]
+        ([1, 2], 1)
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise InputError(
+            f"{type(dataset).__name__} is not map-style: it has no len() or no [index]. Samplers draw by index; save "
+            "the images to files, or keep it out of this library's samplers."
+        )
+    if labels is None:
+        found = [getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)]
+        if not found:
+            raise InputError(
+                f"{type(dataset).__name__} has neither `targets` nor `labels`; pass labels=, the class of every image."
+            )
+        labels = found[0]
+    if class_names is None:
+        class_names = getattr(dataset, "classes", None)
+    return LabelledImages(ItemImages(dataset, 0, type(dataset).__name__), labels, class_names, **options)

@@ -1,0 +1,75 @@
+"""Small models, one or more of each ecosystem, and an adapter on each: the rows of the table in docs/backbones.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from lpt_peft import LongTailPromptAdapter
+
+SIDE = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: how to build the model, and what its ecosystem calls things."""
+
+    make: Callable[[], nn.Module]
+    lora: list[str] = field(default_factory=lambda: ["qkv"])
+    checkpointing: Callable[[Any], None] | None = lambda model: model.set_grad_checkpointing()
+
+
+def timm_model(name: str, **options: Any) -> nn.Module:
+    return timm.create_model(name, **{"img_size": SIDE, "patch_size": 8, "depth": 4, "num_classes": 7, **options})
+
+
+SMALL = {"embed_dim": 48, "num_heads": 3}
+ROWS: dict[str, Row] = {
+    "timm ViT": Row(lambda: timm_model("vit_tiny_patch16_224", **SMALL)),
+    "timm EVA-02": Row(lambda: timm_model("eva02_tiny_patch14_224", **SMALL), lora=["proj", "fc2"]),
+    "timm BEiT": Row(lambda: timm_model("beit_base_patch16_224", **SMALL), lora=["proj", "fc1"]),
+    "timm NaFlexViT": Row(lambda: timm_model("naflexvit_base_patch16_gap", **SMALL, img_size=None)),
+}
+
+
+def make(row: str) -> nn.Module:
+    """The row's model with weights that matter, in eval mode; the same weights at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = ROWS[row].make()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    return model.eval()
+
+
+def wrap(model: nn.Module) -> LongTailPromptAdapter:
+    """An adapter with prompts far apart; the same at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        adapter = LongTailPromptAdapter.wrap(model, 5, prompt_length=3, pool_size=4, head_dropout=0.0)
+        with torch.no_grad():
+            for parameter in (adapter.shared.prompts, adapter.pool.prompts, adapter.pool.keys):
+                parameter.mul_(20)
+    return adapter
+
+
+def build(row: str, phase: str = "shared") -> LongTailPromptAdapter:
+    """The row's adapter, in eval mode."""
+    adapter = wrap(make(row))
+    adapter.phase = phase
+    return adapter
+
+
+def images(batch: int = 2, seed: int = 0) -> Tensor:
+    return torch.randn(batch, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+rows = pytest.mark.parametrize("row", ROWS)
+phases = pytest.mark.parametrize("phase", ["shared", "group"])

@@ -1,0 +1,212 @@
+"""What people do with a model besides calling it: one test for each cell of the table in docs/backbones.md.
+
+Every test compares with the plain adapter on the same weights, which test_timm_all.py and its neighbours
+hold to token concatenation.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lpt_peft import LongTailPromptAdapter
+from tests.backbones.models import ROWS, build, images, make, phases, rows, wrap
+from tests.backbones.two_processes import gradients
+
+ROOT = Path(__file__).parents[2]
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@pytest.mark.slow
+@rows
+@phases
+def test_compile(row, phase):
+    adapter = build(row, phase)
+    wanted = adapter(images())
+    torch._dynamo.reset()
+    compiled = torch.compile(adapter, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images()), wanted, **CLOSE)
+
+
+@rows
+@phases
+def test_export(row, phase):
+    adapter = build(row, phase)
+    program = torch.export.export(adapter, (images(2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(program.module()(images(3, seed=1)), adapter(images(3, seed=1)), **CLOSE)
+
+
+@pytest.mark.slow
+@rows
+@phases
+def test_onnx(row, phase):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    adapter = build(row, phase)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own, of many kinds
+        program = torch.onnx.export(
+            adapter,
+            (images(2),),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    file = io.BytesIO()
+    program.save(file)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    batch = images(3, seed=1)
+    (got,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+    wanted = adapter(batch).detach()
+    assert (torch.from_numpy(got) - wanted).abs().max() < 1e-5 * max(1.0, float(wanted.abs().max()))
+
+
+@rows
+@phases
+def test_checkpointing(row, phase):
+    """Two forward passes before one backward: recomputation must see the prompt of its own pass."""
+    if ROWS[row].checkpointing is None:
+        pytest.skip("this ecosystem has none")
+    results = []
+    for switch in (None, ROWS[row].checkpointing):
+        model = make(row)
+        if switch is not None:
+            switch(model)
+        adapter = wrap(model).double().train()
+        adapter.phase = phase
+        first = adapter(images(seed=1).double())
+        with torch.no_grad():  # what an optimizer step between two passes would do
+            for parameter in (adapter.shared.prompts, adapter.pool.prompts):
+                parameter.data = parameter.data + 0.1
+        second = adapter(images(seed=2).double())
+        (first.square().sum() + second.square().sum()).backward()
+        results.append({name: p.grad for name, p in adapter.named_parameters() if p.grad is not None})
+    plain, recomputed = results
+    assert plain.keys() == recomputed.keys()
+    for name in plain:
+        torch.testing.assert_close(recomputed[name], plain[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_processes")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.backbones.two_processes", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def check_two_processes(folder, row, phase, kind):
+    got = torch.load(folder / f"{row} {phase} {kind}.pt", weights_only=True)
+    assert not isinstance(got, str), got
+    wanted = gradients(row, phase, "single")
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.slow
+@rows
+@phases
+def test_ddp(two_processes, row, phase):
+    check_two_processes(two_processes, row, phase, "DDP")
+
+
+@pytest.mark.slow
+@rows
+@phases
+def test_fsdp2(two_processes, row, phase):
+    check_two_processes(two_processes, row, phase, "FSDP2")
+
+
+@rows
+@phases
+def test_lora(row, phase):
+    """Put on before or after `wrap`, or merged: the same numbers, and not those without it."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=ROWS[row].lora, r=2, init_lora_weights=False)
+
+    def with_lora(model: nn.Module) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            return peft.get_peft_model(model, config)
+
+    before = wrap(with_lora(make(row)))
+    after = build(row, phase)
+    with_lora(after.vit)
+    merged = wrap(with_lora(make(row)).merge_and_unload())
+    plain = build(row, phase)(images())
+    before.phase = merged.phase = phase
+    got = before(images())
+    torch.testing.assert_close(after(images()), got, **CLOSE)
+    torch.testing.assert_close(merged(images()), got, rtol=1e-3, atol=1e-4)
+    assert (got - plain).abs().max() > 1e-2
+    for adapter in (before, after):  # LoRA learns beside the prompts where its parameters are open
+        lora = [p for name, p in adapter.named_parameters() if "lora_" in name]
+        assert lora
+        for parameter in lora:
+            parameter.requires_grad_(True)
+        adapter(images()).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in lora)
+
+
+@rows
+@phases
+def test_autocast(row, phase):
+    adapter = build(row, phase).train()
+    wanted = adapter(images())
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = adapter(images())
+    assert logits.dtype == torch.float32
+    assert (logits - wanted).abs().max() < 0.05 * wanted.abs().max() + 0.5
+    logits.square().sum().backward()
+    learnt = [adapter.shared.prompts if phase == "shared" else adapter.pool.prompts, adapter.head.weight]
+    assert all(bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in learnt)
+
+
+@rows
+@phases
+def test_pickle(row, phase):
+    adapter = build(row, phase)
+    wanted = adapter(images())
+    for twin in (pickle.loads(pickle.dumps(adapter)), copy.deepcopy(adapter)):
+        assert torch.equal(twin(images()), wanted)
+        assert twin.vit is not adapter.vit
+        assert [type(module) for module in twin.modules()] == [type(module) for module in adapter.modules()]
+        twin.unwrap()
+    assert torch.equal(adapter(images()), wanted)
+
+
+def test_get_peft_model_on_the_adapter_is_not_silent():
+    peft = pytest.importorskip("peft")
+    adapter = build("timm ViT").train()
+    model = peft.get_peft_model(adapter, peft.LoraConfig(target_modules=["qkv"], r=2))
+    with pytest.warns(UserWarning, match=r"all frozen while training.*Assign adapter\.phase"):
+        model(images())
+    adapter.phase = "shared"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images()).square().sum().backward()
+    assert adapter.shared.prompts.grad is not None
+    assert adapter.head.weight.grad is not None
+
+
+def test_lora_that_upstream_ignores_is_told():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make("timm BEiT"), peft.LoraConfig(target_modules=["qkv"], r=2))
+    with pytest.warns(UserWarning, match=r"reads qkv\.weight directly, so LoRA on `qkv` has no effect.*proj"):
+        LongTailPromptAdapter.wrap(model, 5)(images())

@@ -1,0 +1,246 @@
+"""timm's ways of feeding and resizing a ViT under the adapter, against token concatenation; and what is refused.
+
+Every model by name is in test_timm_all.py; block and attention classes are in tests/test_attention.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lpt_peft import LongTailPromptAdapter
+from lpt_peft.attention import Prompted
+from lpt_peft.backbones import find_backbone
+from lpt_peft.backbones.timm_families import GridViT
+from lpt_peft.errors import BackboneError, ConfigError, InputError
+from tests.backbones.models import SMALL, timm_model
+from tests.backbones.timm_oracle import prepended_prompts
+
+ROTARY = "naflexvit_base_patch16_gap"
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def prompts_for(vit: nn.Module, batch: tuple[int, ...] = ()) -> list[torch.Tensor]:
+    return [randn(*batch, 3, vit.embed_dim, seed=layer) for layer in range(len(vit.blocks))]
+
+
+def ours(model: nn.Module, prompts: list[torch.Tensor], *args, **kwargs) -> torch.Tensor:
+    backbone = find_backbone(model)
+    backbone.attach()
+    try:
+        return backbone.pool(backbone.run(backbone.embed(*args, **kwargs), 0, prompts))
+    finally:
+        backbone.detach()
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+
+
+def padded_batch(patch: int, channels: int = 3) -> dict[str, torch.Tensor]:
+    """A 3 x 4 and a 2 x 3 image as patches, padded to 12."""
+    patches, coordinates = randn(2, 12, patch * patch * channels), torch.zeros(2, 12, 2, dtype=torch.int64)
+    valid = torch.zeros(2, 12, dtype=torch.bool)
+    for image, (height, width) in enumerate([(3, 4), (2, 3)]):
+        grid = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+        coordinates[image, : len(grid)], valid[image, : len(grid)] = grid, True
+    return {"patches": patches, "patch_coord": coordinates, "patch_valid": valid}
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["shared", "per-image"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"class_token": True, "global_pool": "token"},
+        {"rope_type": "axial"},
+        {"rope_type": "mixed"},
+        {"rope_type": "dinov3", "reg_tokens": 2},
+        {"global_pool": "map"},
+    ],
+    ids=str,
+)
+def test_naflex_padded_batches(options, batch):
+    model = timm_model(ROTARY, embed_dim=48, num_heads=3, img_size=None, depth=2, **options).double().eval()
+    data, prompts = padded_batch(8), prompts_for(model, batch)
+    with prepended_prompts(model.blocks, prompts):
+        wanted = model.forward_head(**model.forward_features(**data), pre_logits=True)
+    close(ours(model, prompts, data), wanted)
+    close(ours(model, prompts, data["patches"], data["patch_coord"], data["patch_valid"]), wanted)
+    # What lies in the padding must not matter.
+    data["patches"] = torch.where(data["patch_valid"][..., None], data["patches"], data["patches"] + 7.0)
+    close(ours(model, prompts, data), wanted)
+    adapter = LongTailPromptAdapter.wrap(model.eval(), 5)
+    adapter.phase = "group"
+    assert adapter(data).shape == (2, 5)
+
+
+def test_naflex_patches_need_their_coordinates():
+    model = timm_model(ROTARY, **SMALL, img_size=None)
+    data = padded_batch(8)
+    del data["patch_valid"]
+    with pytest.raises(InputError, match=r"patch_coord \(B, N, 2\) and patch_valid"):
+        ours(model, prompts_for(model), data)
+
+
+def test_naflex_patch_dropout_while_training():
+    for rope in ("axial", "mixed"):
+        model = timm_model(ROTARY, **SMALL, img_size=None, rope_type=rope, patch_drop_rate=0.5).double().train()
+        prompts, data = prompts_for(model), padded_batch(8)
+        for args in ((randn(2, 3, 32, 32),), (data,)):
+            with torch.random.fork_rng(devices=[]), prepended_prompts(model.blocks, prompts):
+                torch.manual_seed(0)
+                if isinstance(args[0], dict):
+                    wanted = model.forward_head(**model.forward_features(**data), pre_logits=True)
+                else:
+                    wanted = model.forward_head(model.forward_features(*args), pre_logits=True)
+            with torch.random.fork_rng(devices=[]):
+                find_backbone(model)  # finding draws nothing
+                torch.manual_seed(0)
+                close(ours(model, prompts, *args), wanted)
+
+
+def test_gemma_padded_batches():
+    model = timm.create_model("gemma4_vit_167m", depth=2, patch_size=8, embed_dim=48, num_heads=3, head_dim=16)
+    model = model.double().eval()
+    data, prompts = padded_batch(8), prompts_for(model.encoder)
+    with prepended_prompts(model.encoder.blocks, prompts):
+        tokens = model.forward_features(data["patches"], data["patch_coord"], data["patch_valid"])
+        wanted = model.forward_head(tokens, patch_valid=data["patch_valid"], pre_logits=True)
+    close(ours(model, prompts, data), wanted)
+    sentinel = torch.where(data["patch_valid"][..., None], data["patch_coord"], -1)
+    close(ours(model, prompts, data["patches"], patch_coord=sentinel), wanted)
+
+
+@pytest.mark.parametrize("name", ["gemma4_vit_167m", "qwen3_vit_88m", "deepseek_vit_412m_align"])
+def test_encoder_with_its_own_pooler(name):
+    pooler = {"gemma4_vit_167m": "soft", "qwen3_vit_88m": "merge", "deepseek_vit_412m_align": "align"}[name]
+    more = {"head_dim": 16} if "gemma" in name else {"out_features": 20}
+    model = timm.create_model(
+        name, depth=2, patch_size=8, embed_dim=48, num_heads=3, img_size=48, encoder_pool=pooler, **more
+    )
+    model = model.double().eval()
+    pictures, prompts = randn(2, 3, 48, 48), prompts_for(model.encoder)
+    with prepended_prompts(model.encoder.blocks, prompts):
+        wanted = model.forward_head(model.forward_features(pictures), pre_logits=True)
+    got = ours(model, prompts, pictures)
+    assert got.shape == (2, find_backbone(model).feature_dim)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    adapter = LongTailPromptAdapter.wrap(model, 5)
+    adapter.phase = "group"  # width of query and keys is not the blocks'
+    assert adapter(pictures).shape == (2, 5)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_dynamic_image_size(name):
+    model = timm_model(name, **SMALL, depth=2, dynamic_img_size=True).double().eval()
+    prompts = prompts_for(model)
+    for shape in ((2, 3, 32, 32), (2, 3, 40, 24)):
+        with prepended_prompts(model.blocks, prompts):
+            wanted = model.forward_head(model.forward_features(randn(*shape)), pre_logits=True)
+        close(ours(model, prompts, randn(*shape)), wanted)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_relpos_small_patch16_224"]
+)
+def test_set_input_size_after_wrap(name):
+    model = timm_model(name, **SMALL, depth=2).double().eval()
+    adapter = LongTailPromptAdapter.wrap(model, 5)
+    model.set_input_size((48, 24))
+    prompts, pictures = prompts_for(model), randn(2, 3, 48, 24)
+    backbone = adapter.backbone
+    got = backbone.pool(backbone.run(backbone.embed(pictures), 0, prompts))
+    assert backbone.preprocess()["input_size"] == [3, 48, 24]
+    assert adapter.unwrap() is model
+    with prepended_prompts(model.blocks, prompts):
+        close(got, model.forward_head(model.forward_features(pictures), pre_logits=True))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224"])
+def test_intermediates_of_a_wrapped_model_are_as_before(name):
+    model = timm_model(name, **SMALL).eval().requires_grad_(False)  # torch takes other kernels for a trainable bias
+    pictures = randn(2, 3, 32, 32).float()
+    final, layers = model.forward_intermediates(pictures)
+    LongTailPromptAdapter.wrap(model, 5)
+    now, layers_now = model.forward_intermediates(pictures)
+    assert torch.equal(now, final)
+    assert all(torch.equal(one, two) for one, two in zip(layers, layers_now, strict=True))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "naflexvit_base_patch16_gap"])
+def test_features_only_towers(name):
+    size = {} if "naflex" in name else {"img_size": 32}
+    tower = timm.create_model(name, features_only=True, patch_size=8, depth=3, **SMALL, **size).double().eval()
+    pictures = randn(2, 3, 32, 32)
+    maps = tower(pictures)
+    vit, prompts = tower.model, prompts_for(tower.model)
+    with prepended_prompts(vit.blocks, prompts):
+        tokens = vit.forward_features(pictures)
+    registers = vit.num_prefix_tokens if "naflex" in name else 0  # which has no class token
+    wanted = tokens[:, registers:].mean(1) if registers else tokens[:, 0]
+    adapter = LongTailPromptAdapter.wrap(tower, 5)
+    assert adapter.vit is tower
+    backbone = adapter.backbone
+    close(backbone.pool(backbone.run(backbone.embed(pictures), 0, prompts)), wanted)
+    assert all(torch.equal(one, two) for one, two in zip(tower(pictures), maps, strict=True))
+    assert adapter.unwrap() is tower
+    assert not any(isinstance(part, Prompted) for part in tower.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("xcit_nano_12_p8_224", r"Xcit cannot take prompts: .*channels.*deit3_small"),
+        ("volo_d1_224", r"VOLO cannot take prompts: .*grid"),
+        ("convit_tiny", r"ConVit cannot take prompts: .*grid.*vit_relpos_small"),
+        ("swin_tiny_patch4_window7_224", r"SwinTransformer cannot take prompts: .*windows.*vit_base_patch16_224"),
+        ("hiera_tiny_224", r"Hiera cannot take prompts: .*windows"),
+        ("maxvit_nano_rw_256", r"MaxxVit cannot take prompts: .*windows"),
+        ("resnet18", r"ResNet cannot take prompts: it has no attention over tokens.*vit_small_r26_s32_224"),
+        ("convnext_atto", r"ConvNeXt cannot take prompts: it has no attention"),
+        ("cait_xxs24_224", r"Cait cannot take prompts: .*not supported yet"),
+        ("samvit_base_patch16", r"VisionTransformerSAM cannot take prompts: .*not supported yet"),
+    ],
+)
+def test_refusals_name_class_reason_and_what_works(name, words):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    before = [type(part) for part in model.modules()]
+    with pytest.raises(BackboneError, match=words):
+        LongTailPromptAdapter.wrap(model)
+    assert [type(part) for part in model.modules()] == before
+
+
+def test_what_people_put_around_a_model_is_refused_with_the_way_round():
+    vit = timm_model("vit_tiny_patch16_224", **SMALL)
+    with pytest.raises(BackboneError, match=r"OptimizedModule cannot take prompts.*_orig_mod"):
+        LongTailPromptAdapter.wrap(torch.compile(vit))
+    with pytest.raises(BackboneError, match=r"DataParallel cannot take prompts.*DistributedDataParallel"):
+        LongTailPromptAdapter.wrap(nn.DataParallel(vit))
+    with pytest.raises(BackboneError, match=r"cannot take prompts: it has its own"):
+        LongTailPromptAdapter.wrap(LongTailPromptAdapter.wrap(vit))
+    with pytest.warns(), pytest.raises(BackboneError, match=r"cannot take prompts: its forward is fixed"):
+        LongTailPromptAdapter.wrap(torch.jit.trace(timm_model("vit_tiny_patch16_224"), torch.zeros(1, 3, 32, 32)))
+
+
+def test_an_overridden_forward_is_refused():
+    class Mine(type(timm_model("eva02_tiny_patch14_224"))):
+        def forward_head(self, x, pre_logits=False):
+            return super().forward_head(x * 2, pre_logits)
+
+    vit = Mine(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+    with pytest.raises(BackboneError, match=r"Mine overrides Eva\.forward_head"):
+        LongTailPromptAdapter.wrap(vit)
+
+
+def test_a_bare_encoder_needs_a_number_of_classes():
+    encoder = timm.create_model("qwen3_vit_88m_enc", depth=2, patch_size=8, img_size=48, embed_dim=48, num_heads=3)
+    with pytest.raises(ConfigError, match="num_classes"):
+        LongTailPromptAdapter.wrap(encoder)
+    assert isinstance(LongTailPromptAdapter.wrap(encoder, 5).backbone, GridViT)

@@ -1,0 +1,64 @@
+"""What two gloo processes compute with DDP and FSDP2 on every row of the table; run by test_company.py.
+
+Each process has half of the batch. Gradients of what the phase learns are written as whole tensors.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.backbones.models import ROWS, build, images
+
+TARGET = torch.tensor([0, 3, 1, 4])
+
+
+def objective(model: nn.Module, batch: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy and the match term, which gives the keys their gradient."""
+    out: Any = model(batch, return_output=True)
+    match = 1 - out.similarity.mean() if out.similarity.numel() else 0.0
+    return nn.functional.cross_entropy(out.logits, target) + match
+
+
+def gradients(row: str, phase: str, kind: str) -> dict[str, Tensor]:
+    """Gradients by name after one backward pass; `kind` is "single", "DDP" or "FSDP2"."""
+    adapter = build(row, phase).double().train()
+    batch, target = images(4).double(), TARGET
+    model: nn.Module = adapter
+    if kind != "single":
+        half = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+        batch, target = batch[half], target[half]
+    if kind == "DDP":
+        model = DistributedDataParallel(adapter)
+    elif kind == "FSDP2":
+        for block in adapter.backbone.blocks:
+            fully_shard(block)
+        fully_shard(adapter)
+    objective(model, batch, target).backward()
+    found = {name: parameter.grad for name, parameter in adapter.named_parameters() if parameter.grad is not None}
+    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for row in ROWS:
+        for phase in ("shared", "group"):
+            for kind in ("DDP", "FSDP2"):
+                try:
+                    answer: Any = gradients(row, phase, kind)
+                except Exception as error:
+                    answer = repr(error)
+                if rank == 0:
+                    torch.save(answer, f"{folder}/{row} {phase} {kind}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(work, args=(sys.argv[1],), nprocs=2)

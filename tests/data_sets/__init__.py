@@ -1,0 +1,1 @@
+"""Tests of lpt_peft.data; `tests/data` is a folder of files."""
