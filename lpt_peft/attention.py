@@ -12,6 +12,7 @@ Not here: the names of any ViT library (`lpt_peft.backbones`).
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -57,6 +58,54 @@ def detach(module: Any) -> None:
     """Give `module` its original class back; nothing happens where it has it."""
     if isinstance(module, Prompted):
         module.__class__ = type(module).original  # type: ignore[assignment]
+
+
+def attach_blocks(
+    blocks: Sequence[nn.Module],
+    sites: Callable[[nn.Module], Iterable[nn.Module]],
+    prompted: Mapping[type, type[Any]],
+    dim: int,
+    *,
+    cure: str,
+) -> None:
+    """Let every block take prompts and check one of each kind, or leave all as it was and raise.
+
+    Args:
+        blocks: The transformer blocks, in order.
+        sites: The modules of a block that must change class: itself, and its attentions where they are modules.
+        prompted: Class -> the class that takes prompts in its place.
+        dim: Width of the tokens.
+        cure: What to build instead, for the message about a class that is not in `prompted`.
+
+    Raises:
+        BackboneError: A class is not in `prompted`, the blocks already take prompts, or prompts do not work in one.
+    """
+    modules = [module for block in blocks for module in sites(block)]
+    for module in modules:
+        if type(module) not in prompted and not isinstance(module, Prompted):
+            known = ", ".join(sorted({cls.__name__ for cls in prompted}))
+            raise BackboneError(
+                f"{type(module).__name__} of {type(module).__module__} cannot take prompts; {known} can. {cure}"
+            )
+    attached: list[nn.Module] = []
+    try:
+        for module in modules:
+            # An attached module is handed on as it is: attach() says whose it is.
+            attach(module, prompted.get(type(module), type(module)))
+            attached.append(module)
+        for block in {tuple(type(part) for part in block.modules()): block for block in blocks}.values():
+            check(block, dim)
+    except BackboneError:
+        for module in attached:
+            detach(module)
+        raise
+
+
+def detach_blocks(blocks: Sequence[nn.Module], sites: Callable[[nn.Module], Iterable[nn.Module]]) -> None:
+    """Give every block and attention its original class back."""
+    for block in blocks:
+        for module in sites(block):
+            detach(module)
 
 
 def run_block(block: nn.Module, tokens: Tensor, prompt: Tensor, *, checkpointing: bool, **context: Any) -> Tensor:

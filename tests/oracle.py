@@ -53,7 +53,7 @@ def lpt_by_concatenation(
     chosen, picks, similarities = [], [], []
     for one in query:  # image by image: nothing of the batch can leak
         similarity = torch.stack([torch.cosine_similarity(one, key, dim=0) for key in keys])
-        order = sorted(range(len(keys)), key=lambda i: -float(similarity[i]))[:top_k]
+        order = sorted(range(len(keys)), key=lambda i: -float(similarity[i].detach()))[:top_k]
         picks.append(order)
         similarities.append(similarity[order])
         chosen.append(sum(groups[i] for i in order) / top_k)

@@ -13,10 +13,9 @@ import timm
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from lpt_peft.attention import attach, check, detach, run_block
+from lpt_peft.attention import attach_blocks, detach_blocks, run_block
 from lpt_peft.backbones import timm_bias, timm_blocks, timm_rotary
 from lpt_peft.backbones.base import BackboneInfo, Stream
-from lpt_peft.errors import BackboneError
 
 PROMPTED = timm_blocks.PROMPTED | timm_rotary.PROMPTED | timm_bias.PROMPTED
 
@@ -56,33 +55,13 @@ class TimmBackbone:
         return tuple(self.vit.blocks)
 
     def attach(self) -> None:
-        """Swap the classes of blocks and attentions, then check one block of each class."""
-        modules = [module for block in self.blocks for module in _prompt_sites(block)]
-        for module in modules:
-            if type(module) not in PROMPTED.keys() | set(PROMPTED.values()):
-                known = ", ".join(sorted({cls.__name__ for cls in PROMPTED}))
-                raise BackboneError(
-                    f"{type(module).__name__} of {type(module).__module__} cannot take prompts; timm's {known} can. "
-                    "Build the ViT with one of these (block_fn=, attn_layer=)."
-                )
-        attached: list[nn.Module] = []
-        try:
-            for module in modules:
-                # An attached module is handed on as it is: attach() says whose it is.
-                attach(module, PROMPTED.get(type(module), type(module)))
-                attached.append(module)
-            for block in {_signature(block): block for block in self.blocks}.values():
-                check(block, self.dim)
-        except BackboneError:
-            for module in attached:
-                detach(module)
-            raise
+        """Swap the classes of blocks and attentions, then check one block of each kind."""
+        cure = "Build the ViT with one of these (block_fn=, attn_layer=)."
+        attach_blocks(self.blocks, _prompt_sites, PROMPTED, self.dim, cure=cure)
 
     def detach(self) -> None:
         """Give every block and attention its original class back."""
-        for block in self.blocks:
-            for module in _prompt_sites(block):
-                detach(module)
+        detach_blocks(self.blocks, _prompt_sites)
 
     def embed(self, *args: Any, **kwargs: Any) -> Stream:
         """The model's forward arguments to tokens; `context["blocks"]` holds the keyword arguments of each block."""
@@ -159,10 +138,6 @@ def _prompt_sites(block: Any) -> Iterator[nn.Module]:
             yield branch.attn
     elif hasattr(block, "attn"):
         yield block.attn
-
-
-def _signature(block: nn.Module) -> tuple[type, ...]:
-    return tuple(type(module) for module in _prompt_sites(block))
 
 
 def _num_heads(block: nn.Module) -> int:

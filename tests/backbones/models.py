@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import open_clip
 import pytest
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from lpt_peft import LongTailPromptAdapter
@@ -21,12 +23,32 @@ class Row:
     """One row of the table: how to build the model, and what its ecosystem calls things."""
 
     make: Callable[[], nn.Module]
-    lora: list[str] = field(default_factory=lambda: ["qkv"])
+    lora: list[str] | str = field(default_factory=lambda: ["qkv"])
     checkpointing: Callable[[Any], None] | None = lambda model: model.set_grad_checkpointing()
 
 
 def timm_model(name: str, **options: Any) -> nn.Module:
     return timm.create_model(name, **{"img_size": SIDE, "patch_size": 8, "depth": 4, "num_classes": 7, **options})
+
+
+def torchvision_model() -> nn.Module:
+    return torchvision.models.VisionTransformer(SIDE, 8, 4, 3, 48, 96, num_classes=7)
+
+
+def open_clip_model(**vision: Any) -> nn.Module:
+    """A whole CLIP, text tower and all."""
+    text = {"context_length": 8, "vocab_size": 32, "width": 48, "heads": 3, "layers": 1}
+    vision = {"image_size": SIDE, "patch_size": 8, "layers": 4, "width": 48, "head_width": 16, **vision}
+    return open_clip.CLIP(embed_dim=20, vision_cfg=vision, text_cfg=text)
+
+
+def timm_tower() -> nn.Module:
+    """A whole CLIP whose images go through timm's smallest ViT."""
+    model = open_clip_model(
+        timm_model_name="test_vit", timm_model_pretrained=False, timm_pool="token", timm_proj="linear"
+    )
+    model.visual.trunk.set_input_size((SIDE, SIDE))
+    return model
 
 
 SMALL = {"embed_dim": 48, "num_heads": 3}
@@ -35,6 +57,9 @@ ROWS: dict[str, Row] = {
     "timm EVA-02": Row(lambda: timm_model("eva02_tiny_patch14_224", **SMALL), lora=["proj", "fc2"]),
     "timm BEiT": Row(lambda: timm_model("beit_base_patch16_224", **SMALL), lora=["proj", "fc1"]),
     "timm NaFlexViT": Row(lambda: timm_model("naflexvit_base_patch16_gap", **SMALL, img_size=None)),
+    "torchvision": Row(torchvision_model, lora=["mlp.0", "mlp.3"], checkpointing=None),
+    "open_clip": Row(open_clip_model, lora=r"visual\..*c_fc"),
+    "open_clip, timm tower": Row(timm_tower, checkpointing=lambda model: model.visual.set_grad_checkpointing()),
 }
 
 

@@ -39,7 +39,8 @@ def gradients(row: str, phase: str, kind: str) -> dict[str, Tensor]:
     elif kind == "FSDP2":
         for block in adapter.backbone.blocks:
             fully_shard(block)
-        fully_shard(adapter)
+        # CLIP's logit_scale: fully_shard takes no parameter without a dimension, and the adapter has no use for it.
+        fully_shard(adapter, ignored_params={parameter for parameter in adapter.parameters() if parameter.ndim == 0})
     objective(model, batch, target).backward()
     found = {name: parameter.grad for name, parameter in adapter.named_parameters() if parameter.grad is not None}
     return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}

@@ -1,0 +1,168 @@
+"""torchvision's VisionTransformer as a Backbone: `vit_b_16` to `vit_h_14`, with a patch or a convolutional stem.
+
+Only `EncoderBlock` changes class; its nn.MultiheadAttention is called with more keys (`multihead.py`). torchvision
+checkpoints no activations, so neither does `run`. Not here: how classes are swapped (`lpt_peft.attention`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.vision_transformer import Encoder, EncoderBlock, VisionTransformer
+
+from lpt_peft.attention import Prompted, attach_blocks, detach_blocks, run_block
+from lpt_peft.backbones.base import BackboneInfo, Stream
+from lpt_peft.backbones.multihead import attend, warn_of_lora
+from lpt_peft.errors import BackboneError
+
+# (patch size, blocks, heads, width, MLP width) -> torchvision's name
+_NAMES = {
+    (16, 12, 12, 768, 3072): "vit_b_16",
+    (32, 12, 12, 768, 3072): "vit_b_32",
+    (16, 24, 16, 1024, 4096): "vit_l_16",
+    (32, 24, 16, 1024, 4096): "vit_l_32",
+    (14, 32, 16, 1280, 5120): "vit_h_14",
+}
+
+
+def open_backbone(model: nn.Module) -> TorchvisionBackbone:
+    """The driver for a torchvision model.
+
+    Raises:
+        BackboneError: The model is not a plain ViT; the message says why, and what works.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise BackboneError(
+            f"torchvision's {type(model).__name__} cannot take prompts: {_reason(model)}. What works: torchvision's "
+            'VisionTransformer, for example torchvision.models.vit_b_16(weights="DEFAULT").'
+        )
+    for module, known in ((model, VisionTransformer), (model.encoder, Encoder)):
+        if type(module).forward is not known.forward:
+            raise BackboneError(
+                f"{type(module).__name__} overrides {known.__name__}.forward, so its way from image to feature is not "
+                f"known here. What works: {known.__name__} itself and subclasses that keep that method."
+            )
+    return TorchvisionBackbone(model)
+
+
+class PromptedEncoderBlock(Prompted, EncoderBlock):
+    """Pre-norm block."""
+
+    original = EncoderBlock
+
+    def forward(self, input: Tensor, prompt: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, d) to (B, N, d); prompt (1 or B, n, d)."""
+        if prompt is None:
+            return EncoderBlock.forward(self, input)
+        x = input + self.dropout(attend(self.self_attention, self.ln_1(input), self.ln_1(prompt)))
+        return x + self.mlp(self.ln_2(x))
+
+
+class TorchvisionBackbone:
+    """`lpt_peft.backbones.base.Backbone` for torchvision.
+
+    The feature is what enters `heads`, (B, d): the class token behind the last norm.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.dim: int = model.hidden_dim
+        self.feature_dim: int = model.hidden_dim
+        # The heads may have been replaced since the model was built; `model.num_classes` would not tell.
+        linear = [module for module in model.heads.modules() if isinstance(module, nn.Linear)]
+        self.num_classes: int = linear[-1].out_features if linear else 0
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks, in order."""
+        return tuple(self.model.encoder.layers)
+
+    def attach(self) -> None:
+        """Swap the blocks' class, then check one block of each kind."""
+        cure = "Build the VisionTransformer with that class in encoder.layers."
+        attach_blocks(self.blocks, _itself, {EncoderBlock: PromptedEncoderBlock}, self.dim, cure=cure)
+        warn_of_lora(block.self_attention for block in self.model.encoder.layers)
+
+    def detach(self) -> None:
+        """Give every block its original class back."""
+        detach_blocks(self.blocks, _itself)
+
+    def embed(self, x: Tensor) -> Stream:
+        """Images (B, 3, H, W) float, of the model's `image_size`, to the tokens that enter block 1."""
+        vit = self.model
+        patches = vit._process_input(x)
+        tokens = torch.cat([vit.class_token.expand(patches.shape[0], -1, -1), patches], dim=1)
+        return Stream(vit.encoder.dropout(tokens + vit.encoder.pos_embedding), {})
+
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
+        """Blocks from `start` on, one for each prompt (n, d) or (B, n, d)."""
+        tokens = stream.tokens
+        for layer, prompt in enumerate(prompts, start):
+            tokens = run_block(self.model.encoder.layers[layer], tokens, prompt, checkpointing=False)
+        return Stream(tokens, stream.context)
+
+    def pool(self, stream: Stream) -> Tensor:
+        """The class token behind the last norm, (B, d)."""
+        tokens: Tensor = self.model.encoder.ln(stream.tokens)
+        return tokens[:, 0]
+
+    def info(self) -> BackboneInfo:
+        """What the sizes tell; torchvision does not record which weights were loaded."""
+        vit, depth, heads = self.model, len(self.blocks), self.model.encoder.layers[0].num_heads
+        sizes = {
+            "patch_size": vit.patch_size,
+            "num_layers": depth,
+            "num_heads": heads,
+            "hidden_dim": vit.hidden_dim,
+            "mlp_dim": vit.mlp_dim,
+        }
+        plain_stem = isinstance(vit.conv_proj, nn.Conv2d)
+        name = _NAMES.get(tuple(sizes.values())) if plain_stem and type(vit) is VisionTransformer else None
+        return BackboneInfo(
+            library="torchvision",
+            library_version=torchvision.__version__,
+            architecture=name or type(vit).__name__,
+            # What the named builder, or else the class, takes to make these sizes.
+            model_args={"image_size": vit.image_size, **({} if name else sizes)},
+            embed_dim=self.dim,
+            depth=depth,
+            num_heads=heads,
+            num_parameters=sum(tensor.numel() for tensor in self.frozen_tensors()),
+        )
+
+    def preprocess(self) -> dict[str, Any]:
+        """ImageNet evaluation as most of torchvision's weights want it, for the image size of this model.
+
+        The model does not record its weights; some (SWAG) resize without cropping, by bicubic interpolation.
+        """
+        return {
+            "input_size": [3, self.model.image_size, self.model.image_size],
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+            "interpolation": "bilinear",
+            "crop_pct": 0.875,  # 224 of 256
+            "crop_mode": "center",
+        }
+
+    def frozen_tensors(self) -> Iterable[Tensor]:
+        """The state dict without `heads`."""
+        return [tensor for name, tensor in self.model.state_dict().items() if not name.startswith("heads.")]
+
+
+def _itself(block: nn.Module) -> tuple[nn.Module]:
+    """Where the block takes prompts: its attention is called, not changed."""
+    return (block,)
+
+
+def _reason(model: nn.Module) -> str:
+    names = {type(module).__name__.lower() for module in model.modules()}
+    if not any("attention" in name for name in names):
+        return "it has no attention over tokens, so there are no keys and values to add a prompt to"
+    return (
+        "it is not one plain chain of attention over all tokens: they lie in windows, shrink between stages, or are "
+        "detections, and a prompt has no place there"
+    )
