@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from lpt_peft.errors import BackboneError
 
 _TOLERANCE = 1e-2  # of the prompt's whole effect: a wrong formula is off by about all of it
+_ROUNDING = 1e-9  # of the tokens: less is no effect
+_REPORT = "It may be of a version that this library does not know: see pyproject.toml, or report it."
 
 
 class Prompted:
@@ -75,7 +77,7 @@ def attach_blocks(
         sites: The modules of a block that must change class: itself, and its attentions where they are modules.
         prompted: Class -> the class that takes prompts in its place.
         dim: Width of the tokens.
-        cure: What to build instead, for the message about a class that is not in `prompted`.
+        cure: What to build or use instead, for the message.
 
     Raises:
         BackboneError: A class is not in `prompted`, the blocks already take prompts, or prompts do not work in one.
@@ -94,11 +96,16 @@ def attach_blocks(
             attach(module, prompted.get(type(module), type(module)))
             attached.append(module)
         for block in {tuple(type(part) for part in block.modules()): block for block in blocks}.values():
-            check(block, dim)
+            check(block, dim, cure=cure)
     except BackboneError:
         for module in attached:
             detach(module)
         raise
+
+
+def itself(block: nn.Module) -> tuple[nn.Module]:
+    """The `sites` of a block whose attention is called, not changed."""
+    return (block,)
 
 
 def detach_blocks(blocks: Sequence[nn.Module], sites: Callable[[nn.Module], Iterable[nn.Module]]) -> None:
@@ -158,43 +165,55 @@ def extend_mask(mask: Tensor | None, is_causal: bool, tokens: Tensor, length: in
 
 
 @torch.no_grad()
-def check(block: nn.Module, dim: int) -> None:
+def check(block: nn.Module, dim: int, *, cure: str = "") -> None:
     """Prove on random tokens that a prompted block does what appending prompt tokens would do.
 
-    Compares with the original class on `[x; P]`, outputs of `P` dropped, and makes sure that the prompt
-    has an effect at all. Catches upstream drift and silent no-ops. Runs on a copy in eval mode, so modes,
-    parameters and random state stay as they are. Modules on the meta device are not checked.
+    Compares with the original class on `[x; P]`, outputs of `P` dropped, both blind to positions, and makes sure
+    that the prompt has an effect at all. Catches upstream drift and silent no-ops. Runs on a copy in eval mode, in
+    float64 and with random weights unless some are quantised: the formula is in question, not the weights, which
+    may hide it (a fresh LayerScale of 1e-6 in bfloat16, a projection that starts at 0). Modules on the meta device
+    are not checked.
+
+    Args:
+        block: A block with its prompted class.
+        dim: Width of its tokens.
+        cure: What to build or use instead, for the message.
 
     Raises:
-        BackboneError: It does not; the message names the class.
+        BackboneError: Prompts do not work in this class; the message names it.
     """
     if not isinstance(block, Prompted) or any(parameter.is_meta for parameter in block.parameters()):
         return
     original: Any = type(block).original
+    name, way_out = f"{original.__name__} of {original.__module__}", f"{_REPORT} {cure}".rstrip()
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 5, dim, generator=generator, dtype=torch.float64)
-    prompt = torch.randn(3, dim, generator=generator, dtype=torch.float64).expand(2, 3, dim)
+    twin: Any = copy.deepcopy(block).eval()
+    if all(parameter.is_floating_point() for parameter in twin.parameters()):
+        twin.to("cpu", torch.float64)
+        for parameter in twin.parameters():
+            width = parameter.shape[-1] if parameter.ndim > 1 else 1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / width**0.5)
+    reference = next(parameter for parameter in twin.parameters() if parameter.is_floating_point())
+    x, prompt = (torch.randn(2, count, dim, generator=generator, dtype=torch.float64).to(reference) for count in (5, 3))
     try:
-        twin: Any = copy.deepcopy(block).eval()
-        if all(parameter.is_floating_point() for parameter in block.parameters()):
-            # In float64 the effect shows behind a LayerScale of 1e-6, too, where bfloat16 would round it away.
-            twin.to("cpu", torch.float64)
-        reference = next(parameter for parameter in twin.parameters() if parameter.is_floating_point())
-        x, prompt = x.to(reference.device, reference.dtype), prompt.to(reference.device, reference.dtype)
+        few, all_of_them = twin.without_positions(5), twin.without_positions(8)
         with torch.autocast(reference.device.type, enabled=False):
-            few, all_of_them = twin.without_positions(5), twin.without_positions(8)
-            ours = twin.forward(x, prompt=prompt, **few).double()
+            plain = original.forward(twin, x, **few)
+            if not isinstance(plain, Tensor):
+                raise BackboneError(
+                    f"{name} answers with a {type(plain).__name__} where others do with tokens. {way_out}"
+                )
             wanted = original.forward(twin, torch.cat([x, prompt], 1), **all_of_them)[:, :5].double()
-            plain = original.forward(twin, x, **few).double()
-    except (TypeError, AttributeError, RuntimeError) as error:
+            ours = twin.forward(x, prompt=prompt, **few).double()
+    except (TypeError, AttributeError, RuntimeError, ValueError, LookupError) as error:
+        if isinstance(error, BackboneError):
+            raise
         raise BackboneError(
-            f"{original.__name__} of {original.__module__} is not the version this library knows: {error}. "
-            "Install a supported version (see pyproject.toml) or report it."
+            f"{name} cannot be run on tokens alone, so whether prompts work in it is not known: {error}. {way_out}"
         ) from error
-    effect = (wanted - plain).norm()
-    if effect == 0 or not (ours - wanted).norm() <= _TOLERANCE * effect:
+    effect, off = (float((one.double() - wanted).norm()) for one in (plain, ours))
+    if effect <= _ROUNDING * float(wanted.norm()) or not off <= _TOLERANCE * effect:
         raise BackboneError(
-            f"Prompts do not work in {original.__name__} of {original.__module__}: with prompt keys and values it "
-            f"is off by {float((ours - wanted).norm()):.2g} where the prompt's whole effect is {float(effect):.2g}. "
-            "Its forward differs from the version this library knows; please report it."
+            f"Prompts do not work in {name}: with prompt keys and values it is off by {off:.2g} where the prompt's "
+            f"whole effect is {effect:.2g}. {way_out}"
         )

@@ -48,6 +48,7 @@ def find_backbone(model: nn.Module) -> Backbone:
             backbone: Backbone = import_module(name).open_backbone(model)
             return backbone
     raise BackboneError(
-        f"{type(model).__name__} of {type(model).__module__} is not a ViT that lpt_peft knows. What works: timm's "
-        'VisionTransformer, for example timm.create_model("vit_base_patch16_224", pretrained=True).'
+        f"{type(model).__name__} of {type(model).__module__} is not a ViT that lpt_peft knows. What works: plain ViTs of "
+        'timm (timm.create_model("vit_base_patch16_224")), transformers (ViTModel, Dinov2Model, CLIPVisionModel), '
+        "torchvision and open_clip, and PEFT models of these."
     )

@@ -93,7 +93,7 @@ class NativeTower(_Tower):
         return tuple(self.tower.transformer.resblocks)
 
     def attach(self) -> None:
-        """Swap the classes of blocks, and of attentions where they are open_clip's own; check one block of each kind."""
+        """Swap the classes of blocks, and of attentions that are open_clip's own; check one block of each kind."""
         cure = "Build the tower with one of these."
         attach_blocks(self.blocks, prompt_sites, PROMPTED, self.dim, cure=cure)
         blocks: Sequence[Any] = self.blocks

@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import Encoder, EncoderBlock, VisionTransformer
 
-from lpt_peft.attention import Prompted, attach_blocks, detach_blocks, run_block
+from lpt_peft.attention import Prompted, attach_blocks, detach_blocks, itself, run_block
 from lpt_peft.backbones.base import BackboneInfo, Stream
 from lpt_peft.backbones.multihead import attend, warn_of_lora
 from lpt_peft.errors import BackboneError
@@ -84,12 +84,12 @@ class TorchvisionBackbone:
     def attach(self) -> None:
         """Swap the blocks' class, then check one block of each kind."""
         cure = "Build the VisionTransformer with that class in encoder.layers."
-        attach_blocks(self.blocks, _itself, {EncoderBlock: PromptedEncoderBlock}, self.dim, cure=cure)
+        attach_blocks(self.blocks, itself, {EncoderBlock: PromptedEncoderBlock}, self.dim, cure=cure)
         warn_of_lora(block.self_attention for block in self.model.encoder.layers)
 
     def detach(self) -> None:
         """Give every block its original class back."""
-        detach_blocks(self.blocks, _itself)
+        detach_blocks(self.blocks, itself)
 
     def embed(self, x: Tensor) -> Stream:
         """Images (B, 3, H, W) float, of the model's `image_size`, to the tokens that enter block 1."""
@@ -151,11 +151,6 @@ class TorchvisionBackbone:
     def frozen_tensors(self) -> Iterable[Tensor]:
         """The state dict without `heads`."""
         return [tensor for name, tensor in self.model.state_dict().items() if not name.startswith("heads.")]
-
-
-def _itself(block: nn.Module) -> tuple[nn.Module]:
-    """Where the block takes prompts: its attention is called, not changed."""
-    return (block,)
 
 
 def _reason(model: nn.Module) -> str:

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
+import transformers
 from torch import Tensor, nn
 
 from lpt_peft import LongTailPromptAdapter
@@ -35,6 +36,16 @@ def torchvision_model() -> nn.Module:
     return torchvision.models.VisionTransformer(SIDE, 8, 4, 3, 48, 96, num_classes=7)
 
 
+def transformers_model(name: str, part: str = "Model", **options: Any) -> nn.Module:
+    sizes = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 96}
+    config = getattr(transformers, f"{name}Config")(**sizes, image_size=SIDE, patch_size=8, num_labels=7, **options)
+    return getattr(transformers, f"{name}{part}")(config)
+
+
+def recompute(model: Any) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def open_clip_model(**vision: Any) -> nn.Module:
     """A whole CLIP, text tower and all."""
     text = {"context_length": 8, "vocab_size": 32, "width": 48, "heads": 3, "layers": 1}
@@ -57,6 +68,13 @@ ROWS: dict[str, Row] = {
     "timm EVA-02": Row(lambda: timm_model("eva02_tiny_patch14_224", **SMALL), lora=["proj", "fc2"]),
     "timm BEiT": Row(lambda: timm_model("beit_base_patch16_224", **SMALL), lora=["proj", "fc1"]),
     "timm NaFlexViT": Row(lambda: timm_model("naflexvit_base_patch16_gap", **SMALL, img_size=None)),
+    "transformers ViT classifier": Row(
+        lambda: transformers_model("ViT", "ForImageClassification"), ["q_proj", "v_proj"], recompute
+    ),
+    "transformers DINOv3": Row(
+        lambda: transformers_model("DINOv3ViT", pos_embed_rescale=None), ["q_proj", "v_proj"], recompute
+    ),
+    "transformers SigLIP": Row(lambda: transformers_model("SiglipVision"), ["q_proj", "v_proj"], recompute),
     "torchvision": Row(torchvision_model, lora=["mlp.0", "mlp.3"], checkpointing=None),
     "open_clip": Row(open_clip_model, lora=r"visual\..*c_fc"),
     "open_clip, timm tower": Row(timm_tower, checkpointing=lambda model: model.visual.set_grad_checkpointing()),
