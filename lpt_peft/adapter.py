@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from os import PathLike
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from lpt_peft.output import AdapterOutput
 from lpt_peft.prompts import PromptPool, SharedPrompt
 
 Phase = Literal["shared", "group"]
+Source = str | PathLike[str]
 PHASES: tuple[Phase, ...] = ("shared", "group")
 
 _NOTHING_LEARNT = (
@@ -271,10 +273,15 @@ class LongTailPromptAdapter(nn.Module):
         save_prompts(self, folder, **options)
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | PathLike[str], vit: nn.Module | None = None, **options: Any
-    ) -> LongTailPromptAdapter:
-        """Read a prompt file onto a ViT: see `lpt_peft.checkpoint.load_prompts` for the options."""
-        from lpt_peft.checkpoint import load_prompts  # noqa: PLC0415 - a storey above, by contract a method here
+    def from_pretrained(cls, source: Source, vit: nn.Module | None = None, **options: Any) -> LongTailPromptAdapter:
+        """Read a prompt file, of a folder or the Hub, onto a ViT: see `lpt_peft.hub.from_pretrained`."""
+        adapter: LongTailPromptAdapter = import_module("lpt_peft.hub").from_pretrained(source, vit, **options)
+        return adapter
 
-        return load_prompts(folder, vit, **options)
+    def load_prompts(self, source: Source, **options: Any) -> None:
+        """Take the prompts of another prompt file instead of one's own: see `lpt_peft.hub.swap_from`."""
+        import_module("lpt_peft.hub").swap_from(self, source, **options)  # a storey above, by contract a method here
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Push the prompts, and nothing of the backbone, to the Hub: see `lpt_peft.hub.push_to_hub`."""
+        return import_module("lpt_peft.hub").push_to_hub(self, repo_id, **options)

@@ -57,3 +57,27 @@ class PromptFileIntegrityError(PromptFileError):
 
 class BackboneMismatchError(PromptFileError):
     """The prompts were learnt on another backbone, or on other weights of the same one."""
+
+
+class HubError(LPTError):
+    """The Hugging Face Hub did not give or take a prompt file; base class of the causes below."""
+
+
+class HubNotFoundError(HubError, FileNotFoundError):
+    """No such repository, revision or file, as far as the token may see."""
+
+
+class HubAccessError(HubError, PermissionError):
+    """The Hub knows what is meant and does not allow it: gated, a wrong token, or one that may only read."""
+
+
+class HubUnavailableError(HubError, ConnectionError):
+    """The Hub cannot be asked (offline, no answer, out of order), and what is wanted is not in the cache."""
+
+
+class HubConflictError(HubError):
+    """Someone else pushed meanwhile; nothing was overwritten."""
+
+
+class HubIntegrityError(HubError, PromptFileIntegrityError):
+    """What arrived, twice, is not what the Hub says it sent."""

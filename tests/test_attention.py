@@ -233,11 +233,15 @@ def test_self_check_runs_as_it_is_where_weights_are_not_floating():
     LongTailPromptAdapter.wrap(vit)
 
 
-def test_meta_modules_attach_unchecked():
+def test_meta_modules_are_checked_too(monkeypatch):
     with torch.device("meta"):
         vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
     LongTailPromptAdapter.wrap(vit, 7)
     assert all(isinstance(block, Prompted) for block in vit.blocks)
+    assert all(parameter.is_meta for parameter in vit.parameters())
+    monkeypatch.setattr(PromptedAttention, "forward", lambda self, x, prompt=None, **_: Attention.forward(self, x))
+    with torch.device("meta"), pytest.raises(BackboneError, match="off by"):
+        LongTailPromptAdapter.wrap(VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2), 7)
 
 
 def test_attach_and_detach_by_class():

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lpt_peft import LongTailPromptAdapter
+from lpt_peft.backbones import catalog
 from lpt_peft.cli import main
 from tests.conftest import tiny_vit
 
@@ -34,8 +35,48 @@ def test_doctor_json(capsys):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("transformers/dinov2", "12 x Dinov2Layer"),
+        ("torchvision/vit_b_32", "12 x EncoderBlock"),
+        ("open_clip/ViT-B-32", "12 x ResidualAttentionBlock"),
+        ("timm/eva02_tiny_patch14_224", "12 x EvaAttention, 12 x EvaBlock"),
+        ("vit_base_patch16_plus_240", "timm has no weights under this name"),
+    ],
+)
+def test_doctor_knows_every_library(capsys, name, words):
+    assert main(["doctor", name]) == 0
+    assert words in capsys.readouterr().out
+
+
+def test_doctor_lists_by_pattern(capsys):
+    assert main(["doctor", "--list", "*beit_base_patch16_2*"]) == 0
+    streams = capsys.readouterr()
+    assert streams.out == "beit_base_patch16_224: yes\n"
+    assert streams.err.endswith("1 of 1 take prompts.\n")
+    assert main(["doctor", "--list", "swin_[st]", "--json"]) == 0
+    report = {line["name"]: line["answer"] for line in json.loads(capsys.readouterr().out)}
+    assert report.keys() == {"torchvision/swin_s", "torchvision/swin_t"}
+    assert all("SwinTransformer cannot take prompts" in answer for answer in report.values())
+    assert main(["doctor", "--list", "nope"]) == 1
+    assert 'fits "nope"; try "*nope*"' in capsys.readouterr().err
+    assert main(["doctor"]) == 1
+    assert "needs the name of a backbone" in capsys.readouterr().err
+
+
+def test_doctor_lists_families_without_a_pattern(capsys, monkeypatch):
+    some = [entry for entry in catalog.entries() if entry.name in {"test_vit", "test_vit2", "resnet18", "alexnet"}]
+    monkeypatch.setattr(catalog, "entries", lambda: iter(some))
+    assert main(["doctor", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "timm, vision_transformer: 2 models such as test_vit: yes"
+    assert lines[1].startswith("timm, resnet: 1 models such as resnet18: timm's ResNet cannot take prompts")
+    assert lines[2].startswith("torchvision, ")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
         ("resnet18", "ResNet cannot take prompts: it has no attention over tokens"),
-        ("vit_tiny_patch16_2244", "has no model"),
+        ("vit_tiny_patch16_2244", "No installed library has a model"),
         ("swin_tiny_patch4_window7_224", "SwinTransformer"),
     ],
 )

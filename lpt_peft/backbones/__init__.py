@@ -48,7 +48,7 @@ def find_backbone(model: nn.Module) -> Backbone:
             backbone: Backbone = import_module(name).open_backbone(model)
             return backbone
     raise BackboneError(
-        f"{type(model).__name__} of {type(model).__module__} is not a ViT that lpt_peft knows. What works: plain ViTs of "
+        f"{type(model).__name__} of {type(model).__module__} is no ViT that lpt_peft knows. What works: plain ViTs of "
         'timm (timm.create_model("vit_base_patch16_224")), transformers (ViTModel, Dinov2Model, CLIPVisionModel), '
         "torchvision and open_clip, and PEFT models of these."
     )

@@ -183,7 +183,10 @@ class PromptedGemma4Block(Prompted, Gemma4Block):
         return x + self.drop_path(self.norm4(self.mlp(self.norm3(x))))
 
     def without_positions(self, count: int) -> dict[str, Any]:
-        """The rotation by no angle."""
+        """The rotation by no angle; clamps off, whose bounds are buffers, unknown on the meta device."""
+        for part in self.modules():
+            if hasattr(part, "use_clipped"):
+                part.use_clipped = False
         table = torch.ones(1, count, self.attn.head_dim, dtype=self.norm1.weight.dtype, device=self.norm1.weight.device)
         return {"rope_cos": table, "rope_sin": torch.zeros_like(table)}
 

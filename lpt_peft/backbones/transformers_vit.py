@@ -54,7 +54,13 @@ class TransformersViT:
         self._parts = parts
         self._config = attention_config(parts.layers[0])
         self._identity = nn.Identity()
-        self.dim: int = self._config.hidden_size
+        width = getattr(self._config, "hidden_size", None)
+        if not isinstance(width, int):
+            raise BackboneError(
+                f"{type(parts.tower).__name__} has no one width for all its layers (hidden_size in its config), so it "
+                f"is not a plain ViT. {WORKS}"
+            )
+        self.dim: int = width
         self.feature_dim: int = self.dim
         self.num_classes = 0
         if parts.heads:
@@ -108,7 +114,7 @@ class TransformersViT:
                 "use_mid_position_embeddings=False)."
             )
         given = (*args, *(value for name, value in kwargs.items() if name.startswith("pixel_values")))
-        images = next((value for value in given if isinstance(value, Tensor)), tokens)
+        images = ([value for value in given if isinstance(value, Tensor)] or [tokens])[0]
         if images.shape[0] != tokens.shape[0]:  # len() would fix the batch size when exporting
             raise BackboneError(
                 f"{type(self._parts.tower).__name__} packs {len(images)} images into {len(tokens)} token sequences, so "

@@ -6,7 +6,9 @@ Not here: what the bytes mean (`schema.py`, `tensors.py`).
 from __future__ import annotations
 
 import os
+import re
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +19,9 @@ from lpt_peft.errors import PromptFileFormatError, PromptFileNotFoundError
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "prompts.safetensors"
+_LEFT = re.compile(rf"\.({re.escape(CONFIG_NAME)}|{re.escape(WEIGHTS_NAME)})\.[0-9a-f]{{32}}\.(new|old)")
+_MOST_LEFT = 64
+_LEFT_SECONDS = 3600.0  # no writer is at work for so long
 _READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -49,11 +54,20 @@ def state_of(folder: Path) -> tuple[tuple[int, ...] | None, tuple[int, ...] | No
     return _identity(folder / CONFIG_NAME), _identity(folder / WEIGHTS_NAME)
 
 
+def left_configs(folder: Path) -> list[Path]:
+    """Copies of config.json beside it, newest first: of a writer that was killed, or of one at work."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        names = [path for path in folder.iterdir() if (m := _LEFT.fullmatch(path.name)) and m[1] == CONFIG_NAME]
+        return sorted(names, key=_seconds_since)[:_MOST_LEFT]
+    return []
+
+
 def write_pair(folder: Path, config: bytes, weights: bytes) -> None:
     """Put both files into `folder`, which is made if need be; nothing is written where they are there already.
 
-    A reader sees the old pair, or the new, or none: the old config.json is taken away first, the new one comes
-    last. On failure the old pair is put back as far as possible, and no other file is left behind.
+    A reader sees the old pair or the new: the old config.json is put aside first, the new one comes last, and where
+    the writer is killed in between, one of the two copies beside it belongs to the weights that are there. On failure
+    the old pair is put back as far as possible, and no other file is left behind.
 
     Raises:
         PromptFileFormatError: One of the two names is taken by something that is no regular file.
@@ -84,6 +98,9 @@ def write_pair(folder: Path, config: bytes, weights: bytes) -> None:
         _sync_folder(folder)
     finally:
         for path in (new_config, new_weights, old_config):
+            path.unlink(missing_ok=True)
+    for path in folder.iterdir():  # of writers that were killed: the pair is whole again without them
+        if _LEFT.fullmatch(path.name) and _seconds_since(path) > _LEFT_SECONDS:
             path.unlink(missing_ok=True)
 
 
@@ -119,3 +136,11 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _seconds_since(path: Path) -> float:
+    """Since it was written or put aside; a file that is gone by now is new."""
+    try:
+        return time.time() - path.stat().st_ctime
+    except FileNotFoundError:
+        return 0.0

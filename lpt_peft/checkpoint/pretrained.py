@@ -17,6 +17,7 @@ from torch import nn
 
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.backbones import Backbone, find_backbone
+from lpt_peft.backbones.build import NORM_EPS
 from lpt_peft.backbones.fingerprint import fingerprint
 from lpt_peft.checkpoint.files import write_pair
 from lpt_peft.checkpoint.prompt_file import PromptFile, encode, read_prompt_file
@@ -66,7 +67,7 @@ def save_prompts(
 
 def load_prompts(
     folder: str | PathLike[str],
-    vit: nn.Module | None = None,
+    vit: nn.Module,
     *,
     check_backbone: CheckBackbone = "error",
     head_dropout: float = 0.1,
@@ -88,25 +89,18 @@ def load_prompts(
         PromptFileError: The file is refused; the class tells why, as in `decode`.
         BackboneMismatchError: The prompts were learnt on another backbone.
         BackboneError: The ViT cannot take prompts, or is wrapped already.
-        ConfigError: An option is out of range, there is no ViT, or its sizes do not fit.
+        ConfigError: An option is out of range, or its sizes do not fit.
     """
-    if check_backbone not in ("error", "warn", "off"):
-        raise ConfigError(f'check_backbone={check_backbone!r} must be "error", "warn" or "off".')
-    prompts = read_prompt_file(folder)
-    if vit is None:
-        architecture = prompts.config["backbone"]["architecture"]
-        raise ConfigError(
-            f"These prompts were learnt on {architecture}: give that model, from_pretrained(folder, vit)."
-        )
+    check_choice(check_backbone)
+    return wrap_prompts(read_prompt_file(folder), vit, check_backbone=check_backbone, head_dropout=head_dropout)
+
+
+def wrap_prompts(
+    prompts: PromptFile, vit: nn.Module, *, check_backbone: CheckBackbone = "error", head_dropout: float = 0.1
+) -> LongTailPromptAdapter:
+    """Wrap a ViT with prompts that were read already; arguments and errors as in `load_prompts`."""
     backbone = find_backbone(vit)
-    if check_backbone != "off" and (mismatch := _mismatch(prompts.config["backbone"], backbone)):
-        if check_backbone == "error":
-            raise BackboneMismatchError(f'{mismatch} To load them all the same: check_backbone="warn".')
-        warnings.warn(mismatch, stacklevel=2)
-    return _wrap(backbone, prompts, head_dropout)
-
-
-def _wrap(backbone: Backbone, prompts: PromptFile, head_dropout: float) -> LongTailPromptAdapter:
+    check_match(prompts, backbone, check_backbone)
     # The constructor draws initial prompts; loading must not move the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         adapter = LongTailPromptAdapter(backbone, prompts.prompt_config, head_dropout=head_dropout)
@@ -123,9 +117,42 @@ def _wrap(backbone: Backbone, prompts: PromptFile, head_dropout: float) -> LongT
     return adapter
 
 
-def _mismatch(theirs: Mapping[str, Any], backbone: Backbone) -> str | None:
+def check_choice(check_backbone: str) -> None:
+    """`check_backbone` is one of the three words.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if check_backbone not in ("error", "warn", "off"):
+        raise ConfigError(f'check_backbone={check_backbone!r} must be "error", "warn" or "off".')
+
+
+def check_match(
+    prompts: PromptFile, backbone: Backbone, check_backbone: CheckBackbone, known: str | None = None
+) -> None:
+    """Compare the backbone with the one the prompts were learnt on; `known` is its fingerprint, if computed before.
+
+    Raises:
+        BackboneMismatchError: It is another one, and `check_backbone` is "error".
+        ConfigError: `check_backbone` is unknown.
+    """
+    check_choice(check_backbone)
+    if check_backbone != "off" and (mismatch := _mismatch(prompts.config["backbone"], backbone, known)):
+        if check_backbone == "error":
+            raise BackboneMismatchError(f'{mismatch} To load them all the same: check_backbone="warn".')
+        warnings.warn(mismatch, stacklevel=3)
+
+
+def _mismatch(theirs: Mapping[str, Any], backbone: Backbone, known: str | None) -> str | None:
     """How the backbone differs from the file's, or None; the backbone is only read."""
-    ours = {**asdict(backbone.info()), "fingerprint": fingerprint(backbone.frozen_tensors())}
+    ours = {**asdict(backbone.info()), "fingerprint": known or fingerprint(backbone.frozen_tensors())}
+    eps = theirs["model_args"].get(NORM_EPS)
+    other_eps = {m.eps for m in backbone.model.modules() if isinstance(m, nn.LayerNorm)} - {eps}
+    if eps is not None and other_eps:
+        return (
+            f"These prompts were learnt on a {theirs['architecture']} whose LayerNorms have eps={eps:g}; the ViT given "
+            f"has {max(other_eps):g}. Build it with norm_layer=partial(torch.nn.LayerNorm, eps={eps:g})."
+        )
     # The same weights can be cut into another number of heads: the fingerprint does not tell.
     if all(ours[key] == theirs[key] for key in ("fingerprint", "num_heads")):
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import index
 from os import PathLike
@@ -18,13 +19,14 @@ from typing import Any
 from torch import Tensor
 
 from lpt_peft.adapter import LongTailPromptAdapter, Phase
-from lpt_peft.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, open_regular, state_of, write_pair
+from lpt_peft.backbones import BackboneInfo
+from lpt_peft.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, left_configs, open_regular, state_of, write_pair
 from lpt_peft.checkpoint.rules import BrokenRule
 from lpt_peft.checkpoint.schema import MAX_CONFIG_BYTES, build_content, parse_config, prompt_config
 from lpt_peft.checkpoint.strict_json import dumps
 from lpt_peft.checkpoint.tensors import check_size, decode_tensors, describe, encode_tensors
 from lpt_peft.config import PromptConfig, PromptMetadata
-from lpt_peft.errors import InputError, PromptFileError, PromptFileFormatError
+from lpt_peft.errors import InputError, PromptFileError, PromptFileFormatError, PromptFileNotFoundError
 
 _ATTEMPTS = 10
 _PAUSE = 0.005  # seconds, longer with every attempt; a writer's files are apart for microseconds
@@ -71,10 +73,11 @@ def encode(
     class_counts: Iterable[int] | None = None,
     label_names: Iterable[str] | None = None,
     training: Mapping[str, Any] | None = None,
+    backbone: BackboneInfo | None = None,
 ) -> tuple[bytes, bytes]:
     """An adapter to the bytes of config.json and prompts.safetensors; equal adapters give equal bytes.
 
-    Arguments and errors are those of `save_prompts`.
+    Arguments and errors are those of `save_prompts`; `backbone` is what is known of the ViT where it cannot tell.
     """
     carried, tensors = adapter.metadata, adapter.adapter_state_dict()
     metadata = PromptMetadata(
@@ -83,7 +86,7 @@ def encode(
         training=carried.training if training is None else training,
     )
     try:
-        content = build_content(adapter, describe(tensors), metadata)
+        content = build_content(adapter, describe(tensors), metadata, backbone or adapter.backbone.info())
         weights = encode_tensors(tensors, content)
         content["weights"] = {"size": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
         config = (dumps(content, indent=2) + "\n").encode("utf-8")
@@ -114,13 +117,38 @@ def read_prompt_file(folder: str | PathLike[str]) -> PromptFile:
     """Read a prompt file without a backbone: to look at it, or to check it.
 
     Only `config.json` and `prompts.safetensors` are opened, and no more is read than they may hold. A pair that
-    changes while it is read is read again.
+    changes while it is read is read again; where a writer was killed between the two files, the copy of config.json
+    that it left and that belongs to the weights stands in.
 
     Raises:
         PromptFileNotFoundError: The folder or one of the two files is missing.
         PromptFileError: The file is refused; the class tells why, as in `decode`.
     """
-    folder = Path(folder)
+    return _read(Path(folder))[0]
+
+
+def read_pair(folder: str | PathLike[str]) -> tuple[bytes, bytes]:
+    """The bytes of config.json and prompts.safetensors of a folder, after the checks of `read_prompt_file`.
+
+    Raises:
+        PromptFileNotFoundError: The folder or one of the two files is missing.
+        PromptFileError: The file is refused; the class tells why, as in `decode`.
+    """
+    return _read(Path(folder))[1]
+
+
+def write_prompt_file(folder: str | PathLike[str], config: bytes, weights: bytes) -> None:
+    """Check the bytes of both files as a reader would, then write them: see `encode` and `save_prompts`.
+
+    Raises:
+        PromptFileError: A reader would refuse them; nothing was written.
+        OSError: The disk is full, or the folder may not be written.
+    """
+    decode(config, weights)
+    write_pair(Path(folder), config, weights)
+
+
+def _read(folder: Path) -> tuple[PromptFile, tuple[bytes, bytes]]:
     for attempt in range(1, _ATTEMPTS + 1):
         before = state_of(folder)
         try:
@@ -135,25 +163,26 @@ def read_prompt_file(folder: str | PathLike[str]) -> PromptFile:
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def write_prompt_file(folder: str | PathLike[str], config: bytes, weights: bytes) -> None:
-    """Check the bytes of both files as a reader would, then write them: see `encode` and `save_prompts`.
+def _read_once(folder: Path) -> tuple[PromptFile, tuple[bytes, bytes]]:
+    try:
+        return _read_files(folder / CONFIG_NAME, folder / WEIGHTS_NAME)
+    except PromptFileNotFoundError:
+        for config in left_configs(folder):
+            with suppress(PromptFileError):  # of the copies that a killed writer left, one belongs to the weights
+                return _read_files(config, folder / WEIGHTS_NAME)
+        raise
 
-    Raises:
-        PromptFileError: A reader would refuse them; nothing was written.
-        OSError: The disk is full, or the folder may not be written.
-    """
-    decode(config, weights)
-    write_pair(Path(folder), config, weights)
 
-
-def _read_once(folder: Path) -> PromptFile:
-    with open_regular(folder / CONFIG_NAME) as (stream, size):
+def _read_files(config_path: Path, weights_path: Path) -> tuple[PromptFile, tuple[bytes, bytes]]:
+    with open_regular(config_path) as (stream, size):
         if size > MAX_CONFIG_BYTES:
             raise PromptFileFormatError(f"config.json has {size} bytes, at most {MAX_CONFIG_BYTES} are read.")
-        config = parse_config(stream.read(MAX_CONFIG_BYTES + 1))
-    with open_regular(folder / WEIGHTS_NAME) as (stream, size):
-        check_size(size, config)
-        return PromptFile(config, decode_tensors(stream.read(size + 1), config))
+        config = stream.read(MAX_CONFIG_BYTES + 1)
+    content = parse_config(config)
+    with open_regular(weights_path) as (stream, size):
+        check_size(size, content)
+        weights = stream.read(size + 1)
+    return PromptFile(content, decode_tensors(weights, content)), (config, weights)
 
 
 def _counts(values: Iterable[int]) -> tuple[int, ...]:

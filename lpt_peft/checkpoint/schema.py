@@ -13,6 +13,8 @@ from typing import Any
 
 from lpt_peft._version import __version__
 from lpt_peft.adapter import PHASES, LongTailPromptAdapter
+from lpt_peft.backbones import BackboneInfo
+from lpt_peft.backbones.build import NORM_EPS
 from lpt_peft.backbones.fingerprint import ALGORITHM
 from lpt_peft.checkpoint.rules import (
     BrokenRule,
@@ -83,7 +85,10 @@ _CONFIG_RULE = record({**_CONTENT, "weights": record({"size": whole(8), "sha256"
 
 
 def build_content(
-    adapter: LongTailPromptAdapter, tensors: Mapping[str, Mapping[str, Any]], metadata: PromptMetadata
+    adapter: LongTailPromptAdapter,
+    tensors: Mapping[str, Mapping[str, Any]],
+    metadata: PromptMetadata,
+    backbone: BackboneInfo,
 ) -> dict[str, Any]:
     """All of config.json but `weights`, as plain JSON values.
 
@@ -91,6 +96,7 @@ def build_content(
         adapter: Whose prompts these are.
         tensors: Name to dtype and shape, as in the file.
         metadata: What the adapter itself does not need.
+        backbone: Which model the adapter is on.
 
     Raises:
         BrokenRule: A value, or all of them together, does not fit the format.
@@ -109,7 +115,7 @@ def build_content(
         "class_counts": metadata.class_counts,
         "preprocess": adapter.backbone.preprocess(),
         "backbone": {
-            **asdict(adapter.backbone.info()),
+            **asdict(backbone),
             "fingerprint": adapter.fingerprint,
             "fingerprint_algorithm": ALGORITHM,
         },
@@ -189,6 +195,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
     backbone, preprocess = config["backbone"], config["preprocess"]
     if (backbone["embed_dim"], backbone["depth"]) != (sizes.dim, sizes.depth):
         raise BrokenRule("prompt.dim and prompt.depth must be the backbone's embed_dim and depth")
+    if NORM_EPS in backbone["model_args"]:
+        positive(backbone["model_args"][NORM_EPS], f"backbone.model_args.{NORM_EPS}")
     fits = len(preprocess["mean"]) == len(preprocess["std"])
     require(fits, preprocess["std"], "preprocess.std", "of the length of preprocess.mean")
     size = len(dumps(config["training"]).encode("utf-8"))

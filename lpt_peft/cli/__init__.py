@@ -16,16 +16,26 @@ def main(arguments: list[str] | None = None) -> int:
             import tyro  # noqa: PLC0415 - an optional extra
         except ImportError as error:
             raise MissingExtraError('The lpt-peft command needs tyro: pip install "lpt_peft[cli]".') from error
-        from lpt_peft.cli.demo import demo  # noqa: PLC0415 - after the check for tyro
+        from lpt_peft.cli.convert import convert  # noqa: PLC0415 - after the check for tyro
+        from lpt_peft.cli.demo import demo  # noqa: PLC0415
         from lpt_peft.cli.doctor import doctor  # noqa: PLC0415
         from lpt_peft.cli.inspect import inspect  # noqa: PLC0415
+        from lpt_peft.cli.pull import pull  # noqa: PLC0415
+        from lpt_peft.cli.push import push  # noqa: PLC0415
 
-        commands: dict[str, Callable[..., Any]] = {"demo": demo, "doctor": doctor, "inspect": inspect}
+        commands: dict[str, Callable[..., Any]] = {
+            "convert": convert,
+            "demo": demo,
+            "doctor": doctor,
+            "inspect": inspect,
+            "pull": pull,
+            "push": push,
+        }
         tyro.extras.subcommand_cli_from_dict(commands, prog="lpt-peft", args=arguments)
     except LPTError as error:
         print(f"lpt-peft: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("lpt-peft: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"lpt-peft: {stop or 'interrupted'}", file=sys.stderr)
         return 130
     return 0

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from typing import Any
+from difflib import get_close_matches
+from typing import Annotated, Any
 
 import timm
 import tyro
 
 from lpt_peft.adapter import PHASES, LongTailPromptAdapter
-from lpt_peft.backbones import find_backbone
+from lpt_peft.backbones import catalog, find_backbone
 from lpt_peft.cli.options import Json
-from lpt_peft.errors import BackboneError, LPTError
+from lpt_peft.cli.support import show_support
+from lpt_peft.errors import BackboneError, ConfigError, LPTError
 
 
 def doctor(
-    backbone: tyro.conf.Positional[str],
+    backbone: tyro.conf.Positional[str] = "",
     /,
+    *,
+    listing: Annotated[bool, tyro.conf.arg(name="list")] = False,
     num_classes: int = 1000,
     prompt_length: int = 10,
     pool_size: int = 20,
@@ -27,12 +31,20 @@ def doctor(
     """Say what `LongTailPromptAdapter.wrap` would do with a backbone; nothing is downloaded.
 
     Args:
-        backbone: A model name of timm, such as vit_base_patch16_224.
+        backbone: A model name of timm, such as vit_base_patch16_224, or one of another library behind its name:
+            transformers/dinov2, torchvision/vit_b_16, open_clip/ViT-B-32. With --list, a pattern, such as "eva02*".
+        listing: Print which models take prompts, and why the others do not: every name that fits the pattern, or
+            the table of all families without one (which takes some minutes).
         num_classes: Classes of the new head.
         prompt_length: Tokens of a prompt in each block.
         pool_size: Groups.
         as_json: Print one JSON object.
     """
+    if listing:
+        show_support(backbone, as_json=as_json)
+        return
+    if not backbone:
+        raise ConfigError("doctor needs the name of a backbone, such as vit_base_patch16_224, or --list.")
     try:
         report = examine(backbone, num_classes, prompt_length=prompt_length, pool_size=pool_size)
     except LPTError as error:
@@ -44,17 +56,20 @@ def doctor(
 
 
 def examine(name: str, num_classes: int, **options: int) -> dict[str, Any]:
-    """Build the backbone with random weights, wrap it, and tell.
+    """Build the backbone without weights, wrap it, and tell.
 
     Raises:
-        BackboneError: timm has no such model, or it cannot take prompts.
+        BackboneError: No installed library has such a model, or it cannot take prompts.
         ConfigError: A number is out of range.
     """
-    try:
-        vit = timm.create_model(name, pretrained=False)
-    except RuntimeError as error:  # what timm raises for an unknown name
-        near = timm.list_models(f"*{name}*")[:5] or timm.list_models("vit_base*")[:5]
-        raise BackboneError(f'timm {timm.__version__} has no model "{name}". Near it: {", ".join(near)}.') from error
+    entry = catalog.find(name)
+    if entry is None:
+        titles = [one.title for one in catalog.entries()]
+        near = (
+            get_close_matches(name, titles, 5, 0.5) or [title for title in titles if title.startswith("vit_base")][:5]
+        )
+        raise BackboneError(f'No installed library has a model "{name}". Near it: {", ".join(near)}.')
+    vit = entry.build()
     modules = Counter(type(module).__name__ for module in vit.modules())
     adapter = LongTailPromptAdapter.wrap(vit, num_classes, **options)
     attached = {
@@ -82,6 +97,7 @@ def examine(name: str, num_classes: int, **options: int) -> dict[str, Any]:
         "prompt_parameters": prompts,
         "prompt_share": prompts / info.num_parameters,
         "preprocess": adapter.backbone.preprocess(),
+        "pretrained": timm.is_model_pretrained(entry.name) if entry.library == "timm" else None,
     }
 
 
@@ -102,4 +118,6 @@ def _text(report: dict[str, Any]) -> str:
         f"  preprocess    {' x '.join(map(str, preprocess['input_size']))}, mean {preprocess['mean']}, "
         f"std {preprocess['std']}, {preprocess['interpolation']}, crop {preprocess['crop_pct']:g}",
     ]
+    if report["pretrained"] is False:
+        lines.append("  note          timm has no weights under this name: mean, std and crop are its defaults")
     return "\n".join(lines)

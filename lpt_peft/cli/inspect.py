@@ -1,4 +1,4 @@
-"""`lpt-peft inspect FOLDER`: what a prompt file holds, after all the checks of reading it."""
+"""`lpt-peft inspect SOURCE`: what a prompt file holds, after all the checks of reading it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ from typing import Any
 
 import tyro
 
-from lpt_peft.checkpoint import read_prompt_file
 from lpt_peft.cli.options import Json
+from lpt_peft.hub import read_prompts
 
 
-def inspect(folder: tyro.conf.Positional[str], /, as_json: Json = False) -> None:
+def inspect(
+    source: tyro.conf.Positional[str],
+    /,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    as_json: Json = False,
+) -> None:
     """Check a prompt file and say what it holds; no backbone is needed.
 
     Args:
-        folder: With config.json and prompts.safetensors.
+        source: A folder, or owner/name on the Hugging Face Hub.
+        revision: Branch, tag or commit of the repository.
+        subfolder: Where in the folder or repository.
         as_json: Print the content of config.json.
     """
-    config = read_prompt_file(folder).config
-    print(json.dumps(config, indent=2, ensure_ascii=False) if as_json else _text(folder, config))
+    config = read_prompts(source, revision=revision, subfolder=subfolder).config
+    print(json.dumps(config, indent=2, ensure_ascii=False) if as_json else _text(source, config))
 
 
-def _text(folder: str, config: Mapping[str, Any]) -> str:
+def _text(source: str, config: Mapping[str, Any]) -> str:
     prompt, head, backbone = config["prompt"], config["head"], config["backbone"]
     preprocess, counts, names = config["preprocess"], config["class_counts"], head["label_names"]
     tensors = [
@@ -31,7 +39,7 @@ def _text(folder: str, config: Mapping[str, Any]) -> str:
         for name, tensor in config["tensors"].items()
     ]
     lines = [
-        f"{folder}: prompt file, format {config['format_version']}, written by lpt_peft {config['library_version']}",
+        f"{source}: prompt file, format {config['format_version']}, written by lpt_peft {config['library_version']}",
         f"  prompts         phase {prompt['phase']}: {prompt['prompt_length']} tokens in each of {prompt['depth']} "
         f"blocks; {prompt['pool_size']} groups after block {prompt['shared_layers']}, {prompt['top_k']} for an image",
         f"  head            {head['num_classes']} classes, logit scale {head['logit_scale']:g}",

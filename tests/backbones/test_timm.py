@@ -244,3 +244,11 @@ def test_a_bare_encoder_needs_a_number_of_classes():
     with pytest.raises(ConfigError, match="num_classes"):
         LongTailPromptAdapter.wrap(encoder)
     assert isinstance(LongTailPromptAdapter.wrap(encoder, 5).backbone, GridViT)
+
+
+def test_clipped_linears_on_the_meta_device_are_no_obstacle():
+    with torch.device("meta"):
+        model = timm.create_model("gemma4_vit_167m", depth=1, embed_dim=48, num_heads=3, head_dim=16)
+    assert any(getattr(part, "use_clipped", False) for part in model.modules())
+    LongTailPromptAdapter.wrap(model, 5)
+    assert any(getattr(part, "use_clipped", False) for part in model.modules())

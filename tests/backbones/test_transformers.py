@@ -288,6 +288,12 @@ def test_copies_of_an_adapter_answer_alike(copies, monkeypatch):
     assert torch.equal(adapter(**given), answer), "the copy shares modules with the original"
 
 
+# Seen on 2.7.1, 2.8.0 and 2.9.1: dynamo cannot read an attribute that was deleted and set again, by which layer and
+# attention function meet. 2.15 can.
+traced = pytest.mark.skipif(torch.__version__ < "2.10", reason="this torch compiles no transformers model")
+
+
+@traced
 @pytest.mark.parametrize("name", ["ViT", "DINOv3ViT", "CLIPVision"])
 @pytest.mark.parametrize("phase", ["shared", "group"])
 def test_compiles_into_one_graph(name, phase):
@@ -304,6 +310,7 @@ def test_compiles_into_one_graph(name, phase):
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
+@traced
 @pytest.mark.parametrize("strict", [False, True])
 def test_exports_with_a_dynamic_batch(strict):
     adapter = LongTailPromptAdapter.wrap(encoder("DINOv3ViT"), 5).eval()
@@ -314,6 +321,7 @@ def test_exports_with_a_dynamic_batch(strict):
     torch.testing.assert_close(program.module()(images), adapter(images), rtol=1e-12, atol=1e-12)
 
 
+@traced
 def test_classifiers_compile_too():
     adapter = LongTailPromptAdapter.wrap(build(CLASSIFIERS["Dinov2"][1])).eval()
     torch._dynamo.reset()

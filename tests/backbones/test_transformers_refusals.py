@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("transformers")
 import transformers as hf
@@ -190,7 +191,8 @@ def test_self_check_does_not_depend_on_weights_and_leaves_them(dtype):
     with torch.no_grad():
         for layer in vit.encoder.layer:
             layer.layer_scale1.lambda1.fill_(1e-6)
-            layer.attention.o_proj.weight.zero_()
+            for linear in (part for part in layer.attention.modules() if isinstance(part, nn.Linear)):
+                linear.weight.zero_()
     before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
     modes, state = [module.training for module in vit.modules()], torch.get_rng_state()
     find_backbone(vit).attach()

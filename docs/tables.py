@@ -1,0 +1,93 @@
+"""Writes the two tables of docs/backbones.md from what is true: `python docs/tables.py` (about ten minutes).
+
+The first asks every model of the installed libraries, as `lpt-peft doctor --list` does; the second runs
+tests/backbones/test_company.py and shows each cell's outcome.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "backbones.md"
+COMPANY = "tests/backbones/test_company.py"
+COLUMNS = {
+    "test_compile": "compile",
+    "test_export": "export",
+    "test_onnx": "ONNX",
+    "test_checkpointing": "checkpointing",
+    "test_ddp": "DDP",
+    "test_fsdp2": "FSDP2",
+    "test_lora": "LoRA",
+    "test_autocast": "autocast",
+    "test_pickle": "pickle",
+}
+SIGNS = {"passed": "✓", "skipped": "–"}
+
+
+class Outcomes:
+    """A pytest plugin that notes the outcome of every cell."""
+
+    def __init__(self) -> None:
+        self.cells: dict[tuple[str, str], set[str]] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Called by pytest for the setup, call and teardown of each test."""
+        found = re.fullmatch(rf"{COMPANY}::(\w+)\[(?:shared|group)-(.+)\]", report.nodeid)
+        if found and (report.when == "call" or report.outcome != "passed"):
+            self.cells.setdefault((found[2], found[1]), set()).add(report.outcome)
+
+
+def company_table() -> str:
+    """Rows: models of each ecosystem. A cell: what both phases did in the test of that name."""
+    outcomes = Outcomes()
+    pytest.main(["-q", "-p", "no:cacheprovider", str(ROOT / COMPANY)], plugins=[outcomes])
+    rows = list(dict.fromkeys(row for row, _ in outcomes.cells))
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |"]
+    lines.append("|---" * (len(COLUMNS) + 1) + "|")
+    for row in rows:
+        cells = []
+        for test in COLUMNS:
+            outcome = outcomes.cells.get((row, test), {"missing"})
+            cells.append(SIGNS.get(outcome.pop(), "✗") if len(outcome) == 1 else "✗")
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def support_table() -> str:
+    """A line for each family of the installed libraries and each answer."""
+    from lpt_peft.cli.support import families, survey  # noqa: PLC0415 - needs the extra [cli]
+
+    lines = ["| library | family | models | such as | takes prompts |", "|---|---|---|---|---|"]
+    answers = families([(entry, short(answer)) for entry, answer in survey("*")])
+    lines += [f"| {x.library} | {x.family} | {x.models} | `{x.example}` | {x.answer} |" for x in answers]
+    return "\n".join(lines)
+
+
+def short(answer: str) -> str:
+    """The reason alone: without the way out and the class's own name, so that models with one reason share a line."""
+    why = re.split(r" What works: | It may be of a version|, so whether prompts work in it", answer)[0]
+    why = re.sub(r"^(timm's |torchvision's |transformers )?\w+( of [\w.]+)? (?=has|answers|cannot|is )", "", why)
+    return (
+        answer if answer == "yes" else "no: " + why.replace("cannot take prompts: ", "").rstrip(".").replace("|", "/")
+    )
+
+
+def write(name: str, table: str) -> None:
+    """Put a table between its marks."""
+    text = PAGE.read_text(encoding="utf-8")
+    start, end = f"<!-- {name}: written by docs/tables.py -->", f"<!-- {name}: end -->"
+    before, _, rest = text.partition(start)
+    after = rest.partition(end)[2]
+    PAGE.write_text(f"{before}{start}\n\n{table}\n\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    tables = {"company": company_table, "support": support_table}
+    for chosen in sys.argv[1:] or tables:
+        write(chosen, tables[chosen]())

@@ -1,0 +1,59 @@
+"""`lpt-peft push FOLDER REPO`: a prompt file to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import tyro
+
+from lpt_peft.checkpoint import read_pair
+from lpt_peft.cli.options import Json
+from lpt_peft.hub import push_files
+
+
+def push(
+    folder: tyro.conf.Positional[Path],
+    repo: tyro.conf.Positional[str],
+    /,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    private: bool = False,
+    create_pr: bool = False,
+    message: str = "Upload prompts with lpt-peft",
+    license: str | None = None,
+    dataset: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    as_json: Json = False,
+) -> None:
+    """Push a prompt file, and a model card where the repository has none. Log in first: hf auth login, or HF_TOKEN.
+
+    Args:
+        folder: With config.json and prompts.safetensors; nothing else in it is sent.
+        repo: owner/name; made if need be.
+        revision: Branch, made if need be.
+        subfolder: Where in the repository.
+        private: If the repository is made, let nobody else see it.
+        create_pr: Open a pull request instead of committing.
+        message: First line of the commit.
+        license: For the model card; none is made up.
+        dataset: Hub id of the training data, for the model card; may be given several times.
+        as_json: Print one JSON object.
+    """
+    config, weights = read_pair(folder)
+    info = push_files(
+        config,
+        weights,
+        repo,
+        revision=revision,
+        subfolder=subfolder,
+        private=private or None,
+        create_pr=create_pr,
+        commit_message=message,
+        license=license,
+        datasets=dataset,
+    )
+    if as_json:
+        print(json.dumps({"commit": info.oid, "url": str(info.commit_url), "pull_request": info.pr_url}))
+    else:
+        print(f"{info.pr_url or info.commit_url}")

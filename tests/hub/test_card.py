@@ -1,0 +1,136 @@
+"""The model card: what the file says and the caller gave, with the shot rule; nothing made up."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import save_file
+
+from lpt_peft.checkpoint import encode
+from lpt_peft.hub import CardOptions, model_card
+from tests.conftest import tiny_vit
+from tests.hub.conftest import adapter_of
+
+RULE = "many: n > 100, medium: 20 <= n <= 100, few: n < 20; mean over classes"
+TRAINING = {
+    "metrics": {"many": 0.9123, "medium": 0.8, "few": 0.7, "accuracy": 0.85, "epochs": 40, "rule": RULE, "per": [0.1]},
+    "recipe": {"learning_rate": 0.1, "decay": "selected"},
+}
+
+
+def config_of(**options):
+    return json.loads(encode(adapter_of(), **options)[0])
+
+
+def parts(card):
+    _, head, body = card.split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def test_nothing_is_made_up():
+    data, body = parts(model_card(config_of(), "me/places-lt"))
+    assert data == {
+        "library_name": "lpt_peft",
+        "pipeline_tag": "image-classification",
+        "tags": ["lpt", "long-tailed-recognition", "prompt-tuning"],
+    }
+    for word in ("license", "dataset", "Results", "Recipe"):
+        assert word not in body
+    assert "7 classes" in body
+    assert "group; 3 tokens in each of 2 blocks, 5 groups after block 1, 2 for an image" in body
+    assert "prompts and keys: 624 parameters; head: 168; 3,168 bytes" in body  # 2*3*24 + 5*1*3*24 + 5*24; 7*24
+
+
+def test_what_the_caller_gave():
+    options = CardOptions(license="mit", datasets=("me/places",), tags=("scenes", "lpt"), base_model="timm/vit")
+    data, _ = parts(model_card(config_of(), "me/places-lt", options))
+    assert (data["license"], data["datasets"], data["base_model"]) == ("mit", ["me/places"], "timm/vit")
+    assert data["base_model_relation"] == "adapter"
+    assert data["tags"] == ["lpt", "long-tailed-recognition", "prompt-tuning", "scenes"]
+
+
+def test_figures_with_their_rule():
+    card = model_card(config_of(training=TRAINING), "me/places-lt")
+    data, body = parts(card)
+    assert "model-index" not in data  # that table needs a dataset
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \|$", body, re.MULTILINE)
+    assert rows == [("many", "91.2"), ("medium", "80.0"), ("few", "70.0"), ("accuracy", "85.0")]
+    assert f"Shot rule: `{RULE}`." in body
+    assert "- `decay`: `selected`\n- `learning_rate`: `0.1`" in body
+
+    data, _ = parts(model_card(config_of(training=TRAINING), "me/places-lt", CardOptions(datasets=("me/places",))))
+    (model,) = data["model-index"]
+    assert model["name"] == "places-lt"
+    (result,) = model["results"]
+    assert result["dataset"] == {"name": "me/places", "type": "me/places"}
+    assert [metric["value"] for metric in result["metrics"]] == [0.9123, 0.8, 0.7]
+    assert result["metrics"][2]["name"].startswith("few-shot accuracy (many: n > 100")
+    assert ModelCard(card).data.library_name == "lpt_peft"
+
+
+def test_figures_without_rule_say_so():
+    training = {"metrics": {"few": 0.5}}
+    card = model_card(config_of(training=training), "me/x", CardOptions(datasets=("me/places",)))
+    data, body = parts(card)
+    assert "did not record its shot rule" in body
+    assert "model-index" not in data
+    for metrics in ("none", [0.5], {"few": True, "many": 3.5, "name": "x"}):
+        assert "Results" not in model_card(config_of(training={"metrics": metrics}), "me/x")
+
+
+def test_text_of_the_file_stays_text():
+    config = config_of(
+        training={"recipe": {"a`b|<script>": "x\n---\n# y"}, "metrics": {"a|b": 0.5}, "rule": "<b>\n[x](y)"}
+    )
+    config["backbone"]["architecture"] = "vit`\n\n<script>alert(1)</script>\n---"
+    body = parts(model_card(config, "me/x"))[1]
+    assert "<" not in re.sub(r"`[^`\n]*`", "", body)
+    assert "\n---" not in body
+    assert "](y)" not in re.sub(r"`[^`\n]*`", "", body)
+
+
+def test_a_base_model_only_where_the_weights_are_its_own(tmp_path, monkeypatch):
+    cached = tmp_path / "models--me--vit" / "snapshots" / ("0" * 40) / "model.safetensors"
+    cached.parent.mkdir(parents=True)
+    (tmp_path / "models--me--vit" / "refs").mkdir()
+    (tmp_path / "models--me--vit" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = config_of()
+
+    def base(hub_id):
+        config["backbone"]["hub_id"] = hub_id
+        return parts(model_card(config, "me/x"))[0].get("base_model")
+
+    assert base("me/vit") is None  # not in the cache
+    tensors = {name: tensor.contiguous() for name, tensor in tiny_vit().state_dict().items()}
+    save_file(tensors, cached)
+    assert base("me/vit") == "me/vit"
+    for revision, found in (("0" * 40, "me/vit"), ("../refs/main", None), ("/etc/passwd", None), ("main", None)):
+        config["backbone"]["hub_revision"] = revision
+        assert base("me/vit") == found, revision
+    config["backbone"]["hub_revision"] = None
+    assert base(None) is base("me/other") is base("not a name!") is None
+    save_file({**tensors, "norm.weight": tensors["norm.weight"] + 1}, cached)
+    assert base("me/vit") is None
+    cached.write_bytes(b"broken")
+    assert base("me/vit") is None
+
+
+@pytest.mark.parametrize("subfolder", [None, "a/b"])
+def test_the_snippet_runs(tmp_path, monkeypatch, subfolder):
+    """As it stands on the card, against a folder of the repository's name."""
+    adapter = adapter_of()
+    folder = tmp_path / "me" / "places-lt" / (subfolder or "")
+    adapter.save_pretrained(folder)
+    card = model_card(json.loads((folder / "config.json").read_text()), "me/places-lt", subfolder=subfolder)
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {"vit": tiny_vit()}
+    exec(code, names)
+    assert names["logits"].shape == (1, 7)
+    assert torch.equal(names["adapter"].head.weight, adapter.head.weight)

@@ -1,0 +1,131 @@
+"""The lpt-peft command and the Hub, called as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save
+
+from lpt_peft import LongTailPromptAdapter
+from lpt_peft.cli import main
+from tests.hub.conftest import REPO, adapter_of
+
+
+@pytest.fixture
+def folder(tmp_path):
+    adapter_of().save_pretrained(tmp_path / "prompts", training={"metrics": {"few": 0.5}, "rule": "few: n < 20"})
+    (tmp_path / "prompts" / "secret.txt").write_text("not to be sent")
+    return tmp_path / "prompts"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_push_inspect_pull(local, folder, tmp_path, capsys):
+    assert main(["push", str(folder), REPO, "--license", "mit", "--dataset", "me/places", "--message", "hello"]) == 0
+    assert f"{local.endpoint}/{REPO}/commit/" in capsys.readouterr().out
+    commit = local.hub.repositories[REPO].at("main")
+    assert commit.message == "hello"
+    assert commit.files.keys() == {"config.json", "prompts.safetensors", "README.md", ".gitattributes"}
+    card = commit.files["README.md"].content.decode()
+    assert "license: mit" in card
+    assert "few-shot accuracy (few: n < 20)" in card
+
+    assert main(["inspect", REPO]) == 0
+    assert f"{REPO}: prompt file, format 1" in capsys.readouterr().out
+    assert main(["inspect", REPO, "--json", "--revision", commit.oid]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((folder / "config.json").read_text())
+
+    assert main(["pull", REPO, str(tmp_path / "there")]) == 0
+    assert commit.oid in capsys.readouterr().out
+    assert contents(tmp_path / "there") == {n: d for n, d in contents(folder).items() if n != "secret.txt"}
+    local.requests.clear()
+    assert main(["pull", REPO, str(tmp_path / "again"), "--offline", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["commit"] == commit.oid
+    assert local.requests == []
+
+
+def test_push_json_private_and_pull_request(local, folder, capsys):
+    assert main(["push", str(folder), REPO, "--json", "--private"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["commit"] == local.hub.repositories[REPO].refs["main"]
+    assert local.hub.repositories[REPO].private
+    assert main(["push", str(folder), REPO, "--create-pr", "--subfolder", "b"]) == 0
+    assert capsys.readouterr().out.strip().endswith("/discussions/1")
+
+
+def test_errors_are_one_line_and_status_1(local, folder, tmp_path, capsys):
+    for arguments in (
+        ["push", str(tmp_path / "nowhere"), REPO],
+        ["push", str(folder), "not a name"],
+        ["pull", "me/nothing", str(tmp_path / "x")],
+        ["inspect", "me/nothing"],
+    ):
+        assert main(arguments) == 1
+        streams = capsys.readouterr()
+        assert streams.out == ""
+        assert streams.err.startswith("lpt-peft: ")
+        assert "Traceback" not in streams.err
+    assert not (tmp_path / "x").exists()
+    (folder / "prompts.safetensors").write_bytes(b"broken")
+    assert main(["push", str(folder), REPO]) == 1
+    assert [request for request in local.requests if request.method == "POST"] == []
+
+
+def test_convert_compares_with_the_pretrained_weights(local, tmp_path, capsys):
+    local.hub.accounts.tokens["hf_timm"] = ("timm", True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vit = timm.create_model("vit_tiny_patch16_224", num_classes=21843)
+    repository = local.hub.create("timm/vit_tiny_patch16_224.augreg_in21k", "hf_timm", private=False)
+    repository.put({"model.safetensors": save(vit.state_dict())})
+    vit.reset_classifier(0)
+    state = {f"module.{name}": tensor for name, tensor in vit.state_dict().items()}
+    state |= {
+        "module.prompt_learner.Prompt_Tokens": torch.ones(12, 2, 192),
+        "module.prompt_learner.Prompt_Tokens_pool": torch.ones(3, 6, 2, 192),
+        "module.prompt_learner.Prompt_Keys": torch.ones(3, 192),
+        "module.prompt_learner.head.weight": torch.ones(192, 4),
+    }
+    torch.save({"state_dict": state}, tmp_path / "a.pth")
+    assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "same")]) == 0
+    assert "is the pretrained vit_tiny_patch16_224.augreg_in21k" in capsys.readouterr().out
+    adapter = LongTailPromptAdapter.from_pretrained(tmp_path / "same")
+    assert {m.eps for m in adapter.vit.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
+    assert adapter.config.num_classes == 4
+
+    state["module.norm.weight"] += 1
+    torch.save({"state_dict": state}, tmp_path / "b.pth")
+    assert main(["convert", str(tmp_path / "b.pth"), str(tmp_path / "other")]) == 0
+    assert "is NOT the pretrained" in capsys.readouterr().out
+
+
+def test_the_page_on_sharing(local, tmp_path, monkeypatch):
+    """The blocks of the how-to that need a Hub (```py), after those that run everywhere (```python)."""
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "share-prompts.md").read_text()
+    offline, online = (
+        re.findall(rf"^```{kind}\n(.*?)^```", page, re.MULTILINE | re.DOTALL) for kind in ("python", "py")
+    )
+    names = {}
+    exec("\n".join(offline), names)
+    adapter, images = names["adapter"], names["images"]
+    monkeypatch.chdir(tmp_path)
+    push, load = online
+    exec(push, names)
+    adapter.push_to_hub("me/places-lt", revision="v2")
+    wanted = adapter(images)
+    vit = adapter.unwrap()
+    lines = [line for line in load.splitlines() if ", vit" in line]
+    assert len(lines) == 2
+    LongTailPromptAdapter.from_pretrained("me/places-lt", vit, revision="v2").unwrap()
+    for line in lines:
+        names["vit"] = vit
+        exec(line, names)
+        assert torch.equal(names["adapter"](images), wanted)
+        names["adapter"].unwrap()

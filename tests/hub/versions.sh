@@ -1,0 +1,26 @@
+#!/bin/sh
+# Runs the Hub tests with huggingface_hub 0.36, 1.x and 2.x: `sh tests/hub/versions.sh [folder for the environments]`.
+#
+# Each environment holds only the client and what it needs; torch, timm and the rest come from the Python that runs
+# this (PYTHON, default "python"), by a .pth file behind the environment's own packages. Needs a package index.
+set -eu
+cd "$(dirname "$0")/../.."
+PYTHON=${PYTHON:-python}
+HOME_OF_ALL=${1:-$(mktemp -d)}
+BASE=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+FAILED=""
+for VERSION in 0.36 1 2; do
+    ENVIRONMENT="$HOME_OF_ALL/hub-$VERSION"
+    if [ ! -d "$ENVIRONMENT" ]; then
+        "$PYTHON" -m venv --without-pip "$ENVIRONMENT"
+        "$PYTHON" -m pip --python "$ENVIRONMENT/bin/python" install --quiet "huggingface_hub==$VERSION.*"
+        OWN=$("$ENVIRONMENT/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        echo "$BASE" > "$OWN/behind.pth"
+    fi
+    "$ENVIRONMENT/bin/python" -c 'import huggingface_hub as h, timm; print("huggingface_hub", h.__version__, h.__file__)'
+    "$ENVIRONMENT/bin/python" -m tests.hub -q -p no:warnings || FAILED="$FAILED $VERSION"
+done
+if [ -n "$FAILED" ]; then
+    echo "failed with huggingface_hub$FAILED"
+    exit 1
+fi

@@ -1,0 +1,161 @@
+"""Other prompts for a ViT that is wrapped already: all of them, or the shared part alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lpt_peft import LongTailPromptAdapter
+from lpt_peft.checkpoint import encode, load_prompts, save_prompts
+from lpt_peft.errors import BackboneMismatchError, ConfigError, PromptFileError, StateError
+from tests.conftest import tiny_vit
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def adapter_of(seed, phase="group", num_classes=7, vit=None, **options):
+    sizes = {"prompt_length": 3, "pool_size": 5, "top_k": 2, **options}
+    adapter = LongTailPromptAdapter.wrap(vit or tiny_vit(), num_classes, **sizes)
+    generator = torch.Generator().manual_seed(seed)
+    adapter.load_adapter_state_dict(
+        {name: torch.randn(shape, generator=generator) for name, shape in adapter.config.tensor_shapes.items()}
+    )
+    adapter.phase = phase
+    return adapter.eval()
+
+
+def state_of(adapter):
+    learnt = {name: tensor.clone() for name, tensor in adapter.adapter_state_dict().items()}
+    backbone = {name: tensor.clone() for name, tensor in adapter.vit.state_dict().items()}
+    return learnt, backbone, adapter.phase, adapter.config, adapter.metadata
+
+
+def same(left, right):
+    return left[2:] == right[2:] and all(
+        mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+        for mine, theirs in zip(left[:2], right[:2], strict=True)
+    )
+
+
+OTHERS = {
+    "same sizes": {},
+    "other sizes": {"prompt_length": 2, "pool_size": 4, "top_k": 1, "shared_layers": 0, "logit_scale": 7.0},
+    "other classes": {"num_classes": 3},
+    "shared phase": {"phase": "shared"},
+}
+
+
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
+def test_as_if_loaded_from_the_file(tmp_path, options):
+    other = adapter_of(2, **options)
+    save_prompts(other, tmp_path, training={"seed": 2})
+    adapter = adapter_of(1)
+    vit, modules = adapter.vit, list(adapter.vit.modules())
+    backbone = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    random = torch.get_rng_state()
+    adapter.load_prompts(tmp_path)
+    assert torch.equal(random, torch.get_rng_state())
+    fresh = load_prompts(tmp_path, tiny_vit())
+    assert torch.equal(adapter(IMAGES), fresh(IMAGES))
+    assert encode(adapter) == encode(fresh)
+    assert [p.requires_grad for p in adapter.parameters()] == [p.requires_grad for p in fresh.parameters()]
+    # The ViT is the same object with the same modules and tensors.
+    assert adapter.vit is vit
+    assert all(left is right for left, right in zip(modules, vit.modules(), strict=True))
+    assert all(torch.equal(tensor, backbone[name]) for name, tensor in vit.state_dict().items())
+    assert adapter.unwrap() is vit
+
+
+def test_there_and_back(tmp_path):
+    adapters = {name: adapter_of(seed, num_classes=seed) for name, seed in (("a", 3), ("b", 5))}
+    wanted = {name: adapter(IMAGES) for name, adapter in adapters.items()}
+    for name, adapter in adapters.items():
+        save_prompts(adapter, tmp_path / name)
+    adapter = adapter_of(1)
+    for name in "abaab":
+        adapter.load_prompts(tmp_path / name)
+        assert torch.equal(adapter(IMAGES), wanted[name])
+
+
+def test_modes_and_dtypes(tmp_path):
+    other = adapter_of(2)
+    other.pool.bfloat16()
+    save_prompts(other, tmp_path)
+    adapter = adapter_of(1).train()
+    adapter.load_prompts(tmp_path)
+    assert adapter.pool.keys.dtype == torch.bfloat16
+    assert adapter.head.weight.dtype == torch.float32
+    assert all(module.training for module in (adapter, adapter.shared, adapter.pool, adapter.head))
+    adapter(IMAGES).sum().backward()
+    assert adapter.pool.keys.grad is None or adapter.pool.keys.grad.isfinite().all()
+    assert adapter.head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("phase", ["shared", "group"])
+def test_the_shared_part_alone(tmp_path, phase):
+    other = adapter_of(2, phase=phase, num_classes=3, pool_size=9)
+    save_prompts(other, tmp_path, training={"seed": 2})
+    adapter = adapter_of(1)
+    before = state_of(adapter)
+    parameter = adapter.get_parameter("shared.prompts")
+    adapter.load_prompts(tmp_path, part="shared")
+    assert adapter.get_parameter("shared.prompts") is parameter
+    assert torch.equal(parameter, other.get_parameter("shared.prompts"))
+    with torch.no_grad():
+        parameter.copy_(before[0]["shared.prompts"])
+    assert same(before, state_of(adapter))
+    assert not parameter.requires_grad  # still phase "group"
+
+
+def refused(adapter, error, words, *args, **options):
+    before, logits = state_of(adapter), adapter(IMAGES)
+    with pytest.raises(error, match=words):
+        adapter.load_prompts(*args, **options)
+    assert same(before, state_of(adapter))
+    assert torch.equal(adapter(IMAGES), logits)
+
+
+def test_what_does_not_fit_changes_nothing(tmp_path):
+    adapter = adapter_of(1)
+    save_prompts(adapter_of(2, prompt_length=2), tmp_path / "shorter")
+    refused(adapter, ConfigError, r"\(2, 2, 24\).*\(2, 3, 24\).*part=\"all\"", tmp_path / "shorter", part="shared")
+    refused(adapter, ConfigError, 'part=\'pool\' must be "all" or "shared"', tmp_path / "shorter", part="pool")
+    refused(adapter, ConfigError, "check_backbone='no'", tmp_path / "shorter", check_backbone="no")
+    refused(adapter, PromptFileError, "does not exist", tmp_path / "nowhere")
+    save_prompts(adapter_of(2), tmp_path / "broken")
+    (tmp_path / "broken" / "prompts.safetensors").write_bytes(b"")
+    refused(adapter, PromptFileError, "has 0 bytes", tmp_path / "broken")
+    save_prompts(adapter_of(2, vit=tiny_vit(depth=3).eval()), tmp_path / "deeper")
+    refused(adapter, BackboneMismatchError, "another architecture", tmp_path / "deeper")
+    refused(adapter, BackboneMismatchError, "3 blocks .* this one has 24, 2", tmp_path / "deeper", check_backbone="off")
+
+
+def test_other_weights(tmp_path):
+    vit = tiny_vit()
+    with torch.no_grad():
+        vit.norm.weight.add_(1)
+    save_prompts(adapter_of(2, vit=vit), tmp_path)
+    adapter = adapter_of(1)
+    refused(adapter, BackboneMismatchError, "other weights", tmp_path)
+    with pytest.warns(UserWarning, match="other weights"):
+        adapter.load_prompts(tmp_path, check_backbone="warn")
+    adapter.load_prompts(tmp_path, check_backbone="off")
+    assert torch.equal(adapter.head.weight, adapter_of(2).head.weight)
+
+
+def test_the_fingerprint_is_computed_once(tmp_path, monkeypatch):
+    save_prompts(adapter_of(2), tmp_path)
+    adapter = adapter_of(1)
+    adapter.load_prompts(tmp_path)
+    monkeypatch.setattr("lpt_peft.adapter.fingerprint", lambda tensors: pytest.fail("computed again"))
+    monkeypatch.setattr("lpt_peft.checkpoint.pretrained.fingerprint", lambda tensors: pytest.fail("computed again"))
+    adapter.load_prompts(tmp_path)
+
+
+def test_an_unwrapped_adapter_takes_none(tmp_path):
+    adapter = adapter_of(1)
+    save_prompts(adapter, tmp_path)
+    adapter.unwrap()
+    for check_backbone in ("error", "off"):
+        with pytest.raises(StateError, match="unwrapped"):
+            adapter.load_prompts(tmp_path, check_backbone=check_backbone)
