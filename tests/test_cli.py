@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -136,3 +138,10 @@ def test_wrong_arguments_are_explained(capsys):
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert all(command in out for command in ("demo", "doctor", "inspect"))
+
+
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "lpt_peft", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "needs the name of a backbone" in done.stderr

@@ -1,0 +1,50 @@
+"""The tables of docs/backbones.md are those that docs/tables.py wrote, and of the present tests and census."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from tests.backbones import test_company
+from tests.backbones.models import ROWS
+from tests.backbones.test_timm_all import CENSUS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text(encoding="utf-8")
+# Column of the table -> the test behind its cells.
+COLUMNS = {
+    "compile": test_company.test_compile,
+    "export": test_company.test_export,
+    "ONNX": test_company.test_onnx,
+    "checkpointing": test_company.test_checkpointing,
+    "DDP": test_company.test_ddp,
+    "FSDP2": test_company.test_fsdp2,
+    "LoRA": test_company.test_lora,
+    "autocast": test_company.test_autocast,
+    "pickle": test_company.test_pickle,
+}
+
+
+def table(name: str) -> list[list[str]]:
+    body = PAGE.partition(f"<!-- {name}: written by docs/tables.py -->")[2].partition(f"<!-- {name}: end -->")[0]
+    lines = [line for line in body.splitlines() if line.startswith("|") and not line.startswith("|---")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_company_table_has_every_model_and_every_test():
+    head, *lines = table("company")
+    assert head[1:] == list(COLUMNS)
+    assert [line[0] for line in lines] == list(ROWS)
+    for row, *cells in lines:
+        for column, cell in zip(COLUMNS, cells, strict=True):
+            none = column == "checkpointing" and ROWS[row].checkpointing is None
+            assert cell == ("–" if none else "✓"), (row, column)
+
+
+def test_support_table_has_the_census():
+    _, *lines = table("support")
+    works: Counter[str] = Counter()
+    for library, family, models, _, answer in lines:
+        if library == "timm" and answer == "yes":
+            works[family] += int(models)
+    assert works == Counter(CENSUS)
+    assert {line[0] for line in lines} == {"timm", "transformers", "torchvision", "open_clip"}
