@@ -171,8 +171,7 @@ def check(block: nn.Module, dim: int, *, cure: str = "") -> None:
     Compares with the original class on `[x; P]`, outputs of `P` dropped, both blind to positions, and makes sure
     that the prompt has an effect at all. Catches upstream drift and silent no-ops. Runs on a copy in eval mode, in
     float64 and with random weights unless some are quantised: the formula is in question, not the weights, which
-    may hide it (a fresh LayerScale of 1e-6 in bfloat16, a projection that starts at 0). Modules on the meta device
-    are not checked.
+    may hide it (a fresh LayerScale of 1e-6 in bfloat16, a projection that starts at 0) or be on the meta device.
 
     Args:
         block: A block with its prompted class.
@@ -182,19 +181,28 @@ def check(block: nn.Module, dim: int, *, cure: str = "") -> None:
     Raises:
         BackboneError: Prompts do not work in this class; the message names it.
     """
-    if not isinstance(block, Prompted) or any(parameter.is_meta for parameter in block.parameters()):
+    if not isinstance(block, Prompted):
         return
     original: Any = type(block).original
     name, way_out = f"{original.__name__} of {original.__module__}", f"{_REPORT} {cure}".rstrip()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     twin: Any = copy.deepcopy(block).eval()
+    if any(parameter.is_meta for parameter in twin.parameters()):
+        twin.to_empty(device="cpu")
+        for buffer in twin.buffers():
+            buffer.zero_()
     if all(parameter.is_floating_point() for parameter in twin.parameters()):
         twin.to("cpu", torch.float64)
         for parameter in twin.parameters():
             width = parameter.shape[-1] if parameter.ndim > 1 else 1
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / width**0.5)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu") / width**0.5
+            )
     reference = next(parameter for parameter in twin.parameters() if parameter.is_floating_point())
-    x, prompt = (torch.randn(2, count, dim, generator=generator, dtype=torch.float64).to(reference) for count in (5, 3))
+    x, prompt = (
+        torch.randn(2, count, dim, generator=generator, dtype=torch.float64, device="cpu").to(reference)
+        for count in (5, 3)
+    )
     try:
         few, all_of_them = twin.without_positions(5), twin.without_positions(8)
         with torch.autocast(reference.device.type, enabled=False):
