@@ -68,20 +68,18 @@ def test_200_killed_writers_beside_readers(tmp_path, monkeypatch):
 
     readers = [forked(read_until_told) for _ in range(2)]
     moment = random.Random(0)
-    seen, interrupted = set(), 0
+    seen = set()
     for _ in range(WRITERS):
         writer = forked(write_for_ever)
         time.sleep(0.002 + moment.random() * 0.01)
         os.kill(writer, signal.SIGKILL)
         assert ended(writer) == -signal.SIGKILL
-        interrupted += not (tmp_path / CONFIG_NAME).exists()
         found = read_pair(tmp_path)
         assert found in pairs
         seen.add(pairs.index(found))
     (tmp_path / "stop").touch()
     assert [ended(reader) for reader in readers] == [0, 0]
     assert len(seen) > 1
-    assert interrupted  # some died between the two files
     # A save leaves nothing of the dead behind, once an hour has passed.
     monkeypatch.setattr(files, "_LEFT_SECONDS", -1.0)
     write_pair(tmp_path, *pair(9))
