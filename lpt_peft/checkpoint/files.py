@@ -84,8 +84,8 @@ def write_pair(folder: Path, config: bytes, weights: bytes) -> None:
         for name, kind in ((CONFIG_NAME, "new"), (WEIGHTS_NAME, "new"), (CONFIG_NAME, "old"))
     )
     try:
-        _write_through(new_config, config)
-        _write_through(new_weights, weights)
+        write_through(new_config, config)
+        write_through(new_weights, weights)
         with suppress(FileNotFoundError):
             config_path.replace(old_config)
         try:
@@ -95,7 +95,7 @@ def write_pair(folder: Path, config: bytes, weights: bytes) -> None:
                 old_config.replace(config_path)
             raise
         new_config.replace(config_path)
-        _sync_folder(folder)
+        sync_folder(folder)
     finally:
         for path in (new_config, new_weights, old_config):
             path.unlink(missing_ok=True)
@@ -112,7 +112,8 @@ def _holds(path: Path, content: bytes) -> bool:
         return False
 
 
-def _write_through(path: Path, content: bytes) -> None:
+def write_through(path: Path, content: bytes) -> None:
+    """Write a new file that is on the disk when this returns."""
     # Not tempfile: its files are private to the user, and the move into place would keep that.
     with path.open("xb") as stream:
         stream.write(content)
@@ -120,7 +121,8 @@ def _write_through(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the folder's names on the disk when this returns."""
     if os.name == "nt":  # a directory cannot be opened there
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         from lpt_peft.cli.inspect import inspect  # noqa: PLC0415
         from lpt_peft.cli.pull import pull  # noqa: PLC0415
         from lpt_peft.cli.push import push  # noqa: PLC0415
+        from lpt_peft.cli.training import training_commands  # noqa: PLC0415
 
         commands: dict[str, Callable[..., Any]] = {
             "convert": convert,
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
             "inspect": inspect,
             "pull": pull,
             "push": push,
+            **training_commands(sys.argv[1:] if arguments is None else arguments),
         }
         tyro.extras.subcommand_cli_from_dict(commands, prog="lpt-peft", args=arguments)
     except LPTError as error:

@@ -1,32 +1,36 @@
-"""One loop for both phases, on Accelerate; single process or many, CPU or GPU.
+"""One loop for both phases, on Accelerate; one process or many, CPU or GPU, from the start or from a checkpoint.
 
-Random state: the loop seeds torch for dropout, loss noise and augmentation, and gives the caller's
-random state back at the end. Not here: datasets, metrics, and what to do with the prompts afterwards.
+Random numbers follow from seed, phase and step (`randomness.py`), and the caller's are given back. Not here: a single
+step (`phase.py`), data sets, and what to do with the prompts afterwards (`fit.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset
+from torch import nn
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from lpt_peft._random import seeded
-from lpt_peft.adapter import PHASES, LongTailPromptAdapter
-from lpt_peft.errors import InputError, StateError
-from lpt_peft.losses import LPTLoss
-from lpt_peft.output import AdapterOutput
-from lpt_peft.prompts import decay_selected
-from lpt_peft.recipe.schedule import warmup_cosine
+from lpt_peft.adapter import LongTailPromptAdapter
+from lpt_peft.errors import ConfigError
+from lpt_peft.metrics import ShotMetrics, ShotResult
+from lpt_peft.recipe.batches import batches, check_data, steps_per_epoch
+from lpt_peft.recipe.criteria import Criterion, criterion_of
+from lpt_peft.recipe.evaluate import evaluate
+from lpt_peft.recipe.interrupt import Interruption
+from lpt_peft.recipe.opening import begin_phase
+from lpt_peft.recipe.parallel import check_accelerator, copy_from_first
+from lpt_peft.recipe.phase import PhaseRun
+from lpt_peft.recipe.randomness import kept_random_state
+from lpt_peft.recipe.resume import Checkpoints, about_run
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
-from lpt_peft.samplers import DualSampler
 
-Criterion = Callable[[Any, Tensor, int], Tensor]
 History = list[dict[str, Any]]
 
 
@@ -36,10 +40,18 @@ def train(
     labels: Sequence[int],
     settings: TrainSettings | None = None,
     *,
+    validation: Dataset[Any] | None = None,
+    criterion: Criterion | None = None,
     accelerator: Accelerator | None = None,
+    checkpoints: Path | None = None,
+    about: Mapping[str, Any] | None = None,
+    resume: bool = True,
     progress: bool | str = True,
 ) -> History:
-    """Train phase "shared", then phase "group"; the adapter is left in the last phase trained, in eval mode.
+    """Train the phases that the settings plan; the adapter is left in the last one, in eval mode.
+
+    With several processes every one calls this with the same arguments; `batch_size` images are shared out among them,
+    so their number changes nothing but speed and rounding.
 
     Args:
         adapter: A wrapped ViT.
@@ -47,28 +59,80 @@ def train(
         labels: Class of every item, 0 to `C - 1`; every class at least once.
         settings: How to train; None takes the defaults: the paper's recipe, but keys start at k-means centres and
             groups as copies of the shared prompt.
-        accelerator: Yours, for mixed precision or several processes; None makes a plain one.
+        validation: Yields (image, label); for history, `keep="best"` and `patience`. Never the test part.
+        criterion: Called as `criterion(output, target, epoch)` with epochs counted from 0 in every phase; None takes
+            what `settings.loss` says.
+        accelerator: Yours, for trackers for example; None makes one of `settings.mixed_precision`.
+        checkpoints: Folder to save the run in as it goes, some megabytes at a time; None saves nothing. Ctrl-C and
+            SIGTERM then save first.
+        about: More that tells this run from others, plain JSON, such as how images are cropped: what is different
+            there from the checkpoint's is refused, as settings, labels, backbone and number of processes are.
+        resume: Go on from the last checkpoint there, to the very prompts that a run without a break gives (on a CPU,
+            and with the same number of processes). False throws the checkpoints away.
         progress: Show a bar for each phase; a text is put before the phase's name.
 
     Returns:
-        One record for each epoch: phase, epoch, loss, learning_rate.
+        One record for each epoch: phase, epoch, loss, learning_rate of its last step, and shot accuracies of a
+        validation.
 
     Raises:
         InputError: Labels do not fit the dataset or the head, or a class has no image.
-        StateError: The loss became NaN or infinite.
+        ConfigError: The settings need a validation part that is not there, or the batch cannot be shared out.
+        StateError: The loss became NaN or infinite, a checkpoint is of another run or cannot be written.
+        KeyboardInterrupt: Ctrl-C was pressed; with `checkpoints`, after saving.
     """
     settings = settings or TrainSettings()
-    history: History = []
-    for phase in PHASES:
-        phase_settings: PhaseSettings = getattr(settings, phase)
-        if phase_settings.epochs == 0:
-            continue
-        if phase == "group":
-            _open_pool(adapter, dataset, settings)
-        adapter.phase = phase
-        history += run_phase(
-            adapter, dataset, labels, settings, phase_settings, name=phase, accelerator=accelerator, progress=progress
+    accelerator = accelerator or make_accelerator(settings)
+    check_accelerator(accelerator)
+    check_data(dataset, labels, settings, accelerator.num_processes)
+    if validation is None and (settings.keep == "best" or settings.patience is not None):
+        raise ConfigError(
+            f"keep={settings.keep!r} and patience={settings.patience} choose by validation images: pass validation=, "
+            "images that are neither trained on nor tested on."
         )
+    adapter.to(accelerator.device)
+    copy_from_first(adapter)
+    store, saved = None, None
+    if checkpoints is not None:
+        told = about_run(
+            adapter, labels, settings, criterion=criterion, validation=validation, processes=accelerator.num_processes
+        )
+        store = Checkpoints(checkpoints, {**told, **(about or {})}, settings, accelerator)
+        saved = store.open(resume)
+    history: History = list(saved.history) if saved else []
+    names = list(settings.plan)
+    counts = torch.bincount(torch.as_tensor(labels), minlength=adapter.config.num_classes)
+
+    def validate() -> ShotResult:
+        assert validation is not None  # noqa: S101 - narrows the type
+        return evaluate(adapter, validation, ShotMetrics(counts), num_workers=settings.num_workers, distributed=True)
+
+    def save(run: PhaseRun) -> Path:
+        assert store is not None  # noqa: S101 - narrows the type
+        return store.save(adapter, run, history)
+
+    loop = _Loop(
+        dataset=dataset,
+        labels=labels,
+        settings=settings,
+        criterion=criterion,
+        accelerator=accelerator,
+        history=history,
+        progress=progress,
+        validate=None if validation is None else validate,
+        save=None if store is None else save,
+    )
+    with kept_random_state():
+        for name in names[names.index(saved.phase) if saved else 0 :]:
+            begin_phase(adapter, name, dataset, settings, saved.adapter if saved else None)
+            run = loop.begin(adapter, name, settings.plan[name])
+            if saved:
+                run.restore(saved.tensors, saved.numbers)
+                saved = None
+            loop.go(run)
+    if names:
+        adapter.phase = "shared" if names[-1] == "shared" else "group"  # "joint" had opened the shared prompt
+    adapter.eval()
     return history
 
 
@@ -91,136 +155,118 @@ def run_phase(
             named `head`.
         dataset: Map-style, yields (image, label).
         labels: Class of every item.
-        settings: What both phases share.
+        settings: What phases share; what is said there of validation and checkpoints has no use here.
         phase: What is this phase's own.
-        name: For history and progress bar.
+        name: For history, seeds and progress bar.
         criterion: Called as `criterion(output, target, epoch)`; None takes what `settings.loss` says.
-        accelerator: Yours, or None for a plain one.
+        accelerator: Yours, or None for one of `settings.mixed_precision`.
         progress: Show a bar; a text is put before the name.
 
     Returns:
         One record for each epoch.
     """
-    accelerator = accelerator or Accelerator()
-    criterion = criterion or _criterion(settings, phase, labels, model.get_submodule("head"))
-    sampler = _batch_sampler(dataset, labels, settings)
-    batches = DataLoader(dataset, batch_sampler=sampler, num_workers=settings.num_workers)
-    steps = phase.epochs * len(batches)
-    pool = getattr(model, "pool", None) if settings.decay == "selected" else None
-    optimizer = torch.optim.SGD(
-        _parameter_groups(model, pool, phase.weight_decay),
-        lr=phase.learning_rate * settings.batch_size / 256,
-        momentum=phase.momentum,
+    accelerator = accelerator or make_accelerator(settings)
+    check_accelerator(accelerator)
+    check_data(dataset, labels, settings, accelerator.num_processes)
+    model.to(accelerator.device)
+    copy_from_first(model)
+    loop = _Loop(
+        dataset=dataset,
+        labels=labels,
+        settings=settings,
+        criterion=criterion,
+        accelerator=accelerator,
+        history=[],
+        progress=progress,
     )
-    warmup = round(phase.warmup * steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, warmup))
-    if isinstance(criterion, nn.Module):
-        criterion.to(accelerator.device).train()
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    prepared.train()
-    history: History = []
-    with seeded(settings.seed, accelerator.device), _bar(steps, name, progress, accelerator) as bar:
-        for epoch in range(phase.epochs):
-            sampler.set_epoch(epoch)
-            total = torch.zeros((), device=accelerator.device)
-            for images, target in batches:
-                output = prepared(images.to(accelerator.device), return_output=True)
-                loss = criterion(output, target.to(accelerator.device), epoch)
-                if not bool(loss.isfinite()):
-                    raise StateError(
-                        f"The loss became {loss.item()} in epoch {epoch} of phase {name}; lower learning_rate "
-                        f"(now {phase.learning_rate:g}) or look for broken images."
-                    )
-                accelerator.backward(loss)
-                if pool is not None:
-                    for parameter in pool.parameters():
-                        decay_selected(parameter, phase.weight_decay)
-                if settings.clip_norm is not None:
-                    accelerator.clip_grad_norm_(prepared.parameters(), settings.clip_norm)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad(set_to_none=True)
-                total += loss.detach()
+    with kept_random_state():
+        loop.go(loop.begin(model, name, phase))
+    model.eval()
+    return loop.history
+
+
+def make_accelerator(settings: TrainSettings, **options: Any) -> Accelerator:
+    """An Accelerator of the settings' precision; `options` are its own."""
+    cpu = not torch.accelerator.is_available()  # else Accelerate would take several processes without a GPU for one
+    return Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loop:
+    """What all phases of a run share, and what happens between their steps."""
+
+    dataset: Dataset[Any]
+    labels: Sequence[int]
+    settings: TrainSettings
+    criterion: Criterion | None
+    accelerator: Accelerator
+    history: History
+    progress: bool | str
+    validate: Callable[[], ShotResult] | None = None
+    save: Callable[[PhaseRun], Path] | None = None
+
+    def begin(self, model: nn.Module, name: str, phase: PhaseSettings) -> PhaseRun:
+        """A phase before its first step."""
+        head: Any = model.get_submodule("head")
+        criterion = self.criterion or criterion_of(self.settings, phase.epochs, self.labels, head)
+        if isinstance(criterion, nn.Module):
+            criterion.to(self.accelerator.device).train()
+        return PhaseRun(
+            model,
+            name,
+            settings=self.settings,
+            phase=phase,
+            criterion=criterion,
+            steps=steps_per_epoch(len(self.labels), self.settings),
+            accelerator=self.accelerator,
+        )
+
+    def go(self, run: PhaseRun) -> None:
+        """From where the run is to the end of its phase."""
+        loader = batches(
+            self.dataset,
+            self.labels,
+            self.settings,
+            run.name,
+            epochs=run.phase.epochs,
+            start=run.step,
+            num_replicas=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+        )
+        run.model.train()
+        with self._bar(run) as bar, Interruption(watch=self.save is not None) as interruption:
+            for images, target in () if run.finished else loader:
+                run.advance(images, target, lambda: interruption.asked)
                 bar.update()
-            mean = float(total / len(batches))
-            history.append(
-                {"phase": name, "epoch": epoch, "loss": mean, "learning_rate": optimizer.param_groups[0]["lr"]}
-            )
-            bar.set_postfix(loss=f"{mean:.3f}")
-    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False).eval()
-    return history
+                if run.step % run.steps == 0:
+                    self.history.append(self._end_epoch(run))
+                    bar.set_postfix(loss=f"{self.history[-1]['loss']:.3f}")
+                if self.save is not None:
+                    due = run.step % (self.settings.save_every or run.steps) == 0
+                    path = self.save(run) if due or run.finished or run.stopped else None
+                    if run.stopped:
+                        raise KeyboardInterrupt(f"stopped after step {run.step} of phase {run.name}, saved as {path}")
+                if run.finished:
+                    break
+        run.finish()
 
+    def _end_epoch(self, run: PhaseRun) -> dict[str, Any]:
+        """The record of the epoch, which trackers are told as well."""
+        record = run.end_epoch()
+        due = run.epoch % self.settings.validate_every == 0 or run.epoch == run.phase.epochs
+        if self.validate is not None and due:
+            with run.result():
+                result = self.validate()
+            run.judge(result.balanced_accuracy or 0.0)
+            record["validation"] = {name: getattr(result, name) for name in ("overall", "many", "medium", "few")}
+        told = {"loss": record["loss"], "learning_rate": record["learning_rate"]}
+        told |= {name: value for name, value in record.get("validation", {}).items() if value is not None}
+        values = {f"{run.name}/{name}": value for name, value in told.items()}
+        self.accelerator.log(values, step=len(self.history) + 1)
+        return record
 
-class _InstanceSampler(BatchSampler):
-    """Plain shuffled batches with `set_epoch`, as many and as large as a `DualSampler` would give."""
-
-    def __init__(self, size: int, batch_size: int, num_batches: int, seed: int) -> None:
-        self.seed = seed
-        self.generator = torch.Generator()
-        sampler = RandomSampler(range(size), num_samples=num_batches * batch_size, generator=self.generator)
-        super().__init__(sampler, batch_size, drop_last=False)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed * 1_000_003 + epoch)
-
-
-def _batch_sampler(
-    dataset: Dataset[Any], labels: Sequence[int], settings: TrainSettings
-) -> DualSampler | _InstanceSampler:
-    size = len(dataset)  # type: ignore[arg-type]
-    if size != len(labels):
-        raise InputError(f"{len(labels)} labels do not fit a dataset of {size} items; give one label for each item.")
-    dual = DualSampler(labels, settings.batch_size, samples_per_class=settings.samples_per_class, seed=settings.seed)
-    if settings.sampling == "instance":
-        return _InstanceSampler(size, 2 * settings.batch_size, len(dual), settings.seed)
-    return dual
-
-
-def _criterion(settings: TrainSettings, phase: PhaseSettings, labels: Sequence[int], head: Any) -> Criterion:
-    if settings.loss == "lpt":
-        counts = torch.bincount(torch.as_tensor(labels), minlength=len(head.weight))
-        return LPTLoss(counts, phase.epochs, eta=settings.eta, scale=head.scale)
-
-    def cross_entropy(output: AdapterOutput, target: Tensor, epoch: int) -> Tensor:
-        return F.cross_entropy(output.logits, target)
-
-    return cross_entropy
-
-
-def _parameter_groups(model: nn.Module, pool: nn.Module | None, weight_decay: float) -> list[dict[str, Any]]:
-    """All that is learnt; the pool without decay of the optimizer's own where only chosen groups shall decay."""
-    apart = {id(parameter) for parameter in pool.parameters()} if pool is not None else set()
-    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in learnt if id(p) not in apart], "weight_decay": weight_decay},
-        {"params": [p for p in learnt if id(p) in apart], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _open_pool(adapter: LongTailPromptAdapter, dataset: Dataset[Any], settings: TrainSettings) -> None:
-    """Where keys and group prompts start from, as the settings say."""
-    if settings.init_groups == "shared":
-        adapter.pool.init_prompts(adapter.shared.prompts[adapter.config.first_group_layer :])
-    if settings.init_keys == "kmeans":
-        adapter.phase = "shared"
-        with seeded(settings.seed, adapter.head.weight.device):
-            adapter.pool.init_keys(_queries(adapter, dataset, settings), seed=settings.seed)
-
-
-@torch.no_grad()
-def _queries(adapter: LongTailPromptAdapter, dataset: Dataset[Any], settings: TrainSettings) -> Tensor:
-    """Queries (N, d) of all images, at most 50,000 of them, evenly spread: enough for k-means."""
-    size = len(dataset)  # type: ignore[arg-type]
-    some = Subset(dataset, range(0, size, -(-size // 50_000)))
-    device, mode = adapter.head.weight.device, adapter.training
-    adapter.eval()
-    loader: Iterable[Any] = DataLoader(some, 2 * settings.batch_size, num_workers=settings.num_workers)
-    queries = torch.cat([adapter.features(images.to(device)) for images, _ in loader])
-    adapter.train(mode)
-    return queries
-
-
-def _bar(steps: int, name: str, progress: bool | str, accelerator: Accelerator) -> Any:
-    label = f"{progress}: {name}" if isinstance(progress, str) else name
-    return tqdm(total=steps, desc=label, unit="step", disable=not (progress and accelerator.is_main_process))
+    def _bar(self, run: PhaseRun) -> Any:
+        label = f"{self.progress}: {run.name}" if isinstance(self.progress, str) else run.name
+        shown = bool(self.progress) and self.accelerator.is_main_process
+        total = run.phase.epochs * run.steps
+        return tqdm(total=total, initial=run.step, desc=label, unit="step", disable=not shown)

@@ -1,11 +1,29 @@
-"""What a training run is told: two small frozen dataclasses, stored with the results they led to."""
+"""What a training run is told: two small frozen dataclasses, stored with the results they led to.
+
+Not here: published settings (`presets.py`), and what a run reads and writes (`fit.py`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from lpt_peft.errors import ConfigError
+
+BYSTANDERS = frozenset({"num_workers", "save_every", "keep_checkpoints"})
+"""Settings that may change when a run goes on: they have no say in what is learnt."""
+
+_NONE = type(None)
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "str": (str,),
+    "int": (int,),
+    "int | None": (int, _NONE),
+    "float": (int, float),
+    "float | None": (int, float, _NONE),
+    "Path | None": (str, _NONE),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +56,24 @@ class PhaseSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """A whole run: phase "shared", then phase "group"."""
+    """A whole run: phase "shared", then phase "group", or both at once."""
 
     shared: PhaseSettings = field(default_factory=PhaseSettings)
     group: PhaseSettings = field(default_factory=PhaseSettings)
+    phases: Literal["decoupled", "joint"] = "decoupled"
+    """One phase after the other; or, as an ablation, one phase "joint" with the settings of `group`."""
     batch_size: int = 64
-    """Images `B` of each half; a step sees `2 B` on every process."""
+    """Images `B` of each half of a step, over all processes: a step sees `2 B`, however they are shared out."""
+    accumulate: int = 1
+    """Parts that a process cuts its share of a step into, one after the other: the same step in less memory."""
     sampling: Literal["dual", "instance"] = "dual"
     """Instance-balanced and class-balanced halves, or `2 B` instance-balanced images."""
     samples_per_class: int = 4
     """Images of one class that the class-balanced draw takes at a time."""
-    loss: Literal["lpt", "cross_entropy"] = "lpt"
-    """A-GCL with the match term on both halves, or plain cross-entropy."""
+    loss: Literal["lpt", "agcl", "cross_entropy"] = "lpt"
+    """A-GCL weighed over both halves; A-GCL or cross-entropy on all images alike. All with the match term."""
     eta: float = 0.5
-    """Weight of the instance-balanced branch at the start; falls linearly to 0."""
+    """Weight of the instance-balanced branch of "lpt" at the start; falls linearly to 0."""
     init_keys: Literal["kmeans", "random"] = "kmeans"
     """How keys start in phase "group": centres of the training queries, or at random."""
     init_groups: Literal["shared", "random"] = "shared"
@@ -60,30 +82,90 @@ class TrainSettings:
     """Weight decay on the whole pool, or only on the groups that a step has chosen."""
     clip_norm: float | None = None
     """Largest norm of the gradient; None does not clip."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Of the backbone's passes; None leaves it to Accelerate's configuration."""
+    average: float | None = None
+    """Decay of a moving average of what is learnt, 0.999 for example, which then is the result; None: no average."""
+    keep: Literal["last", "best"] = "last"
+    """What a phase ends with: its last epoch, or the one of the best balanced accuracy on the validation part."""
+    patience: int | None = None
+    """Validations without a better one after which a phase ends early; None never."""
+    validate_every: int = 1
+    """Epochs from one validation to the next, where there is a validation part; the last epoch always has one."""
+    save_every: int | None = None
+    """Steps from one checkpoint to the next, besides those at the end of a phase; None: one for each epoch."""
+    keep_checkpoints: int = 2
     num_workers: int = 0
-    """Processes that load images."""
+    """Processes that load images, for each process that trains."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         checks = {
+            "phases": self.phases in ("decoupled", "joint"),
             "batch_size": self.batch_size >= 1,
+            "accumulate": self.accumulate >= 1,
             "sampling": self.sampling in ("dual", "instance"),
             "samples_per_class": self.samples_per_class >= 1,
-            "loss": self.loss in ("lpt", "cross_entropy"),
+            "loss": self.loss in ("lpt", "agcl", "cross_entropy"),
             "eta": self.eta >= 0,
             "init_keys": self.init_keys in ("kmeans", "random"),
             "init_groups": self.init_groups in ("shared", "random"),
             "decay": self.decay in ("all", "selected"),
             "clip_norm": self.clip_norm is None or self.clip_norm > 0,
+            "mixed_precision": self.mixed_precision in (None, "no", "bf16", "fp16"),
+            "average": self.average is None or 0 < self.average < 1,
+            "keep": self.keep in ("last", "best"),
+            "patience": self.patience is None or self.patience >= 1,
+            "validate_every": self.validate_every >= 1,
+            "save_every": self.save_every is None or self.save_every >= 1,
+            "keep_checkpoints": self.keep_checkpoints >= 1,
             "num_workers": self.num_workers >= 0,
+            "seed": self.seed >= 0,
         }
         _refuse(self, checks)
         if self.loss == "lpt" and self.sampling != "dual":
             raise ConfigError('loss="lpt" weighs the two halves of a dual batch: it needs sampling="dual".')
 
+    @property
+    def plan(self) -> dict[str, PhaseSettings]:
+        """The phases that are trained, by name, in order."""
+        phases = {"shared": self.shared, "group": self.group} if self.phases == "decoupled" else {"joint": self.group}
+        return {name: phase for name, phase in phases.items() if phase.epochs}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready dictionary."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainSettings:
+        """The inverse of `to_dict`; what is left out takes its default.
+
+        Raises:
+            ConfigError: A key is unknown or a value out of its range.
+        """
+        given = dict(known(cls, values))
+        for name in ("shared", "group"):
+            if name in given:
+                given[name] = PhaseSettings(**known(PhaseSettings, given[name]))
+        return cls(**given)
+
+
+def known(kind: type, values: Any) -> Mapping[str, Any]:
+    """Names and values out of JSON for a dataclass of settings.
+
+    Raises:
+        ConfigError: They are no names and values, a name is unknown, or a value is of another type than its field's.
+    """
+    types = {field.name: str(field.type) for field in fields(kind)}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{kind.__name__} needs names and values, not {values!r:.80}.")
+    if unknown := sorted(set(values) - set(types)):
+        raise ConfigError(f"{kind.__name__} has no {', '.join(unknown)}; known are {', '.join(sorted(types))}.")
+    for name, value in values.items():
+        wanted = _TYPES.get(types[name])
+        if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
+            raise ConfigError(f"{kind.__name__}: {name}={value!r:.80} must be {types[name]}.")
+    return values
 
 
 def _refuse(settings: object, checks: dict[str, bool]) -> None:

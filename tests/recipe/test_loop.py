@@ -12,26 +12,7 @@ from lpt_peft import LongTailPromptAdapter, LPTLoss, ShotMetrics
 from lpt_peft.errors import ConfigError, InputError, StateError
 from lpt_peft.recipe import PhaseSettings, TrainSettings, evaluate, predict, run_phase, train, warmup_cosine
 from tests.conftest import tiny_vit
-
-COUNTS = [20, 8, 3]
-PHASE = PhaseSettings(epochs=4, learning_rate=2.0)
-SETTINGS = TrainSettings(shared=PHASE, group=PHASE, batch_size=8)
-
-
-def striped_data(seed=0):
-    """Three classes that a stripe's place tells apart."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = [label for label, count in enumerate(COUNTS) for _ in range(count)]
-    images = 0.3 * torch.randn(len(labels), 3, 32, 32, generator=generator)
-    for image, label in zip(images, labels, strict=True):
-        image[:, :, 10 * label : 10 * label + 10] += 2
-    return TensorDataset(images, torch.tensor(labels)), labels
-
-
-def tiny_adapter():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LongTailPromptAdapter.wrap(tiny_vit(), 3, prompt_length=2, pool_size=4)
+from tests.recipe.tiny import COUNTS, PHASE, SETTINGS, striped_data, tiny_adapter
 
 
 def test_two_phases_learn_and_touch_nothing_else():
@@ -122,7 +103,7 @@ def test_the_loss_takes_the_scale_of_the_head(monkeypatch):
         seen.append(options)
         return LPTLoss(*args, **options)
 
-    monkeypatch.setattr("lpt_peft.recipe.loop.LPTLoss", noted)
+    monkeypatch.setattr("lpt_peft.recipe.criteria.LPTLoss", noted)
     dataset, labels = striped_data()
     adapter = LongTailPromptAdapter.wrap(tiny_vit(), 3, prompt_length=2, pool_size=4, logit_scale=7.0)
     run_phase(adapter, dataset, labels, SETTINGS, replace(PHASE, epochs=1), progress=False)
@@ -154,7 +135,7 @@ def test_refusals():
     with pytest.raises(InputError, match="class 2|2"):
         train(tiny_adapter(), dataset, [min(label, 1) for label in labels], SETTINGS, progress=False)
     broken = TensorDataset(torch.full((31, 3, 32, 32), float("nan")), torch.tensor(labels))
-    with pytest.raises(StateError, match="loss became nan in epoch 0 of phase shared"):
+    with pytest.raises(StateError, match="loss became nan in step 0 .epoch 0. of phase shared"):
         train(tiny_adapter(), broken, labels, SETTINGS, progress=False)
     with pytest.raises(ConfigError, match="learning_rate=0"):
         PhaseSettings(learning_rate=0)

@@ -1,0 +1,155 @@
+"""What a step of training costs: LPT's two phases, full fine-tuning and PEFT's LoRA on the same ViT.
+
+Seconds as ratios, the least of several interleaved rounds, for what disturbs a step only ever adds to it; and memory:
+what autograd keeps for backward, gradients and optimizer state on any device, and the allocator's peak on a GPU.
+
+    python examples/benchmarks/train_step.py
+    python examples/benchmarks/train_step.py --model vit_base_patch16_224 --batch-size 128 --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+import tyro
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from lpt_peft import LongTailPromptAdapter, LPTLoss
+
+CLASSES = 100
+NAMES = ("full fine-tuning", "LoRA, rank 8 on qkv", "LPT, phase shared", "LPT, phase group")
+
+
+@dataclass
+class Settings:
+    """What to measure."""
+
+    model: str = "vit_small_patch16_224"
+    batch_size: int = 16
+    """Images of a step, both halves together."""
+    img_size: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast."""
+    rounds: int = 5
+
+
+@dataclass
+class Variant:
+    """One way to train."""
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    optimizer: torch.optim.Optimizer
+    autocast: Any
+
+    def step(self) -> None:
+        """Forward, backward, update."""
+        self.run_loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def run_loss(self) -> Tensor:
+        """The loss alone."""
+        with self.autocast():
+            return self.loss()
+
+    @property
+    def learnt(self) -> list[nn.Parameter]:
+        """What the optimizer moves."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def build(name: str, settings: Settings, images: Tensor, target: Tensor) -> Variant:
+    """The variant of this name on a ViT of its own, with the same optimizer."""
+    torch.manual_seed(0)
+    size = {} if settings.img_size is None else {"img_size": settings.img_size}
+    vit = timm.create_model(settings.model, num_classes=CLASSES, **size).train()
+    criterion: Any = F.cross_entropy
+    if name.startswith("LPT"):
+        adapter = LongTailPromptAdapter.wrap(vit, CLASSES).to(images.device).train()
+        adapter.phase = "group" if "group" in name else "shared"
+        criterion = LPTLoss([10] * CLASSES, epochs=1).to(images.device)
+        model: nn.Module = adapter
+        loss = lambda: criterion(adapter(images, return_output=True), target, 0)  # noqa: E731
+    else:
+        lora = LoraConfig(r=8, target_modules=["qkv"], modules_to_save=["head"])
+        model = (get_peft_model(vit, lora) if "LoRA" in name else vit).to(images.device)
+        loss = lambda: criterion(model(images), target)  # noqa: E731
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(learnt, lr=1e-4, momentum=0.9)
+    half = settings.dtype == "bfloat16"
+    autocast = (lambda: torch.autocast(images.device.type, torch.bfloat16)) if half else nullcontext
+    return Variant(model, loss, optimizer, autocast)
+
+
+def kept_bytes(variant: Variant) -> int:
+    """Bytes that autograd keeps for backward, parameters left out, each storage once."""
+    parameters = {p.untyped_storage().data_ptr() for p in variant.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = variant.run_loss()
+    del loss
+    return sum(kept.values())
+
+
+def peak_bytes(variant: Variant) -> int | None:
+    """The allocator's peak in a step beyond what all variants' models hold; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    variant.step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def main(settings: Settings) -> None:
+    """Measure and print."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = settings.img_size or 224
+    images = torch.randn(settings.batch_size, 3, size, size, device=device)
+    target = torch.arange(settings.batch_size, device=device) % CLASSES
+    variants = {name: build(name, settings, images, target) for name in NAMES}
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    for turn in range(settings.rounds + 1):  # the first turn warms up
+        for name, variant in variants.items():
+            start = time.perf_counter()
+            variant.step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{settings.model}, {size} px, batch {settings.batch_size}, {settings.dtype}, {where}, {settings.rounds} rounds"
+    )
+    print(f"{'':22}{'s/step':>9}{'ratio':>8}{'learnt':>14}{'kept':>11}{'optimizer':>12}{'peak':>11}")
+    base = min(seconds[NAMES[0]])
+    for name, variant in variants.items():
+        least = min(seconds[name])
+        learnt = sum(parameter.numel() for parameter in variant.learnt)
+        state = 2 * sum(parameter.nbytes for parameter in variant.learnt)  # gradient and momentum
+        peak = peak_bytes(variant)
+        sizes = "".join(f"{value / 2**20:{width}.0f} MiB" for value, width in ((kept_bytes(variant), 7), (state, 8)))
+        shown = "-" if peak is None else f"{peak / 2**20:.0f} MiB"
+        print(f"{name:22}{least:9.3f}{least / base:8.2f}{learnt:14,}{sizes}{shown:>11}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,62 @@
+"""A loop in the manner of timm's train.py with LPT dropped in; the lines marked LPT are all that is ours.
+
+pip install -e ".[demo]"
+python examples/timm_loop.py
+
+Optimizer, schedule and meters are timm's; its loader draws batches of its own, so the plain one takes its place.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import AverageMeter, dispatch_clip_grad
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from lpt_peft import DualSampler, LongTailPromptAdapter, LPTLoss
+
+
+def train(vit: nn.Module, dataset: Dataset, labels: list[int], epochs: int = 10, lr: float = 0.05) -> nn.Module:
+    """Two phases of LPT on any map-style dataset of (image, label)."""
+    class_counts = torch.bincount(torch.tensor(labels))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = LongTailPromptAdapter.wrap(vit, len(class_counts)).to(device)  # LPT
+    sampler = DualSampler(labels, batch_size=32)  # LPT
+    loader = DataLoader(dataset, batch_sampler=sampler)
+    for phase in ("shared", "group"):  # LPT
+        model.phase = phase  # LPT; create_optimizer_v2 takes what requires a gradient, so make a new one
+        criterion = LPTLoss(class_counts, epochs).to(device)  # LPT
+        optimizer = create_optimizer_v2(model, opt="sgd", lr=lr, momentum=0.9, weight_decay=0.01)
+        total = epochs * len(loader)
+        schedule = CosineLRScheduler(
+            optimizer,
+            t_initial=total,
+            warmup_t=total // 20,
+            warmup_prefix=True,
+            warmup_lr_init=lr / 20,
+            t_in_epochs=False,
+        )
+        model.train()
+        for epoch in range(epochs):
+            sampler.set_epoch(epoch)  # LPT
+            losses = AverageMeter()
+            for step, (images, target) in enumerate(loader, epoch * len(loader)):
+                loss = criterion(model(images.to(device), return_output=True), target.to(device), epoch)
+                optimizer.zero_grad()
+                loss.backward()
+                dispatch_clip_grad(model.trainable_parameters(), value=5.0)
+                optimizer.step()
+                schedule.step_update(step + 1)
+                losses.update(loss.item(), len(images))
+            print(f"phase {phase}, epoch {epoch}: loss {losses.avg:.3f}")
+    return model.eval()
+
+
+if __name__ == "__main__":
+    from lpt_peft.data.digits import DigitsLT
+    from lpt_peft.demo import glyph_vit
+
+    digits = DigitsLT("train", augment=True)
+    train(glyph_vit(), digits, digits.labels).save_pretrained("digits-prompts")

@@ -1,0 +1,53 @@
+"""`lpt-peft evaluate DIR [DATA]`: the numbers of a finished run, measured anew from its saved files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import tyro
+
+from lpt_peft.cli.options import Json
+from lpt_peft.cli.sources import open_parts, open_test_parts, set_transforms
+from lpt_peft.cli.tables import results_table
+from lpt_peft.cli.trained import open_trained
+from lpt_peft.errors import ConfigError
+from lpt_peft.metrics import ShotMetrics
+from lpt_peft.recipe.evaluate import evaluate as measure
+
+
+def evaluate(
+    folder: tyro.conf.Positional[Path], data: tyro.conf.Positional[str | None] = None, /, as_json: Json = False
+) -> None:
+    """Measure a trained model on the validation and test parts of its data, or on other images.
+
+    Args:
+        folder: Output folder of `lpt-peft train`, or a prompt file.
+        data: Images, as for `lpt-peft train`; a folder of class folders or a list is taken as a test part.
+        as_json: Print one JSON object instead of the table.
+    """
+    trained = open_trained(folder)
+    adapter = trained.adapter
+    counts = adapter.metadata.class_counts
+    if counts is None:
+        raise ConfigError(f"The prompt file in {folder} tells no class counts, so nothing says what many and few are.")
+    if data is None and trained.data is None:
+        raise ConfigError(
+            f"{folder} does not tell what it was trained on; name the images: lpt-peft evaluate DIR DATA."
+        )
+    if data is None:
+        parts = open_parts(str(trained.data), trained.images, trained.seed)
+        parts.pop("train")
+    else:
+        parts = open_test_parts(data, trained.images, trained.seed, trained.class_names)
+    set_transforms(parts, adapter.backbone.preprocess(), trained.images)
+    adapter.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    metrics = ShotMetrics.from_rule(trained.shot_rule, counts)
+    results = {
+        name: measure(adapter, part, metrics, num_workers=trained.num_workers) for name, part in sorted(parts.items())
+    }
+    if as_json:
+        print(json.dumps({name: result.to_dict() for name, result in results.items()}, indent=2, allow_nan=False))
+    else:
+        print(results_table(results))

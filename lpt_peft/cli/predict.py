@@ -1,0 +1,71 @@
+"""`lpt-peft predict DIR IMAGES...`: the classes that a trained model sees in image files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from PIL import Image
+
+from lpt_peft.cli.options import Json
+from lpt_peft.cli.tables import aligned
+from lpt_peft.cli.trained import open_trained
+from lpt_peft.data.transforms import transforms
+from lpt_peft.errors import ConfigError, InputError
+
+_BATCH = 64
+
+
+def predict(
+    folder: tyro.conf.Positional[Path],
+    images: tyro.conf.Positional[tuple[Path, ...]],
+    /,
+    top_k: int = 3,
+    as_json: Json = False,
+) -> None:
+    """Name what is in images.
+
+    Args:
+        folder: Output folder of `lpt-peft train`, or a prompt file.
+        images: Image files.
+        top_k: Classes for each image, the likeliest first.
+        as_json: Print a JSON list with an object for each image.
+    """
+    trained = open_trained(folder)
+    adapter, names = trained.adapter, trained.class_names
+    if not images:
+        raise InputError("predict needs images: lpt-peft predict DIR IMAGE ...")
+    if not 1 <= top_k <= len(names):
+        raise ConfigError(f"--top-k {top_k} must be from 1 to {len(names)}, the number of classes.")
+    transform = transforms(adapter.backbone.preprocess(), train=False, crop_pct=trained.images.crop_pct)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    adapter.to(device)
+    found: list[tuple[Path, list[dict[str, Any]]]] = []
+    with torch.no_grad():
+        for start in range(0, len(images), _BATCH):
+            some = images[start : start + _BATCH]
+            batch = torch.stack([transform(_read(path)) for path in some])
+            shares, labels = adapter(batch.to(device)).softmax(1).topk(top_k)
+            for path, share, label in zip(some, shares.tolist(), labels.tolist(), strict=True):
+                pairs = zip(label, share, strict=True)
+                found.append((path, [{"class": names[j], "label": j, "probability": p} for j, p in pairs]))
+    if as_json:
+        told = [{"image": str(path), "classes": classes} for path, classes in found]
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+    else:
+        print(aligned([(str(path), *map(_cell, classes)) for path, classes in found]))
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        with path.open("rb") as file:
+            return Image.open(file).convert("RGB")
+    except Exception as error:  # decoders raise anything at all on broken bytes
+        raise InputError(f"{path} cannot be read as an image: {type(error).__name__}: {str(error)[:200]}.") from error
+
+
+def _cell(entry: dict[str, Any]) -> str:
+    return f"{entry['class']} {entry['probability']:.1%}"

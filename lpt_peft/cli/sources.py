@@ -1,0 +1,122 @@
+"""DATA of the commands: from a word on the command line to the training, validation and test images.
+
+    FOLDER              a folder for each class; or train/, val/ and test/ with such folders
+    LIST.txt            "path label" lines, with --root, --val and --test
+    FILE.json           iNaturalist 2018's annotations, with --root, --val and --test
+    cifar100-lt:ROOT    the unpacked archive in ROOT; cifar10-lt as well, and cifar100-lt-50:ROOT for imbalance 50
+
+Not here: reading them (`lpt_peft.data`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lpt_peft.cli.run_settings import ImageSettings
+from lpt_peft.data.cifar import cifar_lt
+from lpt_peft.data.folder import image_folder
+from lpt_peft.data.image_list import image_list
+from lpt_peft.data.images import LabelledImages, Options
+from lpt_peft.data.inaturalist import inaturalist
+from lpt_peft.data.transforms import transforms
+from lpt_peft.errors import InputError
+from lpt_peft.recipe.split import split_validation
+
+_CIFAR = re.compile(r"(cifar10|cifar100)-lt(?:-(\d+(?:\.\d+)?))?:(.+)")
+PARTS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
+
+
+def open_parts(data: str, images: ImageSettings, seed: int) -> dict[str, LabelledImages]:
+    """The parts to train with: "train", and "validation" and "test" as far as there are such; without transforms.
+
+    Args:
+        data: As on the command line.
+        images: Where the other parts are, and how large a share to hold back.
+        seed: Of that share.
+
+    Raises:
+        InputError: There is nothing of that kind, or it breaks a rule of `lpt_peft.data`.
+    """
+    if match := _CIFAR.fullmatch(data):
+        reader = partial(cifar_lt, match[3], match[1], float(match[2] or 100), unreadable=images.unreadable)  # type: ignore[arg-type]
+        parts = {"train": reader(train=True), "test": reader(train=False)}
+    else:
+        path = _existing(data)
+        folders = {"train": path, **_subfolders(path)}
+        folders |= {name: place for name, place in (("validation", images.val), ("test", images.test)) if place}
+        parts = {"train": _read(folders.pop("train"), images)}
+        parts |= {name: _read(place, images, parts["train"].class_names) for name, place in folders.items()}
+    if images.validation_share and "validation" not in parts:
+        kept, held = split_validation(parts["train"].labels, images.validation_share, seed=seed)
+        whole = parts["train"]
+        parts["train"], parts["validation"] = whole.subset(kept), whole.subset(held, allow_empty=True)
+    return parts
+
+
+def open_test_parts(
+    data: str, images: ImageSettings, seed: int, class_names: Sequence[str]
+) -> dict[str, LabelledImages]:
+    """The parts to measure a trained model with: "validation" and "test", or DATA itself as "test".
+
+    Args:
+        data: As on the command line; a folder of class folders or a list alone is one part, and may lack classes.
+        images: As in `open_parts`.
+        seed: As in `open_parts`.
+        class_names: (C,) of the trained model.
+
+    Raises:
+        InputError: There is nothing of that kind, or its classes are not the model's.
+    """
+    if not _CIFAR.fullmatch(data) and "train" not in _subfolders(_existing(data)):
+        path = Path(data)
+        folders = _subfolders(path) or {"test": path}
+        return {name: _read(place, images, class_names) for name, place in folders.items()}
+    parts = open_parts(data, images, seed)
+    if parts.pop("train").class_names != list(class_names):
+        raise InputError(f"The classes of {data} are not those the model was trained on: {list(class_names)[:5]}, ...")
+    return parts
+
+
+def set_transforms(parts: Mapping[str, LabelledImages], preprocess: Mapping[str, Any], images: ImageSettings) -> None:
+    """Random crops for training images, the backbone's evaluation for the others."""
+    for name, part in parts.items():
+        part.transform = transforms(
+            preprocess,
+            train=name == "train",
+            scale=images.scale,
+            ratio=images.ratio,
+            flip=images.flip,
+            crop_pct=images.crop_pct,
+        )
+
+
+def _existing(data: str) -> Path:
+    path = Path(data)
+    if not path.exists():
+        raise InputError(
+            f"{data!r} is neither a folder nor a file, nor like cifar100-lt:ROOT. Give a folder of class folders, a "
+            'list of "path label" lines, or a JSON of iNaturalist.'
+        )
+    return path
+
+
+def _subfolders(path: Path) -> dict[str, Path]:
+    """The folders of parts that `path` holds; a folder of class folders named "train" among others is none of them."""
+    found = {name: path / word for name, words in PARTS.items() for word in words if (path / word).is_dir()}
+    others = [entry for entry in path.iterdir() if entry.is_dir() and entry not in found.values()] if found else []
+    return {} if others else found
+
+
+def _read(path: Path, images: ImageSettings, class_names: Sequence[str] | None = None) -> LabelledImages:
+    """One part; with `class_names`, those of the training part, it may lack classes."""
+    options: Options = {"unreadable": images.unreadable, "allow_empty": class_names is not None}
+    if path.is_dir():
+        return image_folder(path, class_names, **options)
+    root = images.root or path.parent
+    if path.suffix == ".json":
+        return inaturalist(path, root, **options)
+    return image_list(path, root, class_names, **options)

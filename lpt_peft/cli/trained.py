@@ -1,0 +1,54 @@
+"""What a finished run left: settings, adapter and class names, for the commands that use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from lpt_peft.adapter import LongTailPromptAdapter
+from lpt_peft.cli.run_settings import SETTINGS, ImageSettings, RunSettings, build_backbone, read_settings
+from lpt_peft.errors import StateError
+
+PROMPTS = "prompts"
+
+
+class Trained(NamedTuple):
+    """A trained adapter and how it came about."""
+
+    adapter: LongTailPromptAdapter
+    class_names: list[str]
+    images: ImageSettings
+    seed: int
+    shot_rule: str
+    num_workers: int
+    data: str | None
+
+
+def open_trained(folder: Path) -> Trained:
+    """The adapter of an output folder on its backbone; or of a prompt file, whose backbone timm builds.
+
+    Raises:
+        StateError: The run has written no prompts yet.
+        LPTError: Whatever is wrong with settings, backbone or prompt file.
+    """
+    run, data = None, None
+    if (folder / SETTINGS).exists():
+        values = read_settings(folder / SETTINGS)
+        data = values.pop("data", None)
+        run = RunSettings.from_dict(values)
+        if not (folder / PROMPTS).is_dir():
+            raise StateError(f"{folder} holds no prompts yet: the run was broken off. Its own command goes on with it.")
+    if run is None:
+        adapter = LongTailPromptAdapter.from_pretrained(folder)
+    else:
+        adapter = LongTailPromptAdapter.from_pretrained(folder / PROMPTS, build_backbone(run))
+    names = adapter.metadata.label_names or [str(label) for label in range(adapter.config.num_classes)]
+    return Trained(
+        adapter=adapter.eval(),
+        class_names=list(names),
+        images=ImageSettings() if run is None else run.images,
+        seed=0 if run is None else run.training.seed,
+        shot_rule="lift" if run is None else run.shot_rule,
+        num_workers=0 if run is None else run.training.num_workers,
+        data=data,
+    )
