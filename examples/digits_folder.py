@@ -9,7 +9,7 @@ validation, 50 of each for the test. PNG has 8 bits a channel, so a pixel differ
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from torchvision.utils import save_image
@@ -31,6 +31,6 @@ def write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python examples/digits_folder.py FOLDER")
-    write(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Write the long-tailed digits as PNG files in class folders.")
+    parser.add_argument("folder", type=Path)
+    write(parser.parse_args().folder)
