@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The recipe's tests first: they fork processes that train, and autograd's threads, once started, survive no fork."""
+    """The recipe's tests first: they fork processes that train, and autograd's threads survive no fork."""
     items.sort(key=lambda item: "tests/recipe/" not in item.nodeid)
 
 
