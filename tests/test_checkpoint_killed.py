@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -60,26 +61,36 @@ def test_200_killed_writers_beside_readers(tmp_path, monkeypatch):
                 os._exit(3)
             read_prompt_file(tmp_path)
 
-    def write_for_ever():
-        count = 0
-        while True:
-            write_pair(tmp_path, *pairs[count % len(pairs)])
-            count += 1
+    def write_for_ever(own, told):
+        for count in itertools.count():
+            write_pair(tmp_path, *pairs[own[count % 2]])
+            os.write(told, b".")
 
     readers = [forked(read_until_told) for _ in range(2)]
     moment = random.Random(0)
+    start = time.perf_counter()
+    write_pair(tmp_path, *pairs[0])
+    save = time.perf_counter() - start  # of this machine, as busy as it is
     seen = set()
-    for _ in range(WRITERS):
-        writer = forked(write_for_ever)
-        time.sleep(0.002 + moment.random() * 0.01)
+    for number in range(WRITERS):
+        own = (0, 1) if number % 4 < 2 else (2, 3)
+        hear, tell = os.pipe()
+        writer = forked(lambda own=own, tell=tell: write_for_ever(own, tell))
+        os.close(tell)
+        if number % 2:
+            assert os.read(hear, 1)  # one save is done: another one is under way
+        time.sleep(3 * save * moment.random())
         os.kill(writer, signal.SIGKILL)
         assert ended(writer) == -signal.SIGKILL
+        os.close(hear)
         found = read_pair(tmp_path)
         assert found in pairs
+        if number % 2:
+            assert pairs.index(found) in own
         seen.add(pairs.index(found))
     (tmp_path / "stop").touch()
     assert [ended(reader) for reader in readers] == [0, 0]
-    assert len(seen) > 1
+    assert {place // 2 for place in seen} == {0, 1}
     # A save leaves nothing of the dead behind, once an hour has passed.
     monkeypatch.setattr(files, "_LEFT_SECONDS", -1.0)
     write_pair(tmp_path, *pair(9))
