@@ -13,6 +13,8 @@ import itertools
 import statistics
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import tyro
@@ -57,7 +59,9 @@ def main(settings: Settings) -> None:
         found = []
         for division in range(1, settings.divisions + 1):  # division 0 is the one reported on
             parts = [DigitsLT(part, augment=part == "train", division=division) for part in ("train", "validation")]
-            found.append(train_row(replace(row, settings=changed), division, *parts, progress=False)[1])
+            with TemporaryDirectory() as folder:
+                told = replace(row, settings=changed)
+                found.append(train_row(told, division, *parts, Path(folder), progress=False)[1])
         means = [statistics.fmean(getattr(r, shot) for r in found) for shot in ("overall", "many", "medium", "few")]
         results.append((means, values, (time.perf_counter() - start) / settings.divisions))
         tqdm.write(_line(names, *results[-1]))

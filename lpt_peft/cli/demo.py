@@ -6,17 +6,21 @@ import json
 import sys
 from pathlib import Path
 
+from lpt_peft.cli.interrupted import telling_how_to_go_on
 from lpt_peft.cli.options import Json
 from lpt_peft.errors import MissingExtraError
 
 
-def demo(output: Path = Path("lpt-peft-demo"), seeds: int = 1, epochs: int = 20, as_json: Json = False) -> None:
+def demo(
+    output: Path = Path("lpt-peft-demo"), seeds: int = 1, epochs: int = 20, resume: bool = True, as_json: Json = False
+) -> None:
     """Train five ways on the digits, compare them, write table, picture and prompt file.
 
     Args:
         output: Folder for results.json, digits.png and prompts/.
         seeds: Repeat with this many seeds, for mean and spread.
         epochs: Passes over the training images, the same for every row.
+        resume: Go on with a run that was broken off in that folder; --no-resume starts anew.
         as_json: Print the content of results.json instead of the table.
     """
     try:
@@ -24,7 +28,8 @@ def demo(output: Path = Path("lpt-peft-demo"), seeds: int = 1, epochs: int = 20,
     except ModuleNotFoundError as error:
         raise MissingExtraError(f'The demo needs {error.name}: pip install "lpt_peft[demo]".') from error
 
-    result = run_demo(output, seeds=seeds, epochs=epochs, progress=sys.stderr.isatty())
+    with telling_how_to_go_on():
+        result = run_demo(output, seeds=seeds, epochs=epochs, resume=resume, progress=sys.stderr.isatty())
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return

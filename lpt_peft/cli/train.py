@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from lpt_peft.cli.interrupted import telling_how_to_go_on
 from lpt_peft.cli.options import Json
 from lpt_peft.cli.run_settings import SETTINGS, RunSettings, build_adapter, read_settings
 from lpt_peft.cli.sources import open_parts, set_transforms
@@ -85,20 +86,18 @@ def run_training(
     if accelerator.is_main_process:
         write_json(output / SETTINGS, {"data": data, **told})
     try:
-        results = fit(
-            adapter,
-            Parts(**parts),
-            run.training,
-            output,
-            shot_rule=run.shot_rule,
-            about={f"images.{name}": value for name, value in told["images"].items()},
-            accelerator=accelerator,
-            resume=resume,
-            progress=sys.stderr.isatty(),
-        )
-    except KeyboardInterrupt as stop:
-        again = "The same command goes on from the last checkpoint there."
-        raise KeyboardInterrupt(f"{stop}. {again}" if str(stop) else again) from stop
+        with telling_how_to_go_on():
+            results = fit(
+                adapter,
+                Parts(**parts),
+                run.training,
+                output,
+                shot_rule=run.shot_rule,
+                about={f"images.{name}": value for name, value in told["images"].items()},
+                accelerator=accelerator,
+                resume=resume,
+                progress=sys.stderr.isatty(),
+            )
     finally:
         accelerator.end_training()
     if not accelerator.is_main_process:

@@ -1,8 +1,9 @@
-"""The digits run: train the five rows, test them, write the prompt file and prove that it reads back."""
+"""The digits run: `recipe.fit` for each row with prompts, and a proof that the prompt file reads back."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,31 +13,41 @@ from torch import nn
 
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
+from lpt_peft.checkpoint import read_pair
+from lpt_peft.checkpoint.files import write_pair
 from lpt_peft.data.digits import NUM_CLASSES, DigitsLT, digits_counts
+from lpt_peft.data.wrap import from_dataset
 from lpt_peft.demo.backbone import glyph_config, glyph_vit
 from lpt_peft.demo.figure import draw
-from lpt_peft.demo.result import SHOTS, DemoResult, RowResult
+from lpt_peft.demo.result import DemoResult, RowResult
 from lpt_peft.demo.rows import EPOCHS, Row, rows
 from lpt_peft.errors import ConfigError, LPTError
 from lpt_peft.metrics import ShotMetrics, ShotResult
-from lpt_peft.recipe import evaluate, predict, run_phase, train
+from lpt_peft.recipe import Parts, evaluate, fit, predict, run_phase
+from lpt_peft.recipe.fit import PROMPTS
+
+RUNS = "runs"
 
 
 class DemoError(LPTError):
     """The run contradicts itself: the prompt file did not give the predictions it was written with."""
 
 
-def run_demo(output: Path, *, seeds: int = 1, epochs: int = EPOCHS, progress: bool = True) -> DemoResult:
+def run_demo(
+    output: Path, *, seeds: int = 1, epochs: int = EPOCHS, resume: bool = True, progress: bool = True
+) -> DemoResult:
     """Train, test and write `results.json`, `digits.png` and the folder `prompts` into `output`.
 
     Args:
-        output: Folder to write into; made if it is missing.
+        output: Folder to write into; made if it is missing. Until all is done, what was trained is in `runs/` there.
         seeds: Repeat with seeds 0 to `seeds - 1`, for mean and spread.
         epochs: Passes over the training images, the same for every row.
+        resume: Go on with a run that was broken off; False starts anew.
         progress: Show bars.
 
     Raises:
         ConfigError: `seeds` or `epochs` is too small.
+        StateError: The run that was broken off had other settings.
         DemoError: The prompt file, read back into a fresh adapter, gave other predictions.
     """
     if seeds < 1 or epochs < 2:
@@ -50,14 +61,16 @@ def run_demo(output: Path, *, seeds: int = 1, epochs: int = EPOCHS, progress: bo
     train_set, test_set = DigitsLT("train", mean=mean, std=std, augment=True), DigitsLT("test", mean=mean, std=std)
     table: list[RowResult] = []
     lpt: LongTailPromptAdapter | None = None
-    for row in rows(epochs):
+    for number, row in enumerate(rows(epochs)):
         for seed in range(seeds):
-            model, result = train_row(row, seed, train_set, test_set, progress=progress)
+            folder = output / RUNS / f"row{number}-seed{seed}"
+            model, result = train_row(row, seed, train_set, test_set, folder, resume=resume, progress=progress)
             if seed == 0:
                 table.append(RowResult(row.name, _trained_parameters(model, row)))
                 if isinstance(model, LongTailPromptAdapter):
                     lpt = model  # the last row's is the one to keep
-                    table[-1].file_bytes = _save_and_prove(model, output / "prompts", row, result, test_set)
+                    write_pair(output / PROMPTS, *read_pair(folder / PROMPTS))
+                    table[-1].file_bytes = _prove(model, output / PROMPTS, test_set)
             table[-1].results.append(result)
     assert lpt is not None  # noqa: S101 - the last row has prompts; narrows the type
     done = DemoResult(
@@ -68,25 +81,34 @@ def run_demo(output: Path, *, seeds: int = 1, epochs: int = EPOCHS, progress: bo
         seeds=list(range(seeds)),
         epochs=epochs,
         seconds=time.perf_counter() - start,
-        prompt_file=str(output / "prompts"),
+        prompt_file=str(output / PROMPTS),
     )
     (output / "results.json").write_text(json.dumps(done.to_dict(), indent=2, allow_nan=False) + "\n")
     draw(done, output / "digits.png")
+    shutil.rmtree(output / RUNS)
     return done
 
 
 def train_row(
-    row: Row, seed: int, train_set: DigitsLT, test_set: DigitsLT, *, progress: bool
+    row: Row,
+    seed: int,
+    train_set: DigitsLT,
+    test_set: DigitsLT,
+    folder: Path,
+    *,
+    resume: bool = True,
+    progress: bool = True,
 ) -> tuple[nn.Module, ShotResult]:
-    """One row with one seed: the trained model and its result on `test_set`."""
+    """One row with one seed: the trained model and its result on `test_set`; a row with prompts fills `folder`."""
     settings = replace(row.settings, seed=seed)
     with seeded(seed):
         model = row.build(NUM_CLASSES)
     bar = progress and f"{row.name}, seed {seed}"
     if isinstance(model, LongTailPromptAdapter):
-        train(model, train_set, train_set.labels, settings, progress=bar)
-    else:
-        run_phase(model, train_set, train_set.labels, settings, settings.shared, name="head", progress=bar)
+        train_images = from_dataset(train_set, class_names=[str(digit) for digit in range(NUM_CLASSES)])
+        parts = Parts(train=train_images, test=test_set)
+        return model, fit(model, parts, settings, folder, resume=resume, progress=bar)["test"]
+    run_phase(model, train_set, train_set.labels, settings, settings.shared, name="head", progress=bar)
     return model, evaluate(model, test_set, ShotMetrics(digits_counts()))
 
 
@@ -100,17 +122,8 @@ def _trained_parameters(model: nn.Module, row: Row) -> int:
     return sum(model.get_parameter(name).numel() for name in learnt)
 
 
-def _save_and_prove(
-    adapter: LongTailPromptAdapter, folder: Path, row: Row, result: ShotResult, test_set: DigitsLT
-) -> int:
-    """Write the prompt file, read it onto a fresh backbone, compare the predictions; its size in bytes."""
-    figures = {shot: getattr(result, shot) for shot in SHOTS}
-    adapter.save_pretrained(
-        folder,
-        class_counts=digits_counts(),
-        label_names=[str(digit) for digit in range(NUM_CLASSES)],
-        training={"recipe": row.settings.to_dict(), "metrics": figures, "rule": result.rule, "data": "digits"},
-    )
+def _prove(adapter: LongTailPromptAdapter, folder: Path, test_set: DigitsLT) -> int:
+    """Read the prompt file onto a fresh backbone and compare the predictions; its size in bytes."""
     twin = LongTailPromptAdapter.from_pretrained(folder, glyph_vit())
     ours, theirs = (predict(model, test_set)[0].logits for model in (adapter, twin))
     if not torch.equal(ours, theirs):

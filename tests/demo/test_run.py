@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from lpt_peft.demo.rows import build_probe, rows
 from lpt_peft.demo.run import DemoError, run_demo
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe import predict
+from lpt_peft.recipe.phase import PhaseRun
 
 NAMES = ["linear probe, cross-entropy", "linear probe, A-GCL", "VPT-Deep, cross-entropy", "LPT, phase 1", "LPT"]
 
@@ -53,8 +56,30 @@ def test_probe_is_the_plain_backbone_under_a_head():
 
 
 @pytest.mark.slow
-def test_command_writes_everything(tmp_path, capsys):
-    assert main(["demo", "--output", str(tmp_path), "--epochs", "2"]) == 0
+def test_command_goes_on_and_writes_everything(tmp_path, capsys, monkeypatch):
+    original, steps, at = PhaseRun.advance, [], 3 * 2 * 21 + 5  # in the fourth row
+
+    def interrupted(run, *args):
+        steps.append((run.name, run.step))
+        if len(steps) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(run, *args)
+
+    monkeypatch.setattr(PhaseRun, "advance", interrupted)
+    words = ["demo", "--output", str(tmp_path), "--epochs", "2"]
+    assert main(words) == 130
+    told = capsys.readouterr().err
+    assert "stopped after step 5 of phase shared" in told
+    assert "The same command goes on" in told
+    assert not (tmp_path / "results.json").exists()
+    assert main([*words, "--epochs", "3"]) == 1
+    assert "settings.shared.epochs is 3 here and was 2" in capsys.readouterr().err
+    steps.clear()
+    at = None
+    assert main(words) == 0
+    learnt = [step for step in steps if step[0] != "head"]
+    assert len(learnt) == 2 * 21 - 5 + 2 * 21, "the third row is not trained again"
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "digits.png", "prompts"}
     out = capsys.readouterr().out
     assert all(name in out for name in NAMES)
     assert "all predictions identical" in out
@@ -81,7 +106,7 @@ def test_command_writes_everything(tmp_path, capsys):
     right = (output.logits.argmax(1) == labels).float()
     per_class = [float(right[labels == digit].mean()) for digit in range(10)]
     assert per_class == pytest.approx(results["rows"][-1]["results"][0]["per_class"])
-    assert adapter.metadata.training["metrics"]["overall"] == pytest.approx(sum(per_class) / 10)
+    assert adapter.metadata.training["metrics"]["test"]["overall"] == pytest.approx(sum(per_class) / 10)
     chosen = torch.tensor(results["groups_per_class"])
     torch.testing.assert_close(chosen.sum(1), torch.full((10,), 2.0))
 
