@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lpt_peft.errors import ConfigError, InputError
+from lpt_peft.recipe.checks import collate
 from lpt_peft.recipe.randomness import kept_random_state, seed_of, start_at
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.samplers import DualSampler
@@ -25,23 +25,6 @@ Row = tuple[int, int]  # place in the phase's whole draw, index into the dataset
 def steps_per_epoch(size: int, settings: TrainSettings) -> int:
     """Steps in which the instance-balanced half sees every image at least once."""
     return size // settings.batch_size + 1
-
-
-def check_data(dataset: Dataset[Any], labels: Sequence[int], settings: TrainSettings, num_processes: int) -> None:
-    """Labels fit the dataset, and the batch fits the processes.
-
-    Raises:
-        InputError: There are not as many labels as items.
-        ConfigError: The batch cannot be shared out evenly.
-    """
-    size = len(dataset)  # type: ignore[arg-type]
-    if size != len(labels):
-        raise InputError(f"{len(labels)} labels do not fit a dataset of {size} items; give one label for each item.")
-    if settings.batch_size % (num_processes * settings.accumulate):
-        raise ConfigError(
-            f"batch_size={settings.batch_size} cannot be shared out evenly by {num_processes} processes in "
-            f"accumulate={settings.accumulate} parts each; give a multiple of {num_processes * settings.accumulate}."
-        )
 
 
 def batches(
@@ -73,6 +56,7 @@ def batches(
         Seeded(dataset, (settings.seed, phase)),
         batch_sampler=rows,
         num_workers=settings.num_workers,
+        collate_fn=collate,
         generator=torch.Generator(),
     )
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lpt_peft.errors import InputError
 from lpt_peft.heads import CosineClassifier
 from lpt_peft.losses import AGCLLoss, LPTLoss
 from lpt_peft.output import AdapterOutput
@@ -25,19 +24,10 @@ def criterion_of(settings: TrainSettings, epochs: int, labels: Sequence[int], he
     Args:
         settings: `loss` and `eta` count.
         epochs: Of the phase.
-        labels: Class of every training image; every class of the head at least once, unless the loss is cross-entropy.
+        labels: Class of every training image, as `checks.check_data` wants them.
         head: Its scale is the loss's.
-
-    Raises:
-        InputError: A label is beyond the head's classes, or a class has no image.
     """
-    classes = len(head.weight)
-    counts = torch.bincount(torch.as_tensor(labels), minlength=classes)
-    if len(counts) > classes:
-        raise InputError(
-            f"The labels go up to {len(counts) - 1}, but the head has {classes} classes: wrap(vit, "
-            f"num_classes={len(counts)})."
-        )
+    counts = torch.bincount(torch.as_tensor(labels), minlength=len(head.weight))
     if settings.loss == "lpt":
         return LPTLoss(counts, epochs, eta=settings.eta, scale=head.scale)
     if settings.loss == "agcl":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lpt_peft.metrics import ShotMetrics, ShotResult
+from lpt_peft.recipe.checks import collate
 from lpt_peft.recipe.parallel import place
 
 
@@ -70,7 +71,7 @@ def _batches(
     try:
         # A generator of its own: the loader would draw a seed from the caller's.
         for images, labels in DataLoader(
-            dataset, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator()
+            dataset, batch_size, num_workers=num_workers, collate_fn=collate, generator=torch.Generator()
         ):
             output = model(images.to(device), return_output=True)
             yield type(output)(*(tensor.cpu() for tensor in output)), labels

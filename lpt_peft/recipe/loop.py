@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.errors import ConfigError
 from lpt_peft.metrics import ShotMetrics, ShotResult
-from lpt_peft.recipe.batches import batches, check_data, steps_per_epoch
+from lpt_peft.recipe.batches import batches, steps_per_epoch
+from lpt_peft.recipe.checks import check_data, check_image
 from lpt_peft.recipe.criteria import Criterion, criterion_of
 from lpt_peft.recipe.evaluate import evaluate
 from lpt_peft.recipe.interrupt import Interruption
@@ -84,7 +85,14 @@ def train(
     settings = settings or TrainSettings()
     accelerator = accelerator or make_accelerator(settings)
     check_accelerator(accelerator)
-    check_data(dataset, labels, settings, accelerator.num_processes)
+    check_data(
+        dataset,
+        labels,
+        settings,
+        num_classes=adapter.config.num_classes,
+        num_processes=accelerator.num_processes,
+        own_criterion=criterion is not None,
+    )
     if validation is None and (settings.keep == "best" or settings.patience is not None):
         raise ConfigError(
             f"keep={settings.keep!r} and patience={settings.patience} choose by validation images: pass validation=, "
@@ -92,6 +100,7 @@ def train(
         )
     adapter.to(accelerator.device)
     copy_from_first(adapter)
+    check_image(adapter, dataset, labels, accelerator)
     store, saved = None, None
     if checkpoints is not None:
         told = about_run(
@@ -167,9 +176,18 @@ def run_phase(
     """
     accelerator = accelerator or make_accelerator(settings)
     check_accelerator(accelerator)
-    check_data(dataset, labels, settings, accelerator.num_processes)
+    head: Any = model.get_submodule("head")
+    check_data(
+        dataset,
+        labels,
+        settings,
+        num_classes=len(head.weight),
+        num_processes=accelerator.num_processes,
+        own_criterion=criterion is not None,
+    )
     model.to(accelerator.device)
     copy_from_first(model)
+    check_image(model, dataset, labels, accelerator)
     loop = _Loop(
         dataset=dataset,
         labels=labels,

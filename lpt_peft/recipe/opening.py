@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.recipe.batches import Seeded
+from lpt_peft.recipe.checks import collate
 from lpt_peft.recipe.parallel import copy_from_first, place, rows_of_all
 from lpt_peft.recipe.settings import TrainSettings
 
@@ -65,6 +66,7 @@ def _queries(adapter: LongTailPromptAdapter, dataset: Dataset[Any], settings: Tr
         2 * settings.batch_size,
         sampler=[(index, index) for index in mine],  # rows; the place is the image's own
         num_workers=settings.num_workers,
+        collate_fn=collate,
         generator=torch.Generator(),
     )
     adapter.eval()
