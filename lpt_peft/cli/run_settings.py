@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import timm
+import torch
 import tyro
 from torch import nn
 
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
+from lpt_peft.checkpoint.swap import swap_prompts
 from lpt_peft.errors import BackboneError, ConfigError
+from lpt_peft.hub.load import read_prompts
 from lpt_peft.recipe.settings import TrainSettings, known
 
 SETTINGS = "settings.json"
@@ -71,6 +76,9 @@ class RunSettings:
     pretrained: bool = True
     img_size: int | None = None
     """Pixels of a side; None: the backbone's own."""
+    start_from: str | None = None
+    """A prompt file, folder or Hub repository, whose shared prompt the run begins with, and whose head if the classes
+    are the same; with --shared.epochs 0 it trains phase "group" alone."""
     shot_rule: Literal["lift", "oltr", "lpt"] = "lift"
     """Which counts are many, medium and few."""
     prompts: Annotated[PromptSettings, tyro.conf.arg(name="")] = field(default_factory=PromptSettings)
@@ -151,11 +159,28 @@ def build_backbone(run: RunSettings) -> nn.Module:
     return vit.eval()
 
 
-def build_adapter(run: RunSettings, num_classes: int) -> LongTailPromptAdapter:
-    """The backbone under fresh prompts, the same for the same seed."""
+def build_adapter(run: RunSettings, class_names: Sequence[str]) -> LongTailPromptAdapter:
+    """The backbone under fresh prompts, the same for the same seed; or under those that the run starts from.
+
+    Raises:
+        LPTError: Whatever is wrong with backbone, sizes or prompt file.
+    """
     vit = build_backbone(run)
     with seeded(run.training.seed):
-        return LongTailPromptAdapter.wrap(vit, num_classes, **asdict(run.prompts))
+        adapter = LongTailPromptAdapter.wrap(vit, len(class_names), **asdict(run.prompts))
+    if run.start_from is not None:
+        _start_from(run.start_from, adapter, class_names)
+    return adapter
+
+
+@torch.no_grad()
+def _start_from(source: str, adapter: LongTailPromptAdapter, class_names: Sequence[str]) -> None:
+    prompts = read_prompts(source)
+    swap_prompts(adapter, prompts, part="shared")
+    if prompts.metadata.label_names == tuple(class_names):
+        adapter.head.weight.copy_(prompts.tensors["head.weight"])
+    else:
+        warnings.warn(f"The classes of {source} are not those of the images: the head starts anew.", stacklevel=2)
 
 
 def _pair(name: str, value: Any) -> tuple[float, float]:

@@ -77,7 +77,7 @@ def run_training(
         KeyboardInterrupt: Ctrl-C; the run was saved, and the message says how to go on.
     """
     parts = open_parts(data, run.images, run.training.seed)
-    adapter = build_adapter(run, len(parts["train"].class_names))
+    adapter = build_adapter(run, parts["train"].class_names)
     set_transforms(parts, adapter.backbone.preprocess(), run.images)
     accelerator = make_accelerator(run.training, **({"log_with": log_with, "project_dir": output} if log_with else {}))
     if log_with:
@@ -93,7 +93,7 @@ def run_training(
                 run.training,
                 output,
                 shot_rule=run.shot_rule,
-                about={f"images.{name}": value for name, value in told["images"].items()},
+                about={"start_from": run.start_from} | {f"images.{name}": v for name, v in told["images"].items()},
                 accelerator=accelerator,
                 resume=resume,
                 progress=sys.stderr.isatty(),

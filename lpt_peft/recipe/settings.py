@@ -18,6 +18,7 @@ _NONE = type(None)
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "bool": (bool,),
     "str": (str,),
+    "str | None": (str, _NONE),
     "int": (int,),
     "int | None": (int, _NONE),
     "float": (int, float),

@@ -141,6 +141,29 @@ def test_flags_come_after_the_settings_file(done, data, tmp_path, capsys):
     assert set(json.loads(capsys.readouterr().out)) == {"validation", "test"}
 
 
+def test_phases_apart_are_the_phases_of_one_call(done, data, tmp_path, capsys):
+    words = ["train", str(data), *BACKBONE, *SMALL]
+    assert main([*words, "--output", str(tmp_path / "first"), "--group.epochs", "0"]) == 0
+    first = str(tmp_path / "first" / "prompts")
+    second = [*words, "--output", str(tmp_path / "second"), "--shared.epochs", "0"]
+    assert main([*second, "--start-from", first]) == 0
+    assert same_prompts(done, tmp_path / "second")
+    capsys.readouterr()
+    assert main(second) == 1
+    assert f"start_from is None here and was {first!r}" in capsys.readouterr().err
+    others = write_images(tmp_path / "others", [4, 3, 0], seed=5)  # no cats
+    words[1] = str(others)
+    with pytest.warns(UserWarning, match="the head starts anew"):
+        assert main([*words, "--output", str(tmp_path / "third"), "--start-from", first]) == 0
+    capsys.readouterr()
+    assert main([*second[:-2], "--output", str(tmp_path / "no"), "--start-from", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    wrong = ["--prompt-length", "3", "--start-from", first]
+    assert main([*words, "--output", str(tmp_path / "no"), *wrong]) == 1
+    assert "(12, 2, 192) (blocks, tokens, width), the adapter's (12, 3, 192)" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
 def test_killed_and_called_again(done, data, tmp_path, monkeypatch):
     original = PhaseRun.advance
 
