@@ -1,7 +1,8 @@
 """What a step of training costs: LPT's two phases, full fine-tuning and PEFT's LoRA on the same ViT.
 
-Seconds as ratios, the least of several interleaved rounds, for what disturbs a step only ever adds to it; and memory:
-what autograd keeps for backward, gradients and optimizer state on any device, and the allocator's peak on a GPU.
+Seconds as ratios, the least of several interleaved rounds, for what disturbs a step only ever adds to it. Memory: what
+autograd keeps for backward; gradients and optimizer state; and the peak of a process that has one variant alone and
+takes two steps, weights included: of the allocator on a GPU, else what is resident beyond the imports (Linux).
 
     python examples/benchmarks/train_step.py
     python examples/benchmarks/train_step.py --model vit_base_patch16_224 --batch-size 128 --dtype bfloat16
@@ -9,10 +10,13 @@ what autograd keeps for backward, gradients and optimizer state on any device, a
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -39,6 +43,8 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast."""
     rounds: int = 5
+    peak_of: str | None = None
+    """Print the peak in bytes of this variant alone, and nothing else: what the table asks processes of its own."""
 
 
 @dataclass
@@ -107,24 +113,43 @@ def kept_bytes(variant: Variant) -> int:
     return sum(kept.values())
 
 
-def peak_bytes(variant: Variant) -> int | None:
-    """The allocator's peak in a step beyond what all variants' models hold; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    variant.step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def peak_bytes(name: str, settings: Settings) -> int:
+    """The peak of two steps of one variant in this process; nothing else may have been built here."""
+    before = _status("VmRSS")
+    variant = build(name, settings, *batch(settings))
+    for _ in range(2):  # in the second one the momentum is there from the start
+        variant.step()
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM") - before
+
+
+def peak_elsewhere(name: str, settings: Settings) -> int:
+    """The same, by a process of its own."""
+    words = ["--model", settings.model, "--batch-size", settings.batch_size, "--dtype", settings.dtype]
+    words += [] if settings.img_size is None else ["--img-size", settings.img_size]
+    command = [sys.executable, __file__, *map(str, words), "--peak-of", name]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def batch(settings: Settings) -> tuple[Tensor, Tensor]:
+    """Images and labels of all steps."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = settings.img_size or 224
+    images = torch.randn(settings.batch_size, 3, size, size, device=device)
+    return images, torch.arange(settings.batch_size, device=device) % CLASSES
 
 
 def main(settings: Settings) -> None:
     """Measure and print."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = settings.img_size or 224
-    images = torch.randn(settings.batch_size, 3, size, size, device=device)
-    target = torch.arange(settings.batch_size, device=device) % CLASSES
+    if settings.peak_of is not None:
+        print(peak_bytes(settings.peak_of, settings))
+        return
+    images, target = batch(settings)
+    device, size = images.device.type, images.shape[-1]
     variants = {name: build(name, settings, images, target) for name in NAMES}
     seconds: dict[str, list[float]] = {name: [] for name in NAMES}
     for turn in range(settings.rounds + 1):  # the first turn warms up
@@ -145,10 +170,9 @@ def main(settings: Settings) -> None:
         least = min(seconds[name])
         learnt = sum(parameter.numel() for parameter in variant.learnt)
         state = 2 * sum(parameter.nbytes for parameter in variant.learnt)  # gradient and momentum
-        peak = peak_bytes(variant)
-        sizes = "".join(f"{value / 2**20:{width}.0f} MiB" for value, width in ((kept_bytes(variant), 7), (state, 8)))
-        shown = "-" if peak is None else f"{peak / 2**20:.0f} MiB"
-        print(f"{name:22}{least:9.3f}{least / base:8.2f}{learnt:14,}{sizes}{shown:>11}")
+        columns = ((kept_bytes(variant), 7), (state, 8), (peak_elsewhere(name, settings), 7))
+        sizes = "".join(f"{value / 2**20:{width}.0f} MiB" for value, width in columns)
+        print(f"{name:22}{least:9.3f}{least / base:8.2f}{learnt:14,}{sizes}")
 
 
 if __name__ == "__main__":
