@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -218,6 +219,12 @@ def test_two_processes_train_and_measure_together(data, tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["validation"]["num_images"], results["test"]["num_images"]) == (8, 15)
     assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    launched = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    command = [sys.executable, "-m", *launched, "-m", "lpt_peft", *words]
+    done = subprocess.run([*command, "--output", tmp_path / "launched"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert same_prompts(tmp_path / "run", tmp_path / "launched")
+    assert done.stdout.count("many: n > 100") == 1, "one process speaks for all"
 
 
 def test_trackers(data, tmp_path, capsys):
