@@ -13,9 +13,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for an `LPTError`, 2 for wrong arguments."""
     try:
         try:
-            import tyro  # noqa: PLC0415 - an optional extra
+            import rich  # noqa: F401, PLC0415 - an optional extra
+            import tyro  # noqa: PLC0415
         except ImportError as error:
-            raise MissingExtraError('The lpt-peft command needs tyro: pip install "lpt_peft[cli]".') from error
+            raise MissingExtraError(f'The lpt-peft command needs {error.name}: pip install "lpt_peft[cli]".') from error
         from lpt_peft.cli.convert import convert  # noqa: PLC0415 - after the check for tyro
         from lpt_peft.cli.demo import demo  # noqa: PLC0415
         from lpt_peft.cli.doctor import doctor  # noqa: PLC0415

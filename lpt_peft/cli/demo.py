@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lpt_peft.cli.interrupted import telling_how_to_go_on
 from lpt_peft.cli.options import Json
+from lpt_peft.cli.tables import print_table
 from lpt_peft.errors import MissingExtraError
 
 
@@ -33,7 +34,8 @@ def demo(
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return
-    print(result.table())
+    header, rows = result.table()
+    print_table(rows, header)
     print(f"\n% of test images right. {result.rule}. {len(result.seeds)} seed(s), {result.seconds:.0f} s.")
     print(f"Groups that no training image chose: {result.dead_groups or 'none'}.")
     print(f"The prompt file was read back onto a fresh backbone: all predictions identical.\nWritten to {output}/:")

@@ -10,10 +10,10 @@ import tyro
 
 from lpt_peft.cli.options import Json
 from lpt_peft.cli.sources import open_parts, open_test_parts, set_transforms
-from lpt_peft.cli.tables import results_table
+from lpt_peft.cli.tables import print_results
 from lpt_peft.cli.trained import open_trained
 from lpt_peft.errors import ConfigError
-from lpt_peft.metrics import ShotMetrics
+from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.recipe.evaluate import evaluate as measure
 
 
@@ -44,10 +44,12 @@ def evaluate(
     set_transforms(parts, adapter.backbone.preprocess(), trained.images)
     adapter.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     metrics = ShotMetrics.from_rule(trained.shot_rule, counts)
-    results = {
-        name: measure(adapter, part, metrics, num_workers=trained.num_workers) for name, part in sorted(parts.items())
+    results: dict[str, ShotResult] = {
+        name: measure(adapter, parts[name], metrics, num_workers=trained.num_workers)
+        for name in ("validation", "test")
+        if name in parts
     }
     if as_json:
         print(json.dumps({name: result.to_dict() for name, result in results.items()}, indent=2, allow_nan=False))
     else:
-        print(results_table(results))
+        print_results(results)

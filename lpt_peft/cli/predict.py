@@ -11,7 +11,7 @@ import tyro
 from PIL import Image
 
 from lpt_peft.cli.options import Json
-from lpt_peft.cli.tables import aligned
+from lpt_peft.cli.tables import print_table
 from lpt_peft.cli.trained import open_trained
 from lpt_peft.data.transforms import transforms
 from lpt_peft.errors import ConfigError, InputError
@@ -56,7 +56,7 @@ def predict(
         told = [{"image": str(path), "classes": classes} for path, classes in found]
         print(json.dumps(told, indent=2, ensure_ascii=False))
     else:
-        print(aligned([(str(path), *map(_cell, classes)) for path, classes in found]))
+        print_table([(str(path), *map(_cell, classes)) for path, classes in found])
 
 
 def _read(path: Path) -> Image.Image:

@@ -1,34 +1,43 @@
-"""Results as aligned columns for a terminal."""
+"""Tables on a terminal, by rich."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from lpt_peft.metrics import ShotResult
 
 _FIGURES = ("overall", "many", "medium", "few", "accuracy", "worst_accuracy")
+_NO_END = 10_000  # columns: into a file or a pipe, no line is folded
 
 
-def results_table(results: Mapping[str, ShotResult]) -> str:
+def print_results(results: Mapping[str, ShotResult]) -> None:
     """One row for each part, in percent, and the rule that says what many and few are."""
     if not results:
-        return "There was neither a validation nor a test part, so nothing was measured."
+        print("There was neither a validation nor a test part, so nothing was measured.")
+        return
     header = ("%", *(figure.removesuffix("_accuracy") for figure in _FIGURES), "images")
     rows = [
         (name, *(_percent(getattr(result, figure)) for figure in _FIGURES), f"{result.num_images:,}")
         for name, result in results.items()
     ]
-    rules = dict.fromkeys(result.rule for result in results.values())
-    return "\n".join([aligned([header, *rows]), *rules])
+    print_table(rows, header)
+    for rule in dict.fromkeys(result.rule for result in results.values()):
+        print(rule)
 
 
-def aligned(rows: list[tuple[str, ...]]) -> str:
-    """Cells in columns, the first one to the left."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
+def print_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
+    """Cells as they are, the first column to the left and the others to the right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), show_header=bool(header), header_style="bold")
+    for place, name in enumerate(header or [""] * len(rows[0])):
+        table.add_column(Text(name), justify="right" if place else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text: brackets in a path or a class name are no markup
+    Console(width=None if sys.stdout.isatty() else _NO_END).print(table)
 
 
 def _percent(value: float | None) -> str:

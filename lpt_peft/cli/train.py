@@ -19,7 +19,7 @@ from lpt_peft.cli.interrupted import telling_how_to_go_on
 from lpt_peft.cli.options import Json
 from lpt_peft.cli.run_settings import SETTINGS, RunSettings, build_adapter, read_settings
 from lpt_peft.cli.sources import open_parts, set_transforms
-from lpt_peft.cli.tables import results_table
+from lpt_peft.cli.tables import print_results
 from lpt_peft.data.transforms import RECIPE_CROP_PCT
 from lpt_peft.errors import ConfigError, MissingExtraError
 from lpt_peft.recipe.fit import RESULTS, Parts, fit, write_json
@@ -105,7 +105,7 @@ def run_training(
     if as_json:
         print(json.dumps({name: result.to_dict() for name, result in results.items()}, indent=2, allow_nan=False))
         return
-    print(results_table(results))
+    print_results(results)
     print(f"Written to {output}/: prompts/, {RESULTS}, history.json, {SETTINGS}, checkpoints/")
 
 

@@ -1,4 +1,4 @@
-"""What the digits run came to: the numbers, as a table on the terminal and as JSON."""
+"""What the digits run came to: the numbers, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ class DemoResult:
         counts = digits_counts()
         return {"rows": table, **about, "class_counts": counts, "library_version": __version__}
 
-    def table(self) -> str:
-        """The rows in aligned columns, percent, mean and spread over seeds."""
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Header and rows: percent, mean and spread over seeds."""
         header = ("", *SHOTS, "parameters", "file")
-        lines = [
+        rows = [
             (
                 row.name,
                 *(_percent(row.mean(shot), row.spread(shot)) for shot in SHOTS),
@@ -79,13 +79,7 @@ class DemoResult:
             )
             for row in self.rows
         ]
-        widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in (header, *lines)
-        )
+        return header, rows
 
 
 def _percent(mean: float, spread: float | None) -> str:

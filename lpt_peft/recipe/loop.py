@@ -258,7 +258,7 @@ class _Loop:
                 bar.update()
                 if run.step % run.steps == 0:
                     self.history.append(self._end_epoch(run))
-                    bar.set_postfix(loss=f"{self.history[-1]['loss']:.3f}")
+                    bar.set_postfix(_shown(self.history[-1]))
                 if self.save is not None:
                     due = run.step % (self.settings.save_every or run.steps) == 0
                     path = self.save(run) if due or run.finished or run.stopped else None
@@ -288,3 +288,11 @@ class _Loop:
         shown = bool(self.progress) and self.accelerator.is_main_process
         total = run.phase.epochs * run.steps
         return tqdm(total=total, initial=run.step, desc=label, unit="step", disable=not shown)
+
+
+def _shown(record: Mapping[str, Any]) -> dict[str, str]:
+    """What the bar tells of an epoch."""
+    told = {"loss": f"{record['loss']:.3f}"}
+    if (overall := record.get("validation", {}).get("overall")) is not None:
+        told["validation"] = f"{100 * overall:.1f} %"
+    return told
