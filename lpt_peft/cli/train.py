@@ -83,7 +83,8 @@ def run_training(
     if log_with:
         _start_trackers(accelerator, run, log_with)
     told = run.to_dict()
-    if accelerator.is_main_process:
+    speaks = accelerator.is_main_process
+    if speaks and not (output / SETTINGS).exists():  # an earlier run's belong to its prompts, until this one is done
         write_json(output / SETTINGS, {"data": data, **told})
     try:
         with telling_how_to_go_on():
@@ -100,8 +101,9 @@ def run_training(
             )
     finally:
         accelerator.end_training()
-    if not accelerator.is_main_process:
+    if not speaks:
         return
+    write_json(output / SETTINGS, {"data": data, **told})
     if as_json:
         print(json.dumps({name: result.to_dict() for name, result in results.items()}, indent=2, allow_nan=False))
         return

@@ -84,11 +84,14 @@ def _checked(
     if crop_pct is not None:
         config["crop_pct"] = crop_pct
     checks = {
-        "scale": 0 < scale[0] <= scale[1] <= 1,
-        "ratio": 0 < ratio[0] <= ratio[1],
-        "flip": 0 <= flip <= 1,
-        "crop_pct": 0 < config["crop_pct"] <= 1,
+        f"scale={scale}": (
+            0 < scale[0] <= scale[1] <= 1,
+            "two shares of the area, above 0 and up to 1, the least first",
+        ),
+        f"ratio={ratio}": (0 < ratio[0] <= ratio[1], "two of width over height, above 0, the least first"),
+        f"flip={flip}": (0 <= flip <= 1, "a probability from 0 to 1"),
+        f"crop_pct={config['crop_pct']}": (0 < config["crop_pct"] <= 1, "above 0 and up to 1"),
     }
-    if broken := [name for name, fine in checks.items() if not fine]:
-        raise ConfigError(f"transforms: {', '.join(broken)} out of range; shares and probabilities go from 0 to 1.")
+    if broken := [f"{name} must be {rule}" for name, (fine, rule) in checks.items() if not fine]:
+        raise ConfigError(f"transforms: {'; '.join(broken)}.")
     return config

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -21,6 +22,7 @@ from torch.utils.data import Dataset
 
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.data.images import LabelledImages
+from lpt_peft.errors import StateError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.recipe.evaluate import evaluate
 from lpt_peft.recipe.loop import make_accelerator, train
@@ -104,11 +106,20 @@ def fit(
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file of JSON: the old content or the new, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file of JSON: the old content or the new, never half of it.
+
+    Raises:
+        StateError: The folder may not be written, or the disk is full.
+    """
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StateError(
+            f"{path} cannot be written: {error}. Choose a folder that can be written, or make room on the disk; what "
+            "was there before is whole."
+        ) from error

@@ -45,14 +45,16 @@ class PhaseSettings:
     """Share of the steps in which the learning rate rises linearly."""
 
     def __post_init__(self) -> None:
-        checks = {
-            "epochs": self.epochs >= 0,
-            "learning_rate": self.learning_rate > 0,
-            "weight_decay": self.weight_decay >= 0,
-            "momentum": 0 <= self.momentum < 1,
-            "warmup": 0 <= self.warmup <= 1,
-        }
-        _refuse(self, checks)
+        _refuse(
+            self,
+            {
+                "epochs": (self.epochs >= 0, "at least 0"),
+                "learning_rate": (self.learning_rate > 0, "above 0"),
+                "weight_decay": (self.weight_decay >= 0, "at least 0"),
+                "momentum": (0 <= self.momentum < 1, "at least 0 and below 1"),
+                "warmup": (0 <= self.warmup <= 1, "a share from 0 to 1"),
+            },
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,29 +103,35 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks = {
-            "phases": self.phases in ("decoupled", "joint"),
-            "batch_size": self.batch_size >= 1,
-            "accumulate": self.accumulate >= 1,
-            "sampling": self.sampling in ("dual", "instance"),
-            "samples_per_class": self.samples_per_class >= 1,
-            "loss": self.loss in ("lpt", "agcl", "cross_entropy"),
-            "eta": self.eta >= 0,
-            "init_keys": self.init_keys in ("kmeans", "random"),
-            "init_groups": self.init_groups in ("shared", "random"),
-            "decay": self.decay in ("all", "selected"),
-            "clip_norm": self.clip_norm is None or self.clip_norm > 0,
-            "mixed_precision": self.mixed_precision in (None, "no", "bf16", "fp16"),
-            "average": self.average is None or 0 < self.average < 1,
-            "keep": self.keep in ("last", "best"),
-            "patience": self.patience is None or self.patience >= 1,
-            "validate_every": self.validate_every >= 1,
-            "save_every": self.save_every is None or self.save_every >= 1,
-            "keep_checkpoints": self.keep_checkpoints >= 1,
-            "num_workers": self.num_workers >= 0,
-            "seed": self.seed >= 0,
-        }
-        _refuse(self, checks)
+        some, none_or_some = "at least 1", "None or at least 1"
+        _refuse(
+            self,
+            {
+                "phases": (self.phases in ("decoupled", "joint"), '"decoupled" or "joint"'),
+                "batch_size": (self.batch_size >= 1, some),
+                "accumulate": (self.accumulate >= 1, some),
+                "sampling": (self.sampling in ("dual", "instance"), '"dual" or "instance"'),
+                "samples_per_class": (self.samples_per_class >= 1, some),
+                "loss": (self.loss in ("lpt", "agcl", "cross_entropy"), '"lpt", "agcl" or "cross_entropy"'),
+                "eta": (self.eta >= 0, "at least 0"),
+                "init_keys": (self.init_keys in ("kmeans", "random"), '"kmeans" or "random"'),
+                "init_groups": (self.init_groups in ("shared", "random"), '"shared" or "random"'),
+                "decay": (self.decay in ("all", "selected"), '"all" or "selected"'),
+                "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "None or above 0"),
+                "mixed_precision": (
+                    self.mixed_precision in (None, "no", "bf16", "fp16"),
+                    'None, "no", "bf16" or "fp16"',
+                ),
+                "average": (self.average is None or 0 < self.average < 1, "None or above 0 and below 1"),
+                "keep": (self.keep in ("last", "best"), '"last" or "best"'),
+                "patience": (self.patience is None or self.patience >= 1, none_or_some),
+                "validate_every": (self.validate_every >= 1, some),
+                "save_every": (self.save_every is None or self.save_every >= 1, none_or_some),
+                "keep_checkpoints": (self.keep_checkpoints >= 1, some),
+                "num_workers": (self.num_workers >= 0, "at least 0"),
+                "seed": (self.seed >= 0, "at least 0"),
+            },
+        )
         if self.loss == "lpt" and self.sampling != "dual":
             raise ConfigError('loss="lpt" weighs the two halves of a dual batch: it needs sampling="dual".')
 
@@ -169,7 +177,8 @@ def known(kind: type, values: Any) -> Mapping[str, Any]:
     return values
 
 
-def _refuse(settings: object, checks: dict[str, bool]) -> None:
-    if broken := [name for name, fine in checks.items() if not fine]:
-        told = ", ".join(f"{name}={getattr(settings, name)!r}" for name in broken)
-        raise ConfigError(f"{type(settings).__name__}: {told} is out of range; see the attribute's description.")
+def _refuse(settings: object, checks: Mapping[str, tuple[bool, str]]) -> None:
+    if broken := [
+        f"{name}={getattr(settings, name)!r} must be {rule}" for name, (fine, rule) in checks.items() if not fine
+    ]:
+        raise ConfigError(f"{type(settings).__name__}: {'; '.join(broken)}.")

@@ -132,12 +132,12 @@ def test_the_configuration_given_is_left_as_it_was():
     [
         ({"input_size": [1, 32, 32]}, {}, "RGB, 3 channels"),
         ({"mean": [0.5]}, {}, "1 means"),
-        ({}, {"scale": (0, 1)}, "scale out of range"),
-        ({}, {"scale": (0.5, 0.4)}, "scale out of range"),
-        ({}, {"ratio": (2, 1)}, "ratio out of range"),
-        ({}, {"flip": 1.5}, "flip out of range"),
-        ({}, {"crop_pct": 0}, "crop_pct out of range"),
-        ({"crop_pct": 1.2}, {}, "crop_pct out of range"),
+        ({}, {"scale": (0, 1)}, r"scale=\(0, 1\) must be two shares"),
+        ({}, {"scale": (0.5, 0.4)}, r"scale=\(0\.5, 0\.4\) must be two shares"),
+        ({}, {"ratio": (2, 1)}, r"ratio=\(2, 1\) must be"),
+        ({}, {"flip": 1.5}, "flip=1.5 must be a probability"),
+        ({}, {"crop_pct": 0}, "crop_pct=0 must be above 0"),
+        ({"crop_pct": 1.2}, {}, "crop_pct=1.2 must be"),
     ],
 )
 def test_refusals(changes, options, words):

@@ -181,12 +181,12 @@ def test_settings_survive_json():
         ({"seed": True}, "seed=True must be int"),
         ({"clip_norm": "1"}, "clip_norm='1' must be float | None"),
         ({"shared": {"epochs": "3"}}, "PhaseSettings: epochs='3' must be int"),
-        ({"accumulate": 0}, "accumulate=0"),
-        ({"average": 1.0}, "average=1.0"),
-        ({"phases": "both"}, "phases='both'"),
-        ({"patience": 0}, "patience=0"),
-        ({"save_every": 0}, "save_every=0"),
-        ({"mixed_precision": "fp8"}, "mixed_precision='fp8'"),
+        ({"accumulate": 0, "seed": -1}, "TrainSettings: accumulate=0 must be at least 1; seed=-1 must be at least 0."),
+        ({"average": 1.0}, "average=1.0 must be None or above 0 and below 1"),
+        ({"phases": "both"}, 'phases=\'both\' must be "decoupled" or "joint"'),
+        ({"patience": 0}, "patience=0 must be None or at least 1"),
+        ({"save_every": 0}, "save_every=0 must be None or"),
+        ({"mixed_precision": "fp8"}, "mixed_precision='fp8' must be None"),
     ],
 )
 def test_settings_refuse(values, words):

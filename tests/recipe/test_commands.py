@@ -165,6 +165,26 @@ def test_phases_apart_are_the_phases_of_one_call(done, data, tmp_path, capsys):
     assert not (tmp_path / "no").exists()
 
 
+def test_a_run_that_starts_anew_takes_the_place_of_the_old_one_when_it_is_done(data, tmp_path, monkeypatch, capsys):
+    words = ["train", str(data), "--output", str(tmp_path), *BACKBONE, *SMALL, "--group.epochs", "0"]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path), "--json"]) == 0
+    old = json.loads(capsys.readouterr().out)
+    other = [*words, "--no-resume", "--crop-pct", "0.5"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PhaseRun, "finish", lambda run: os.kill(os.getpid(), signal.SIGKILL))
+        assert in_child(lambda: main(other)) == -signal.SIGKILL
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == old, "prompts and settings of the run before"
+    assert main(other) == 0
+    assert json.loads((tmp_path / "settings.json").read_text())["images"]["crop_pct"] == 0.5
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) != old, "else the test proves nothing"
+
+
 def test_killed_and_called_again(done, data, tmp_path, monkeypatch):
     original = PhaseRun.advance
 
@@ -198,8 +218,10 @@ def test_control_c_saves_and_says_how_to_go_on(done, data, tmp_path, monkeypatch
     assert "The same command goes on" in told
     monkeypatch.undo()
     capsys.readouterr()
+    before = (tmp_path / "settings.json").read_text()
     assert main([*words, "--flip", "0.5"]) == 1
     assert "images.flip is 0.5 here and was 0.0" in capsys.readouterr().err
+    assert (tmp_path / "settings.json").read_text() == before
     assert main(["evaluate", str(tmp_path)]) == 1
     assert "no prompts yet" in capsys.readouterr().err
     assert main(words) == 0
@@ -243,6 +265,17 @@ def _installed(name):
     except ImportError:
         return False
     return True
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "locked/below"])
+def test_output_that_cannot_be_written(data, tmp_path, capsys, place):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if place == "locked/below" and os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    assert main(["train", str(data), "--output", str(tmp_path / place), *BACKBONE, *SMALL]) == 1
+    assert f"{tmp_path / place / 'settings.json'} cannot be written" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_presets(data, tmp_path, capsys, monkeypatch):
