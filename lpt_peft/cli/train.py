@@ -23,8 +23,8 @@ from lpt_peft.cli.tables import print_results
 from lpt_peft.data.transforms import RECIPE_CROP_PCT
 from lpt_peft.errors import ConfigError, MissingExtraError
 from lpt_peft.recipe.fit import RESULTS, Parts, fit, write_json
-from lpt_peft.recipe.loop import make_accelerator
 from lpt_peft.recipe.presets import preset
+from lpt_peft.recipe.runs import make_accelerator
 
 Log = Literal["tensorboard", "wandb", "trackio"]
 

@@ -6,8 +6,8 @@ products of their own and know nothing of this package. Needs the extra `lpt_pef
 
 from lpt_peft.recipe.evaluate import evaluate, predict
 from lpt_peft.recipe.fit import Parts, fit
-from lpt_peft.recipe.loop import make_accelerator, run_phase, train
 from lpt_peft.recipe.presets import PRESETS, preset
+from lpt_peft.recipe.runs import make_accelerator, run_phase, train
 from lpt_peft.recipe.schedule import warmup_cosine
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 

@@ -5,7 +5,7 @@
     history.json   a record for each epoch
     results.json   shot metrics of the validation and the test part
 
-Not here: the training (`loop.py`), and where images and backbone come from (`lpt_peft.cli`).
+Not here: the training (`runs.py`), and where images and backbone come from (`lpt_peft.cli`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lpt_peft.data.images import LabelledImages
 from lpt_peft.errors import StateError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.recipe.evaluate import evaluate
-from lpt_peft.recipe.loop import make_accelerator, train
+from lpt_peft.recipe.runs import make_accelerator, train
 from lpt_peft.recipe.settings import TrainSettings
 
 CHECKPOINTS, PROMPTS, HISTORY, RESULTS = "checkpoints", "prompts", "history.json", "results.json"

@@ -1,7 +1,6 @@
-"""One loop for both phases, on Accelerate; one process or many, CPU or GPU, from the start or from a checkpoint.
+"""The one loop of every phase: step after step, and what happens between them: validation, checkpoints, a bar.
 
-Random numbers follow from seed, phase and step (`randomness.py`), and the caller's are given back. Not here: a single
-step (`phase.py`), data sets, and what to do with the prompts afterwards (`fit.py`).
+Not here: a single step (`phase.py`), and which phases a run has (`runs.py`).
 """
 
 from __future__ import annotations
@@ -11,206 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from lpt_peft.adapter import LongTailPromptAdapter
-from lpt_peft.errors import ConfigError
-from lpt_peft.metrics import ShotMetrics, ShotResult
+from lpt_peft.metrics import ShotResult
 from lpt_peft.recipe.batches import batches, steps_per_epoch
-from lpt_peft.recipe.checks import check_data, check_image
 from lpt_peft.recipe.criteria import Criterion, criterion_of
-from lpt_peft.recipe.evaluate import evaluate
 from lpt_peft.recipe.interrupt import Interruption
-from lpt_peft.recipe.opening import begin_phase
-from lpt_peft.recipe.parallel import check_accelerator, copy_from_first
 from lpt_peft.recipe.phase import PhaseRun
-from lpt_peft.recipe.randomness import kept_random_state
-from lpt_peft.recipe.resume import Checkpoints, about_run
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 
 History = list[dict[str, Any]]
 
 
-def train(
-    adapter: LongTailPromptAdapter,
-    dataset: Dataset[Any],
-    labels: Sequence[int],
-    settings: TrainSettings | None = None,
-    *,
-    validation: Dataset[Any] | None = None,
-    criterion: Criterion | None = None,
-    accelerator: Accelerator | None = None,
-    checkpoints: Path | None = None,
-    about: Mapping[str, Any] | None = None,
-    resume: bool = True,
-    progress: bool | str = True,
-) -> History:
-    """Train the phases that the settings plan; the adapter is left in the last one, in eval mode.
-
-    With several processes every one calls this with the same arguments; `batch_size` images are shared out among them,
-    so their number changes nothing but speed and rounding.
-
-    Args:
-        adapter: A wrapped ViT.
-        dataset: Map-style, yields (image, label), `len(labels)` items.
-        labels: Class of every item, 0 to `C - 1`; every class at least once.
-        settings: How to train; None takes the defaults: the paper's recipe, but keys start at k-means centres and
-            groups as copies of the shared prompt.
-        validation: Yields (image, label); for history, `keep="best"` and `patience`. Never the test part.
-        criterion: Called as `criterion(output, target, epoch)` with epochs counted from 0 in every phase; None takes
-            what `settings.loss` says.
-        accelerator: Yours, for trackers for example; None makes one of `settings.mixed_precision`.
-        checkpoints: Folder to save the run in as it goes, some megabytes at a time; None saves nothing. Ctrl-C and
-            SIGTERM then save first.
-        about: More that tells this run from others, plain JSON, such as how images are cropped: what is different
-            there from the checkpoint's is refused, as settings, labels, backbone and number of processes are.
-        resume: Go on from the last checkpoint there, to the very prompts that a run without a break gives (on a CPU,
-            and with the same number of processes). False throws the checkpoints away.
-        progress: Show a bar for each phase; a text is put before the phase's name.
-
-    Returns:
-        One record for each epoch: phase, epoch, loss, learning_rate of its last step, and shot accuracies of a
-        validation.
-
-    Raises:
-        InputError: Labels do not fit the dataset or the head, or a class has no image.
-        ConfigError: The settings need a validation part that is not there, or the batch cannot be shared out.
-        StateError: The loss became NaN or infinite, a checkpoint is of another run or cannot be written.
-        KeyboardInterrupt: Ctrl-C was pressed; with `checkpoints`, after saving.
-    """
-    settings = settings or TrainSettings()
-    accelerator = accelerator or make_accelerator(settings)
-    check_accelerator(accelerator)
-    check_data(
-        dataset,
-        labels,
-        settings,
-        num_classes=adapter.config.num_classes,
-        num_processes=accelerator.num_processes,
-        own_criterion=criterion is not None,
-    )
-    if validation is None and (settings.keep == "best" or settings.patience is not None):
-        raise ConfigError(
-            f"keep={settings.keep!r} and patience={settings.patience} choose by validation images: pass validation=, "
-            "images that are neither trained on nor tested on."
-        )
-    adapter.to(accelerator.device)
-    copy_from_first(adapter)
-    check_image(adapter, dataset, labels, accelerator)
-    store, saved = None, None
-    if checkpoints is not None:
-        told = about_run(
-            adapter, labels, settings, criterion=criterion, validation=validation, processes=accelerator.num_processes
-        )
-        store = Checkpoints(checkpoints, {**told, **(about or {})}, settings, accelerator)
-        saved = store.open(resume)
-    history: History = list(saved.history) if saved else []
-    names = list(settings.plan)
-    counts = torch.bincount(torch.as_tensor(labels), minlength=adapter.config.num_classes)
-
-    def validate() -> ShotResult:
-        assert validation is not None  # noqa: S101 - narrows the type
-        return evaluate(adapter, validation, ShotMetrics(counts), num_workers=settings.num_workers, distributed=True)
-
-    def save(run: PhaseRun) -> Path:
-        assert store is not None  # noqa: S101 - narrows the type
-        return store.save(adapter, run, history)
-
-    loop = _Loop(
-        dataset=dataset,
-        labels=labels,
-        settings=settings,
-        criterion=criterion,
-        accelerator=accelerator,
-        history=history,
-        progress=progress,
-        validate=None if validation is None else validate,
-        save=None if store is None else save,
-    )
-    with kept_random_state():
-        for name in names[names.index(saved.phase) if saved else 0 :]:
-            begin_phase(adapter, name, dataset, settings, saved.adapter if saved else None)
-            run = loop.begin(adapter, name, settings.plan[name])
-            if saved:
-                run.restore(saved.tensors, saved.numbers)
-                saved = None
-            loop.go(run)
-    if names:
-        adapter.phase = "shared" if names[-1] == "shared" else "group"  # "joint" had opened the shared prompt
-    adapter.eval()
-    return history
-
-
-def run_phase(
-    model: nn.Module,
-    dataset: Dataset[Any],
-    labels: Sequence[int],
-    settings: TrainSettings,
-    phase: PhaseSettings,
-    *,
-    name: str = "training",
-    criterion: Criterion | None = None,
-    accelerator: Accelerator | None = None,
-    progress: bool | str = True,
-) -> History:
-    """Train what requires a gradient in `model`: one phase of LPT, or a baseline by the same loop.
-
-    Args:
-        model: Called as `model(images, return_output=True)`; returns an `AdapterOutput`. Has a `CosineClassifier`
-            named `head`.
-        dataset: Map-style, yields (image, label).
-        labels: Class of every item.
-        settings: What phases share; what is said there of validation and checkpoints has no use here.
-        phase: What is this phase's own.
-        name: For history, seeds and progress bar.
-        criterion: Called as `criterion(output, target, epoch)`; None takes what `settings.loss` says.
-        accelerator: Yours, or None for one of `settings.mixed_precision`.
-        progress: Show a bar; a text is put before the name.
-
-    Returns:
-        One record for each epoch.
-    """
-    accelerator = accelerator or make_accelerator(settings)
-    check_accelerator(accelerator)
-    head: Any = model.get_submodule("head")
-    check_data(
-        dataset,
-        labels,
-        settings,
-        num_classes=len(head.weight),
-        num_processes=accelerator.num_processes,
-        own_criterion=criterion is not None,
-    )
-    model.to(accelerator.device)
-    copy_from_first(model)
-    check_image(model, dataset, labels, accelerator)
-    loop = _Loop(
-        dataset=dataset,
-        labels=labels,
-        settings=settings,
-        criterion=criterion,
-        accelerator=accelerator,
-        history=[],
-        progress=progress,
-    )
-    with kept_random_state():
-        loop.go(loop.begin(model, name, phase))
-    model.eval()
-    return loop.history
-
-
-def make_accelerator(settings: TrainSettings, **options: Any) -> Accelerator:
-    """An Accelerator of the settings' precision; `options` are its own."""
-    cpu = not torch.accelerator.is_available()  # else Accelerate would take several processes without a GPU for one
-    return Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu, **options)
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Loop:
+class Loop:
     """What all phases of a run share, and what happens between their steps."""
 
     dataset: Dataset[Any]
