@@ -3,6 +3,7 @@
     FOLDER              a folder for each class; or train/, val/ and test/ with such folders
     LIST.txt            "path label" lines, with --root, --val and --test
     FILE.json           iNaturalist 2018's annotations, with --root, --val and --test
+    hf:NAME             a data set of Hugging Face `datasets`, of the Hub or saved in a folder, with a split "train"
     cifar100-lt:ROOT    the unpacked archive in ROOT; cifar10-lt as well, and cifar100-lt-50:ROOT for imbalance 50
 
 Not here: reading them (`lpt_peft.data`).
@@ -19,13 +20,15 @@ from typing import Any
 from lpt_peft.cli.run_settings import ImageSettings
 from lpt_peft.data.cifar import cifar_lt
 from lpt_peft.data.folder import image_folder
+from lpt_peft.data.huggingface import from_huggingface
 from lpt_peft.data.image_list import image_list
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.inaturalist import inaturalist
 from lpt_peft.data.transforms import transforms
-from lpt_peft.errors import InputError
+from lpt_peft.errors import InputError, MissingExtraError
 from lpt_peft.recipe.split import split_validation
 
+_SPLITS = "hf:"
 _CIFAR = re.compile(r"(cifar10|cifar100)-lt(?:-(\d+(?:\.\d+)?))?:(.+)")
 PARTS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
 
@@ -41,7 +44,12 @@ def open_parts(data: str, images: ImageSettings, seed: int) -> dict[str, Labelle
     Raises:
         InputError: There is nothing of that kind, or it breaks a rule of `lpt_peft.data`.
     """
-    if match := _CIFAR.fullmatch(data):
+    parts: dict[str, LabelledImages]
+    if data.startswith(_SPLITS):
+        parts = _splits(data, images)
+        if "train" not in parts:
+            raise InputError(f'{data} has no split "train"; it has {", ".join(parts) or "none that is known"}.')
+    elif match := _CIFAR.fullmatch(data):
         reader = partial(cifar_lt, match[3], match[1], float(match[2] or 100), unreadable=images.unreadable)  # type: ignore[arg-type]
         parts = {"train": reader(train=True), "test": reader(train=False)}
     else:
@@ -71,7 +79,8 @@ def open_test_parts(
     Raises:
         InputError: There is nothing of that kind, or its classes are not the model's.
     """
-    if not _CIFAR.fullmatch(data) and "train" not in _subfolders(_existing(data)):
+    whole = data.startswith(_SPLITS) or _CIFAR.fullmatch(data)
+    if not whole and "train" not in _subfolders(_existing(data)):
         path = Path(data)
         folders = _subfolders(path) or {"test": path}
         return {name: _read(place, images, class_names) for name, place in folders.items()}
@@ -94,12 +103,33 @@ def set_transforms(parts: Mapping[str, LabelledImages], preprocess: Mapping[str,
         )
 
 
+def _splits(data: str, images: ImageSettings) -> dict[str, LabelledImages]:
+    """The splits of a data set of Hugging Face, as far as their names say what they are for."""
+    try:
+        import datasets  # noqa: PLC0415 - an optional extra
+    except ImportError as error:
+        raise MissingExtraError(f'{data} needs datasets: pip install "lpt_peft[hf]".') from error
+    name = data.removeprefix(_SPLITS)
+    try:
+        saved = any((Path(name) / file).exists() for file in ("dataset_dict.json", "dataset_info.json"))
+        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    except Exception as error:  # of the network, the Hub, the disk or any builder
+        raise InputError(f"{data} cannot be loaded: {type(error).__name__}: {str(error)[:300]}.") from error
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    return {
+        part: from_huggingface(splits[word], unreadable=images.unreadable, allow_empty=part != "train")
+        for part, words in PARTS.items()
+        for word in words
+        if word in splits
+    }
+
+
 def _existing(data: str) -> Path:
     path = Path(data)
     if not path.exists():
         raise InputError(
-            f"{data!r} is neither a folder nor a file, nor like cifar100-lt:ROOT. Give a folder of class folders, a "
-            'list of "path label" lines, or a JSON of iNaturalist.'
+            f"{data!r} is neither a folder nor a file, nor like cifar100-lt:ROOT or hf:NAME. Give a folder of class "
+            'folders, a list of "path label" lines, or a JSON of iNaturalist.'
         )
     return path
 

@@ -53,7 +53,7 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
 
         Args:
             data: A folder with a folder for each class, or with train/, val/ and test/ of such; a list of "path label"
-                lines; a JSON of iNaturalist; or cifar100-lt:ROOT. See --root, --val and --test.
+                lines; a JSON of iNaturalist; cifar100-lt:ROOT; or hf:NAME. See --root, --val and --test.
             output: Folder for settings.json, checkpoints/, prompts/, history.json and results.json.
             run: All that the run is told.
             preset: Begin with published settings: paper, places_lt, cifar100_lt or inat2018. Flags come after.

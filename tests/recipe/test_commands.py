@@ -398,6 +398,33 @@ def test_cifar(monkeypatch, word, name, imbalance):
     assert seen == [(("/a", name, imbalance), True), (("/a", name, imbalance), False)]
 
 
+def test_data_sets_of_hugging_face(data, done, tmp_path, capsys):
+    datasets = pytest.importorskip("datasets")
+    names = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+
+    def split(part):
+        files = sorted((data / part).rglob("*.png"))
+        labels = [NAMES.index(file.parent.name) for file in files]
+        return datasets.Dataset.from_dict({"image": [str(file) for file in files], "label": labels}, features=names)
+
+    splits = {name: split(part) for name, part in (("train", "train"), ("validation", "val"), ("test", "test"))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    source = f"hf:{tmp_path / 'saved'}"
+    assert main(["train", source, "--output", str(tmp_path / "run"), *BACKBONE, *SMALL]) == 0
+    assert same_prompts(done, tmp_path / "run")
+    capsys.readouterr()
+    for words in (["evaluate", str(tmp_path / "run"), "--json"], ["evaluate", str(done), source, "--json"]):
+        assert main(words) == 0
+        assert json.loads(capsys.readouterr().out) == json.loads((done / "results.json").read_text())
+    splits["train"].save_to_disk(tmp_path / "one")
+    assert set(open_parts(f"hf:{tmp_path / 'one'}", ImageSettings(validation_share=0.25), 0)) == {"train", "validation"}
+    datasets.DatasetDict(test=splits["test"]).save_to_disk(tmp_path / "tests")
+    with pytest.raises(InputError, match='has no split "train"; it has test'):
+        open_parts(f"hf:{tmp_path / 'tests'}", ImageSettings(), 0)
+    with pytest.raises(InputError, match="hf:nobody/nothing cannot be loaded"):
+        open_parts("hf:nobody/nothing", ImageSettings(), 0)
+
+
 def test_split_by_brute_force():
     labels = [0] * 10 + [1] * 4 + [2] * 3
     train, held = split_validation(labels, 0.25, seed=3)
