@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lpt_peft.backbones import Backbone, find_backbone
-from lpt_peft.backbones.fingerprint import fingerprint, whole
-from lpt_peft.backbones.frozen import set_batch_norms
+from lpt_peft.backbones.fingerprint import fingerprint, versions, whole
+from lpt_peft.backbones.frozen import batch_norm_modes, set_batch_norms
 from lpt_peft.config import PromptConfig, PromptMetadata
 from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.heads import CosineClassifier
@@ -99,12 +99,13 @@ class LongTailPromptAdapter(nn.Module):
         self.training = self.vit.training
         for module in (self.shared, self.pool, self.head_drop, self.head):
             module.train(self.training)
-        self._was_trainable = frozenset(name for name, p in self.vit.named_parameters() if p.requires_grad)
-        self._fingerprint: str | None = None
+        self._was_trainable = {name: parameter.requires_grad for name, parameter in self.vit.named_parameters()}
+        self._norm_modes = batch_norm_modes(self.vit)
+        self._fingerprint: tuple[Any, str] | None = None
         self.metadata = PromptMetadata()
         backbone.attach()  # last of what can fail: until here the model is untouched
         self.vit.requires_grad_(False)
-        set_batch_norms(self.vit, False)
+        set_batch_norms(self.vit, dict.fromkeys(self._norm_modes, False))
         self.phase = "shared"
 
     @classmethod
@@ -172,7 +173,8 @@ class LongTailPromptAdapter(nn.Module):
         """Set the mode; batch norms of the ViT stay in eval mode, for their running statistics are frozen, too."""
         super().train(mode)
         if (vit := self._modules.get("vit")) is not None:
-            set_batch_norms(vit, False)
+            self._norm_modes = batch_norm_modes(vit)
+            set_batch_norms(vit, dict.fromkeys(self._norm_modes, False))
         return self
 
     def forward(
@@ -218,12 +220,13 @@ class LongTailPromptAdapter(nn.Module):
         return features, query, match.similarity, match.groups
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """What was learnt, and nothing of the backbone, detached; under FSDP2, gathered: all processes must call it.
+        """Copies of what was learnt, and nothing of the backbone; under FSDP2, gathered: all processes must call it.
 
         Returns:
             `shared.prompts` (L, n, d), `pool.prompts` (m, L-K, n, d), `pool.keys` (m, d), `head.weight` (C, d).
         """
-        return {name: whole(self.get_parameter(name).detach()) for name in self.config.tensor_shapes}
+        # FSDP2 frees the buffers that parameters lie in between passes: an alias would not outlive them.
+        return {name: whole(self.get_parameter(name).detach()).clone() for name in self.config.tensor_shapes}
 
     def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors as given by `adapter_state_dict` into the adapter; all or nothing.
@@ -242,23 +245,28 @@ class LongTailPromptAdapter(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """`sha256-tensors-v1` of the frozen backbone without its head; computed once, at first use."""
-        if self._fingerprint is None:
-            self._check_wrapped()
-            self._fingerprint = fingerprint(self.backbone.frozen_tensors())
-        return self._fingerprint
+        """`sha256-tensors-v1` of the backbone without its head; computed once, and again when a tensor has changed."""
+        self._check_wrapped()
+        tensors = list(self.backbone.frozen_tensors())
+        seen = versions(tensors)
+        if self._fingerprint is None or seen is None or self._fingerprint[0] != seen:
+            self._fingerprint = seen, fingerprint(tensors)
+        return self._fingerprint[1]
 
     def unwrap(self) -> nn.Module:
         """Take the prompts out and give back the very model that was wrapped; the adapter is of no use after that.
 
         Classes, forwards and `requires_grad` are as they were before `wrap`; the train/eval mode is the present one.
+        Where layers were put in since, such as LoRA's, `requires_grad` is left as it is.
         """
         self._check_wrapped()
         vit = self.vit
         self.backbone.detach()
-        set_batch_norms(vit, vit.training)
-        for name, parameter in vit.named_parameters():
-            parameter.requires_grad_(name in self._was_trainable)
+        set_batch_norms(vit, self._norm_modes)
+        parameters = dict(vit.named_parameters())
+        if parameters.keys() == self._was_trainable.keys():
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(self._was_trainable[name])
         del self.vit
         return vit
 

@@ -82,7 +82,7 @@ def attach_blocks(
     Raises:
         BackboneError: A class is not in `prompted`, the blocks already take prompts, or prompts do not work in one.
     """
-    modules = [module for block in blocks for module in sites(block)]
+    modules = list(dict.fromkeys(module for block in blocks for module in sites(block)))  # a block may stand twice
     for module in modules:
         if type(module) not in prompted and not isinstance(module, Prompted):
             known = ", ".join(sorted({cls.__name__ for cls in prompted}))
@@ -97,7 +97,7 @@ def attach_blocks(
             attached.append(module)
         for block in {tuple(type(part) for part in block.modules()): block for block in blocks}.values():
             check(block, dim, cure=cure)
-    except BackboneError:
+    except BaseException:  # Ctrl-C as well
         for module in attached:
             detach(module)
         raise
@@ -213,7 +213,7 @@ def check(block: nn.Module, dim: int, *, cure: str = "") -> None:
                 )
             wanted = original.forward(twin, torch.cat([x, prompt], 1), **all_of_them)[:, :5].double()
             ours = twin.forward(x, prompt=prompt, **few).double()
-    except (TypeError, AttributeError, RuntimeError, ValueError, LookupError) as error:
+    except Exception as error:  # of whatever a block does
         if isinstance(error, BackboneError):
             raise
         raise BackboneError(

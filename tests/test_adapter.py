@@ -344,3 +344,55 @@ def test_a_configuration_of_another_size_is_refused():
     with pytest.raises(ConfigError, match="width 16, 2 blocks"):
         LongTailPromptAdapter(find_backbone(vit), config)
     assert not any(isinstance(module, Prompted) for module in vit.modules())
+
+
+def test_unwrap_leaves_what_lora_set_since():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    vit = tiny_vit()
+    adapter = LongTailPromptAdapter.wrap(vit)
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"], r=2), vit)
+    for name, parameter in vit.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    before = {name: parameter.requires_grad for name, parameter in vit.named_parameters()}
+    assert {name: p.requires_grad for name, p in adapter.unwrap().named_parameters()} == before
+
+
+def test_state_dict_holds_copies():
+    adapter = LongTailPromptAdapter.wrap(tiny_vit())
+    best = adapter.adapter_state_dict()
+    before = {name: tensor.clone() for name, tensor in best.items()}
+    with torch.no_grad():
+        adapter.shared.prompts.add_(1)
+    assert all(torch.equal(best[name], before[name]) for name in best)
+
+
+def test_an_error_of_any_kind_in_the_self_check_leaves_the_model_clean():
+    class Odd(torch.nn.Module):
+        def forward(self, x):
+            assert x.shape[1] == 5
+            return x
+
+    vit = tiny_vit()
+    vit.blocks[1].mlp = Odd()
+    kinds = [type(block) for block in vit.blocks]
+    with pytest.raises(BackboneError, match="cannot be run on tokens alone"):
+        LongTailPromptAdapter.wrap(vit)
+    assert [type(block) for block in vit.blocks] == kinds
+    vit.blocks[1].mlp.forward = lambda x: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        LongTailPromptAdapter.wrap(vit)
+    assert [type(block) for block in vit.blocks] == kinds
+
+
+def test_one_block_that_stands_several_times():
+    tied = tiny_vit()
+    untied = copy.deepcopy(tied)
+    untied.blocks = torch.nn.Sequential(*(copy.deepcopy(untied.blocks[0]) for _ in range(3)))
+    tied.blocks = torch.nn.Sequential(*[tied.blocks[0]] * 3)
+    ours, theirs = (LongTailPromptAdapter.wrap(vit, 4) for vit in (tied, untied))
+    theirs.load_adapter_state_dict(ours.adapter_state_dict())
+    for phase in ("shared", "group"):
+        ours.phase = theirs.phase = phase
+        assert torch.equal(ours(IMAGES), theirs(IMAGES))
+    kinds = {type(block) for block in ours.unwrap().blocks}
+    assert kinds == {type(tiny_vit().blocks[0])}

@@ -559,3 +559,24 @@ def test_a_broken_file_at_rest_is_refused_at_once(tmp_path, monkeypatch):
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(PromptFileError):
             read_prompt_file(folder)
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "data", "bfloat16"])
+def test_a_file_names_the_backbone_as_it_is_at_saving(tmp_path, change):
+    vit = tiny_vit()
+    adapter = LongTailPromptAdapter.wrap(vit)
+    adapter.save_pretrained(tmp_path / "first")
+    if change == "load_state_dict":
+        vit.load_state_dict(other_weights().state_dict())
+    elif change == "data":  # as PEFT merges
+        vit.blocks[0].attn.qkv.weight.data += 1
+    else:
+        vit.to(torch.bfloat16)
+    adapter.save_pretrained(tmp_path / "second")
+    dtype = vit.pos_embed.dtype
+    right = tiny_vit().to(dtype)
+    right.load_state_dict(vit.state_dict())
+    images = IMAGES.to(dtype)
+    assert torch.equal(load_prompts(tmp_path / "second", right)(images), adapter.eval()(images))
+    with pytest.raises(BackboneMismatchError):
+        load_prompts(tmp_path / "second", tiny_vit())

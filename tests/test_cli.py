@@ -145,3 +145,12 @@ def test_the_package_is_the_command():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "needs the name of a backbone" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224.augreg_in21k", "timm/vit_tiny_patch16_224.augreg_in21k"])
+def test_doctor_takes_names_with_the_tag_of_weights(name, capsys):
+    assert main(["doctor", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["blocks"] == 12
+    assert main(["doctor", "vit_tiny_patch16_224.nonsense"]) == 1
+    assert main(["doctor", "--list", "timm/vit_tiny_patch16_22*"]) == 0
+    assert "vit_tiny_patch16_224: yes" in capsys.readouterr().out

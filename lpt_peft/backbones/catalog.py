@@ -39,6 +39,11 @@ class Entry:
         """Name for a person: timm's as they are, others behind their library."""
         return self.name if self.library == "timm" else f"{self.library}/{self.name}"
 
+    @property
+    def path(self) -> str:
+        """`library/name`."""
+        return f"{self.library}/{self.name}"
+
     def build(self) -> nn.Module:
         """The model in eval mode, on the meta device where it takes no memory, on the CPU where it can't be made there.
 
@@ -65,8 +70,9 @@ def entries() -> Iterator[Entry]:
 
 
 def find(title: str) -> Entry | None:
-    """The model of that title, `library/name` or a name of timm."""
-    return next((entry for entry in entries() if title in (entry.title, f"{entry.library}/{entry.name}")), None)
+    """The model of that title, `library/name` or a name of timm, which may have the tag of pretrained weights."""
+    titles = {title, _without_tag(title)}
+    return next((entry for entry in entries() if titles & {entry.title, entry.path}), None)
 
 
 def refusal(entry: Entry) -> str | None:
@@ -76,6 +82,14 @@ def refusal(entry: Entry) -> str | None:
     except BackboneError as error:
         return str(error)
     return None
+
+
+def _without_tag(title: str) -> str:
+    """A name of timm without its tag, if timm knows the two together; other names as they are."""
+    import timm  # noqa: PLC0415 - as the others
+
+    name = title.removeprefix("timm/")
+    return name.partition(".")[0] if timm.is_model_pretrained(name) and "." in name else title
 
 
 def _timm() -> Iterator[Entry]:

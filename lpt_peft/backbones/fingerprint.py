@@ -33,6 +33,19 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
+def versions(tensors: Iterable[Tensor]) -> tuple[tuple[object, ...], ...] | None:
+    """Marks that differ when a tensor was changed in place or replaced; None where that cannot be told.
+
+    Changes through `.data` leave no mark. Sharded tensors have none: processes could come to different answers.
+    """
+    marks = []
+    for tensor in tensors:
+        if isinstance(tensor, DTensor) or tensor.is_inference():
+            return None
+        marks.append((tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape))
+    return tuple(marks)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or gathered from all processes where FSDP2 has sharded it."""
     gathered: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

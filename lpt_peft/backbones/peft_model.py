@@ -18,6 +18,7 @@ def open_backbone(model: Any) -> Backbone:
     """
     from lpt_peft.backbones import find_backbone  # noqa: PLC0415 - the model inside may be of any ecosystem
 
-    backbone = find_backbone(model.get_base_model())
+    mixed = not hasattr(model, "get_base_model")  # a PeftMixedModel
+    backbone = find_backbone(model.base_model.model if mixed else model.get_base_model())
     backbone.model = model
     return backbone

@@ -40,10 +40,12 @@ def open_backbone(model: nn.Module) -> TimmBackbone:
     for cls in type(vit).__mro__:
         if (family := FAMILIES.get(cls)) is not None:
             for method in family.restated:
-                if getattr(type(vit), method) is not getattr(cls, method):
+                if method in vars(vit) or getattr(type(vit), method) is not getattr(cls, method):
+                    mine = method not in vars(vit)
+                    how = f"overrides {cls.__name__}.{method}" if mine else f"has {method} replaced on the object"
                     raise BackboneError(
-                        f"{type(vit).__name__} overrides {cls.__name__}.{method}, so its way from image to feature is "
-                        f"not known here. What works: {cls.__name__} itself and subclasses that keep that method."
+                        f"{type(vit).__name__} {how}, so its way from image to feature is not known here. What works: "
+                        f"{cls.__name__} itself and subclasses that keep that method."
                     )
             backbone = family(vit)
             backbone.model = model

@@ -39,7 +39,7 @@ class TimmBackbone:
         vit: The module that holds the blocks: the classifier itself, or the encoder inside it.
     """
 
-    restated: ClassVar[tuple[str, ...]] = ("forward_features", "forward_head")
+    restated: ClassVar[tuple[str, ...]] = ("forward", "forward_features", "forward_head")
     """Methods of the model whose steps the family's `embed` and `feature` take: an override of one is refused."""
 
     def __init__(self, model: Any) -> None:

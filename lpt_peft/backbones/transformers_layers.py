@@ -4,7 +4,8 @@ A prompted layer runs its own original forward twice under the attention functio
 prompt, as far as the attention function, to take keys and values as they arrive there (behind norm, projections,
 qk-norm, LoRA), and once on the tokens, where they are appended. No layer's inside is restated or known by name.
 What layer and attention function share during a call lies on the config object they share, and only then. So a
-wrapped model runs one forward at a time: two threads take turns, or have a copy each.
+wrapped model, and with it others built from the same config object, run one forward at a time: threads take turns, or
+have a copy each.
 
 Not here: the whole model (`transformers_vit.py`).
 """
@@ -51,8 +52,9 @@ class Tape:
 
 @dataclass
 class _Pair:
-    """Keys and values of a prompt, (1 or B, h, n, e), once the attention function has seen them."""
+    """Keys and values of a prompt, (1 or B, h, n, e), once the attention function has seen them, for one layer."""
 
+    layer: nn.Module
     implementation: str
     key: Tensor | None = None
     value: Tensor | None = None
@@ -138,7 +140,7 @@ def _forward(self: Any, tokens: Tensor, *args: Any, prompt: Tensor | None = None
         raise StateError(_BUSY)
     if prompt is None:
         return original.forward(self, tokens, *args, **kwargs)
-    pair = _Pair(implementation_of(config))
+    pair = _Pair(self, implementation_of(config))
     before = config._attn_implementation_internal
     setattr(config, _STATE, pair)
     config._attn_implementation_internal = _NAME
@@ -186,7 +188,11 @@ def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
     """The registered attention function: heads (B, h, N, e), fewer of them for grouped keys and values."""
-    pair: _Pair = getattr(module.config, _STATE)
+    pair: _Pair | None = getattr(module.config, _STATE, None)
+    if pair is None or not (torch.compiler.is_compiling() or any(part is module for part in pair.layer.modules())):
+        # Another model with the same config object, called meanwhile by another thread or a hook.
+        name = implementation_of(module.config) if pair is None else pair.implementation
+        return _function(module, name)(module, query, key, value, attention_mask, **kwargs)
     if pair.key is None or pair.value is None:
         pair.key, pair.value = key, value
         if torch.compiler.is_compiling():  # torch.export loses its way over exceptions, and drops what nobody reads

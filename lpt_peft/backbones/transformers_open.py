@@ -60,9 +60,19 @@ def find_parts(model: nn.Module) -> Parts:
             f"{type(tower).__name__} gives feature maps, and no pooled feature to classify by. Load the same weights "
             "with AutoModel instead."
         )
-    heads = tuple(head for head in _HEADS if isinstance(getattr(model, head, None), nn.Linear))
+    heads = tuple(head for head in _HEADS if linear_within(getattr(model, head, None)) is not None)
     driven = model if heads and _takes_pixels(model) else tower
     return Parts(tower, _stacks(tower)[0], driven, heads if driven is model else ())
+
+
+def linear_within(module: Any) -> nn.Linear | None:
+    """A linear layer itself, or the one that PEFT put a wrapper around (modules_to_save, LoRA)."""
+    while not isinstance(module, nn.Linear):
+        inner = getattr(module, "original_module", None) or getattr(module, "base_layer", None)
+        if inner is None:
+            return None
+        module = inner
+    return module
 
 
 def _takes_pixels(module: nn.Module) -> bool:

@@ -25,8 +25,8 @@ from lpt_peft.backbones.transformers_layers import (
     prompted_class,
     taped,
 )
-from lpt_peft.backbones.transformers_open import Parts, find_parts
-from lpt_peft.errors import BackboneError
+from lpt_peft.backbones.transformers_open import Parts, find_parts, linear_within
+from lpt_peft.errors import BackboneError, InputError
 
 _CLS_NAMES = frozenset(("cls_token", "class_embedding", "class_token", "cls_embedding", "cls_register_token"))
 
@@ -64,7 +64,7 @@ class TransformersViT:
         self.feature_dim: int = self.dim
         self.num_classes = 0
         if parts.heads:
-            head = getattr(model, parts.heads[0])
+            head: Any = linear_within(getattr(model, parts.heads[0]))
             self.feature_dim, self.num_classes = head.in_features, head.out_features
         elif _pools_summary(parts.tower):
             self.feature_dim = self.dim * len(parts.tower.config.summary_idxs)
@@ -102,8 +102,16 @@ class TransformersViT:
         Raises:
             BackboneError: The model does something to tokens between layers, packs images into one sequence, or
                 checkpoints by re-entrance.
+            InputError: There are labels.
         """
         self._refuse_reentrant()
+        if kwargs.get("labels") is not None:
+            raise InputError(
+                "labels= is for the loss of the model's own head, and the adapter answers with the logits of its own: "
+                "leave it out and call your criterion on them."
+            )
+        if "return_dict" in kwargs or not getattr(self._parts.driven.config, "return_dict", True):
+            kwargs["return_dict"] = True  # how the answer is read here; the adapter's own is a tensor anyhow
         with taped(self._config, Tape()) as tape:
             self._parts.driven(*args, **kwargs)
         tokens: Any = tape.calls[0][0] if tape.calls else None

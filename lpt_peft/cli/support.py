@@ -53,7 +53,7 @@ def show_support(pattern: str, *, as_json: bool) -> None:
 
 def survey(pattern: str) -> list[tuple[catalog.Entry, str]]:
     """Every model that fits the pattern, with WORKS or the reason why not."""
-    chosen = [entry for entry in catalog.entries() if fnmatch(entry.title, pattern) or fnmatch(entry.name, pattern)]
+    chosen = [entry for entry in catalog.entries() if any(fnmatch(n, pattern) for n in (entry.path, entry.name))]
     bar = tqdm(chosen, unit="model", disable=None, file=sys.stderr)
     return [(entry, catalog.refusal(entry) or WORKS) for entry in bar]
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from lpt_peft import LongTailPromptAdapter
 from tests.backbones.models import ROWS, build, images, make, phases, rows, wrap
-from tests.backbones.two_processes import gradients
+from tests.backbones.two_processes import gradients, saved
 
 ROOT = Path(__file__).parents[2]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -131,6 +131,15 @@ def test_ddp(two_processes, row, phase):
 @phases
 def test_fsdp2(two_processes, row, phase):
     check_two_processes(two_processes, row, phase, "FSDP2")
+
+
+@pytest.mark.slow
+@rows
+def test_fsdp2_saves_after_an_evaluation(two_processes, row):
+    got, wanted = torch.load(two_processes / f"{row} saved.pt", weights_only=True), saved(row, "group", "single")
+    assert got["config"] == wanted["config"]
+    assert got["weights"] == wanted["weights"]
+    assert all(torch.equal(tensor, wanted["best"][name]) for name, tensor in got["best"].items())
 
 
 @rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lpt_peft import LongTailPromptAdapter
@@ -252,3 +253,34 @@ def test_clipped_linears_on_the_meta_device_are_no_obstacle():
     assert any(getattr(part, "use_clipped", False) for part in model.modules())
     LongTailPromptAdapter.wrap(model, 5)
     assert any(getattr(part, "use_clipped", False) for part in model.modules())
+
+
+class Normalising(VisionTransformer):
+    def forward(self, x):
+        return super().forward((x - 0.5) / 0.25)
+
+
+def test_a_forward_of_ones_own_is_refused_and_not_ignored():
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    with pytest.raises(BackboneError, match=r"Normalising overrides VisionTransformer\.forward"):
+        LongTailPromptAdapter.wrap(Normalising(**options), 3)
+    vit = VisionTransformer(**options)
+    vit.forward_features = lambda x: x
+    with pytest.raises(BackboneError, match="VisionTransformer has forward_features replaced on the object"):
+        LongTailPromptAdapter.wrap(vit, 3)
+
+
+def test_batch_norms_come_back_in_the_modes_they_had():
+    vit = timm.create_model("vit_small_resnet26d_224", img_size=64, depth=2).train()
+    norms = [module for module in vit.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    norms[1].eval()
+    before = [norm.training for norm in norms]
+    adapter = LongTailPromptAdapter.wrap(vit, 3)
+    assert not any(norm.training for norm in norms)
+    adapter.unwrap()
+    assert [norm.training for norm in norms] == before
+    adapter = LongTailPromptAdapter.wrap(vit, 3)
+    adapter.eval().train()
+    assert not any(norm.training for norm in norms)
+    adapter.unwrap()
+    assert all(norm.training for norm in norms), "the present mode, once it was set"

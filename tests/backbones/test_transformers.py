@@ -15,7 +15,7 @@ import transformers as hf
 from lpt_peft import LongTailPromptAdapter
 from lpt_peft.attention import Prompted
 from lpt_peft.backbones import find_backbone, transformers_layers
-from lpt_peft.errors import StateError
+from lpt_peft.errors import InputError, StateError
 from tests.backbones.transformers_oracle import concatenated_prompts, layers_of
 from tests.backbones.transformers_zoo import ENCODERS, SIZES, VIDEO, build, encoder, inputs
 
@@ -39,6 +39,11 @@ TEXT = {
 def random_prompts(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def classifier(family, classes=5):
+    config = getattr(hf, f"{family}Config")(**SIZES, num_labels=classes)
+    return build(lambda: getattr(hf, f"{family}ForImageClassification")(config))
 
 
 def layer_prompts(per_image=False, seed=0):
@@ -411,3 +416,62 @@ def test_failed_call_leaves_no_trace():
             call()
     backbone.detach()
     assert snapshot(vit) == before
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["classifier"]}, {"target_modules": "all-linear"}])
+def test_classifiers_that_peft_wraps_are_still_classifiers(options):
+    peft = pytest.importorskip("peft")
+    plain = classifier("Dinov2")
+    wanted = find_backbone(plain)
+    wanted.attach()
+    stream = wanted.embed(**inputs("Dinov2"))
+    prompts = layer_prompts()
+    feature = wanted.pool(wanted.run(stream, 0, prompts))
+    wanted.detach()
+    model = peft.get_peft_model(plain, peft.LoraConfig(**{"target_modules": ["q_proj"], "r": 2, **options})).eval()
+    backbone = find_backbone(model)
+    assert (backbone.feature_dim, backbone.num_classes) == (48, 5), "CLS and mean"
+    backbone.attach()
+    torch.testing.assert_close(run(backbone, prompts, inputs("Dinov2")), feature, rtol=1e-12, atol=1e-12)
+
+
+def test_peft_models_of_several_kinds_of_adapters():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2)
+    model = peft.get_peft_model(encoder("ViT"), config, mixed=True)
+    assert LongTailPromptAdapter.wrap(model, 5).eval()(**inputs("ViT")).shape == (2, 5)
+
+
+def test_another_model_of_the_same_config_object_answers_as_always():
+    """Called in the middle of a prompted layer, as another thread might."""
+    vit = encoder("ViT")
+    other = type(vit)(vit.config).double().eval()
+    assert other.config is vit.config
+    wanted = other(**inputs("ViT")).last_hidden_state
+    adapter = LongTailPromptAdapter.wrap(vit, 5).eval()
+    seen = []
+    hook = partial(lambda *_: seen.append(other(**inputs("ViT")).last_hidden_state))
+    handle = vit.layers[0].attention.register_forward_pre_hook(hook)
+    logits = adapter(**inputs("ViT"))
+    handle.remove()
+    assert len(seen) == 2, "once for the prompt, once for the tokens"
+    assert all(torch.equal(answer, wanted) for answer in seen)
+    assert torch.equal(adapter(**inputs("ViT")), logits)
+
+
+@pytest.mark.parametrize("part", ["Model", "ForImageClassification"])
+def test_tuples_instead_of_outputs_change_nothing(part):
+    vit = encoder("ViT") if part == "Model" else classifier("ViT")
+    adapter = LongTailPromptAdapter.wrap(vit, 5).eval()
+    wanted = adapter(**inputs("ViT"))
+    assert torch.equal(adapter(**inputs("ViT"), return_dict=False), wanted)
+    if part == "Model":  # classifiers of transformers 5.23 do not run so by themselves
+        vit.config.return_dict = False
+        assert torch.equal(adapter(**inputs("ViT")), wanted)
+        assert isinstance(vit(**inputs("ViT")), tuple)
+
+
+def test_labels_are_refused():
+    adapter = LongTailPromptAdapter.wrap(classifier("ViT"), 9)
+    with pytest.raises(InputError, match="labels= is for the loss of the model's own head"):
+        adapter(**inputs("ViT"), labels=torch.tensor([0, 8]))

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from lpt_peft import LongTailPromptAdapter
+from lpt_peft.checkpoint import encode
 from tests.backbones.models import ROWS, build, images
 
 TARGET = torch.tensor([0, 3, 1, 4])
@@ -37,13 +39,30 @@ def gradients(row: str, phase: str, kind: str) -> dict[str, Tensor]:
     if kind == "DDP":
         model = DistributedDataParallel(adapter)
     elif kind == "FSDP2":
-        for block in adapter.backbone.blocks:
-            fully_shard(block)
-        # CLIP's logit_scale: fully_shard takes no parameter without a dimension, and the adapter has no use for it.
-        fully_shard(adapter, ignored_params={parameter for parameter in adapter.parameters() if parameter.ndim == 0})
+        shard(adapter)
     objective(model, batch, target).backward()
     found = {name: parameter.grad for name, parameter in adapter.named_parameters() if parameter.grad is not None}
     return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
+
+
+def shard(adapter: LongTailPromptAdapter) -> None:
+    """FSDP2, block by block."""
+    for block in adapter.backbone.blocks:
+        fully_shard(block)
+    # CLIP's logit_scale: fully_shard takes no parameter without a dimension, and the adapter has no use for it.
+    fully_shard(adapter, ignored_params={parameter for parameter in adapter.parameters() if parameter.ndim == 0})
+
+
+def saved(row: str, phase: str, kind: str) -> dict[str, Any]:
+    """A prompt file's bytes, and what `adapter_state_dict` gave, after an evaluation; `kind` as in `gradients`."""
+    adapter = build(row, phase).eval()
+    if kind == "FSDP2":
+        shard(adapter)
+    with torch.no_grad():  # without a backward pass FSDP2 leaves the root's parameters in buffers that it frees later
+        adapter(images(2))
+    best = adapter.adapter_state_dict()
+    config, weights = encode(adapter)
+    return {"config": config, "weights": weights, "best": best}
 
 
 def work(rank: int, folder: str) -> None:
@@ -58,6 +77,9 @@ def work(rank: int, folder: str) -> None:
                     answer = repr(error)
                 if rank == 0:
                     torch.save(answer, f"{folder}/{row} {phase} {kind}.pt")
+        answer = saved(row, "group", "FSDP2")
+        if rank == 0:
+            torch.save(answer, f"{folder}/{row} saved.pt")
     dist.destroy_process_group()
 
 
