@@ -13,6 +13,7 @@ from PIL import Image
 from lpt_peft.cli.options import Json
 from lpt_peft.cli.tables import print_table
 from lpt_peft.cli.trained import open_trained
+from lpt_peft.data.sources import as_rgb
 from lpt_peft.data.transforms import transforms
 from lpt_peft.errors import ConfigError, InputError
 
@@ -62,7 +63,7 @@ def predict(
 def _read(path: Path) -> Image.Image:
     try:
         with path.open("rb") as file:
-            return Image.open(file).convert("RGB")
+            return as_rgb(Image.open(file))
     except Exception as error:  # decoders raise anything at all on broken bytes
         raise InputError(f"{path} cannot be read as an image: {type(error).__name__}: {str(error)[:200]}.") from error
 

@@ -132,8 +132,14 @@ def build_backbone(run: RunSettings) -> nn.Module:
 
     Raises:
         BackboneError: timm has no such model, or its weights cannot be had.
+        ConfigError: The bundled one is asked for with other weights or of another size.
     """
     if run.backbone == BUNDLED:
+        if run.img_size is not None or run.backbone_weights is not None or not run.pretrained:
+            raise ConfigError(
+                f"{BUNDLED} comes with its weights and is for 32 px: leave --img-size, --backbone-weights and "
+                "--no-pretrained out, or take another backbone."
+            )
         from lpt_peft.demo.backbone import glyph_vit  # noqa: PLC0415 - only where it is asked for
 
         bundled: nn.Module = glyph_vit()

@@ -12,7 +12,9 @@ Not here: reading them (`lpt_peft.data`).
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,10 +56,13 @@ def open_parts(data: str, images: ImageSettings, seed: int) -> dict[str, Labelle
         parts = {"train": reader(train=True), "test": reader(train=False)}
     else:
         path = _existing(data)
-        folders = {"train": path, **_subfolders(path)}
-        folders |= {name: place for name, place in (("validation", images.val), ("test", images.test)) if place}
-        parts = {"train": _read(folders.pop("train"), images)}
+        folders = _subfolders(path)
+        if folders and "train" not in folders:
+            raise InputError(f"{data} holds {', '.join(place.name for place in folders.values())}, but no train.")
+        parts = {"train": _read(folders.pop("train", path), images)}
         parts |= {name: _read(place, images, parts["train"].class_names) for name, place in folders.items()}
+    given = {name: place for name, place in (("validation", images.val), ("test", images.test)) if place}
+    parts |= {name: _read(place, images, parts["train"].class_names) for name, place in given.items()}
     if images.validation_share and "validation" not in parts:
         kept, held = split_validation(parts["train"].labels, images.validation_share, seed=seed)
         whole = parts["train"]
@@ -84,7 +89,7 @@ def open_test_parts(
         path = Path(data)
         folders = _subfolders(path) or {"test": path}
         return {name: _read(place, images, class_names) for name, place in folders.items()}
-    parts = open_parts(data, images, seed)
+    parts = open_parts(data, replace(images, val=None, test=None), seed)
     if parts.pop("train").class_names != list(class_names):
         raise InputError(f"The classes of {data} are not those the model was trained on: {list(class_names)[:5]}, ...")
     return parts
@@ -116,12 +121,21 @@ def _splits(data: str, images: ImageSettings) -> dict[str, LabelledImages]:
     except Exception as error:  # of the network, the Hub, the disk or any builder
         raise InputError(f"{data} cannot be loaded: {type(error).__name__}: {str(error)[:300]}.") from error
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    return {
-        part: from_huggingface(splits[word], unreadable=images.unreadable, allow_empty=part != "train")
-        for part, words in PARTS.items()
-        for word in words
-        if word in splits
-    }
+    parts = {}
+    for part, words in PARTS.items():
+        for word in words:
+            if word in splits:
+                try:
+                    parts[part] = from_huggingface(
+                        splits[word], unreadable=images.unreadable, allow_empty=part != "train"
+                    )
+                except InputError as error:
+                    if part == "train":
+                        raise
+                    warnings.warn(f'The split "{word}" of {data} is left out: {error}', stacklevel=3)
+    if any(part.class_names != parts["train"].class_names for part in parts.values() if "train" in parts):
+        raise InputError(f"The splits of {data} do not name the same classes, so their labels would not agree.")
+    return parts
 
 
 def _existing(data: str) -> Path:
@@ -135,10 +149,21 @@ def _existing(data: str) -> Path:
 
 
 def _subfolders(path: Path) -> dict[str, Path]:
-    """The folders of parts that `path` holds; a folder of class folders named "train" among others is none of them."""
-    found = {name: path / word for name, words in PARTS.items() for word in words if (path / word).is_dir()}
-    others = [entry for entry in path.iterdir() if entry.is_dir() and entry not in found.values()] if found else []
-    return {} if others else found
+    """The folders of parts that `path` holds.
+
+    One of these alone among other folders is a class as they are; train/ with val/ or test/ is not.
+
+    Raises:
+        InputError: One part has two folders.
+    """
+    found = {name: [path / word for word in words if (path / word).is_dir()] for name, words in PARTS.items()}
+    if twice := [places for places in found.values() if len(places) > 1]:
+        raise InputError(f"{' and '.join(map(str, twice[0]))} are for the same part: leave one of them.")
+    parts = {name: places[0] for name, places in found.items() if places}
+    if parts and ("train" not in parts or len(parts) == 1):
+        entries = (entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        return {} if any(entry not in parts.values() for entry in entries) else parts
+    return parts
 
 
 def _read(path: Path, images: ImageSettings, class_names: Sequence[str] | None = None) -> LabelledImages:
@@ -148,5 +173,5 @@ def _read(path: Path, images: ImageSettings, class_names: Sequence[str] | None =
         return image_folder(path, class_names, **options)
     root = images.root or path.parent
     if path.suffix == ".json":
-        return inaturalist(path, root, **options)
+        return inaturalist(path, root, class_names, **options)
     return image_list(path, root, class_names, **options)

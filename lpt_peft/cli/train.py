@@ -122,7 +122,9 @@ def _start(arguments: Sequence[str]) -> RunSettings | Any:
     if given.config:
         values = read_settings(Path(given.config))
         values.pop("data", None)
-        return RunSettings.from_dict(values)
+        named = "backbone" in values
+        run = RunSettings.from_dict(values if named else {"backbone": "", **values})
+        return run if named else replace(run, backbone=tyro.MISSING)
     start = RunSettings(backbone=tyro.MISSING)
     if given.preset:
         known = preset(given.preset)

@@ -29,6 +29,12 @@ def checked_classes(
     """
     rows = checked_labels(labels)
     names = None if class_names is None else [str(name) for name in class_names]
+    for name in names or ():
+        if not name.isprintable():
+            raise InputError(
+                f"The class name {name!r} holds what cannot be printed, or is not in UTF-8: no prompt file could carry "
+                "it. Rename the class, or its folder."
+            )
     if allow_empty and names is None:
         raise ConfigError(
             "allow_empty=True needs class_names: a part that lacks classes cannot tell how many there are."

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def image_folder(
     root: str | os.PathLike[str], class_names: Sequence[str] | None = None, **options: Unpack[Options]
 ) -> LabelledImages:
-    """Images below `root/<class>/`; labels number the classes in sorted order of their names.
+    """Images below `root/<class>/`; labels number the classes in sorted order of their names, hidden folders left out.
 
     Args:
         root: The folder of class folders.
@@ -38,9 +38,13 @@ def image_folder(
     if not Path(root).is_dir():
         raise InputError(f"root={os.fspath(root)!r} is no folder; pass the one that holds a folder for each class.")
     try:
-        found, label_of = find_classes(root)
+        found, _ = find_classes(root)
     except FileNotFoundError as error:
         raise InputError(f"{root} holds no class folder; sort the images into one folder for each class.") from error
+    found = [name for name in found if not name.startswith(".")]  # such as .ipynb_checkpoints
+    label_of = {name: label for label, name in enumerate(found)}
+    if not found:
+        raise InputError(f"{root} holds no class folder; sort the images into one folder for each class.")
     if class_names is not None:
         if unknown := sorted(set(found) - set(class_names)):
             raise InputError(f"{root} holds folders that are no class: {unknown[:5]}. Remove them or mend class_names.")

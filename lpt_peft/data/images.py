@@ -5,7 +5,9 @@ Not here: where images come from (`sources.py`) and what labels must be like (`c
 
 from __future__ import annotations
 
+import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypedDict
 
@@ -107,6 +109,14 @@ class LabelledImages(Dataset[tuple[Any, int]]):
     def skipped(self) -> list[str]:
         """Names of the images found unreadable so far, by any process, in index order; `len` counts them."""
         return [self._images.name(place) for place in self._skipped.nonzero().flatten().tolist()]
+
+    def about(self) -> dict[str, Any]:
+        """What tells these images from others of equal labels, plain JSON: class names, and a sum over file names."""
+        names = zlib.crc32(b"")
+        for place in range(len(self)):
+            names = zlib.crc32(os.fsencode(os.path.basename(self._images.name(place))) + b"/", names)  # noqa: PTH119
+        classes = zlib.crc32("/".join(self.class_names).encode())
+        return {"class names_crc32": classes, "image names_crc32": names}
 
     def subset(self, indices: Sequence[int], *, allow_empty: bool = False) -> LabelledImages:
         """The images at `indices`, in that order, with the same classes, transform and policy.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 def inaturalist(
-    annotations: str | os.PathLike[str], root: str | os.PathLike[str], **options: Unpack[Options]
+    annotations: str | os.PathLike[str],
+    root: str | os.PathLike[str],
+    class_names: Sequence[str] | None = None,
+    **options: Unpack[Options],
 ) -> LabelledImages:
     """Images of `train2018.json` or `val2018.json`, in the order of its `images`.
 
@@ -31,11 +34,14 @@ def inaturalist(
         annotations: The JSON: `images` with `id` and `file_name`, `annotations` with `image_id` and `category_id`, one
             for each image, `categories` with `id`.
         root: Folder that each `file_name` starts from; it holds `train_val2018`.
+        class_names: (C,) that the file must have, those of the training set for a validation part; None takes it as it
+            is.
         **options: transform, unreadable, verify and allow_empty of `LabelledImages`.
 
     Raises:
         InputError: The file cannot be read or is of another format, an image has no annotation or two, an id is
-            unknown, `root` is no folder, or the labels break a rule of `LabelledImages`.
+            unknown, the categories are not `class_names`, `root` is no folder, or the labels break a rule of
+            `LabelledImages`.
     """
     content = _read_json(Path(annotations))
     names = {category["id"]: str(category.get("name", category["id"])) for category in content["categories"]}
@@ -58,7 +64,13 @@ def inaturalist(
         raise InputError(f"{annotations}: {len(category_of)} annotations are of images that are not in images.")
     if not labels:
         raise InputError(f"{annotations} lists no image.")
-    return LabelledImages(ImageFiles(root, paths), labels, [names[number] for number in label_of], **options)
+    found = [names[number] for number in label_of]
+    if class_names is not None and found != list(class_names):
+        raise InputError(
+            f"{annotations} lists {len(found)} categories that are not the {len(class_names)} of the training set, so "
+            "their labels would not agree. List all categories in both files, in the same order of ids."
+        )
+    return LabelledImages(ImageFiles(root, paths), labels, found, **options)
 
 
 def _read_json(file: Path) -> Mapping[str, Any]:

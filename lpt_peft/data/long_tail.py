@@ -123,7 +123,7 @@ def make_long_tailed(labels: Labels, imbalance: float, kind: Kind = "exp", *, se
             f"{len(present)} classes and the largest label is {present[-1]}. Number the classes without a gap."
         )
     shares = _shares(kind, len(sizes), imbalance)
-    largest = int(min(size / share for size, share in zip(sizes.tolist(), shares, strict=True)))
+    largest = _floor(min(size / share for size, share in zip(sizes.tolist(), shares, strict=True)))
     generator = np.random.default_rng(whole("seed", seed, 0))
     kept: list[int] = []
     for label, count in enumerate(_counts(kind, len(sizes), largest, imbalance)):
@@ -134,10 +134,15 @@ def make_long_tailed(labels: Labels, imbalance: float, kind: Kind = "exp", *, se
 def _counts(kind: Kind, num_classes: int, largest: int, imbalance: float) -> list[int]:
     if num_classes < 2 or largest < 1:
         raise ConfigError(f"Counts need num_classes >= 2 and largest >= 1, got {num_classes} and {largest}.")
-    counts = [int(largest * share) for share in _shares(kind, num_classes, imbalance)]
+    counts = [_floor(largest * share) for share in _shares(kind, num_classes, imbalance)]
     if counts[-1] < 1:
         raise ConfigError(f"imbalance={imbalance} leaves class {num_classes - 1} no image of {largest}; lower it.")
     return counts
+
+
+def _floor(number: float) -> int:
+    """Rounded down, but for what rounding alone puts below a whole number; CIFAR's counts are the same either way."""
+    return int(number + 1e-9)
 
 
 def _shares(kind: Kind, num_classes: int, imbalance: float) -> list[float]:

@@ -18,6 +18,13 @@ from PIL import Image
 from lpt_peft.errors import InputError
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """8 bits of red, green and blue; Pillow's own conversion would cut 16 bits of grey off at 255."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 class Images(Protocol):
     """What `LabelledImages` needs of a source."""
 
@@ -85,7 +92,7 @@ class ImageFiles:
     def read(self, index: int) -> Image.Image:
         """The image as RGB; orientation tags are not followed, as torchvision does not."""
         with Path(self.name(index)).open("rb") as file:
-            return Image.open(file).convert("RGB")
+            return as_rgb(Image.open(file))
 
     def name(self, index: int) -> str:
         """The whole path."""
@@ -146,7 +153,7 @@ class ItemImages:
         image = self._items[index][self._key]
         if image is None:
             raise ValueError("there is no image in this row")
-        return image.convert("RGB") if isinstance(image, Image.Image) else image
+        return as_rgb(image) if isinstance(image, Image.Image) else image
 
     def name(self, index: int) -> str:
         """The row."""

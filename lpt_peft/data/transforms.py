@@ -90,7 +90,7 @@ def _checked(
         ),
         f"ratio={ratio}": (0 < ratio[0] <= ratio[1], "two of width over height, above 0, the least first"),
         f"flip={flip}": (0 <= flip <= 1, "a probability from 0 to 1"),
-        f"crop_pct={config['crop_pct']}": (0 < config["crop_pct"] <= 1, "above 0 and up to 1"),
+        f"crop_pct={config['crop_pct']}": (0.05 <= config["crop_pct"] <= 1, "from 0.05 to 1"),
     }
     if broken := [f"{name} must be {rule}" for name, (fine, rule) in checks.items() if not fine]:
         raise ConfigError(f"transforms: {'; '.join(broken)}.")

@@ -30,8 +30,8 @@ def check_data(
     num_classes: int,
     num_processes: int,
     own_criterion: bool = False,
-) -> None:
-    """Labels fit the dataset and the head, and the batch fits the processes.
+) -> list[int]:
+    """The labels as plain numbers, once they fit the dataset and the head, and the batch fits the processes.
 
     Args:
         dataset: Has a length.
@@ -73,6 +73,8 @@ def check_data(
             f"batch_size={settings.batch_size} cannot be shared out evenly by {num_processes} processes in "
             f"accumulate={settings.accumulate} parts each; give a multiple of {num_processes * settings.accumulate}."
         )
+    plain: list[int] = rows.tolist()
+    return plain
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from lpt_peft.errors import InputError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.recipe.checks import collate
 from lpt_peft.recipe.parallel import place
@@ -27,7 +28,12 @@ def predict(
 
     Returns:
         The model's output type with every tensor on the CPU, (N, ...), and labels (N,) int64.
+
+    Raises:
+        InputError: The dataset is empty, or its images are no tensors of one shape.
     """
+    if not len(dataset):  # type: ignore[arg-type]
+        raise InputError("The dataset is empty: there is nothing to predict.")
     outputs, labels = zip(*_batches(model, dataset, batch_size, num_workers), strict=True)
     joined = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     return type(outputs[0])(*joined), torch.cat(labels)

@@ -60,7 +60,8 @@ def fit(
         settings: How to train.
         output: Folder to write into; made if need be.
         shot_rule: A name of `lpt_peft.metrics.SHOT_RULES`.
-        about: More that tells this run from others, plain JSON; a run goes on only where it is the same.
+        about: More that tells this run from others, plain JSON, besides the names of classes and of image files; a run
+            goes on only where it is the same.
         accelerator: As in `train`.
         resume: As in `train`.
         progress: As in `train`.
@@ -82,7 +83,8 @@ def fit(
         validation=parts.validation,
         accelerator=accelerator,
         checkpoints=output / CHECKPOINTS,
-        about=about,
+        about={**parts.train.about(), **(about or {})},
+        shot_rule=shot_rule,
         resume=resume,
         progress=progress,
     )

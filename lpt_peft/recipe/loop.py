@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
@@ -19,6 +20,7 @@ from lpt_peft.metrics import ShotResult
 from lpt_peft.recipe.batches import batches, steps_per_epoch
 from lpt_peft.recipe.criteria import Criterion, criterion_of
 from lpt_peft.recipe.interrupt import Interruption
+from lpt_peft.recipe.parallel import summed
 from lpt_peft.recipe.phase import PhaseRun
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 
@@ -78,7 +80,9 @@ class Loop:
                 if self.save is not None:
                     due = run.step % (self.settings.save_every or run.steps) == 0
                     path = self.save(run) if due or run.finished or run.stopped else None
-                    if run.stopped:
+                    if run.stopped or (
+                        run.finished and _any(interruption.asked, self.accelerator.device)
+                    ):  # during the last validation
                         raise KeyboardInterrupt(f"stopped after step {run.step} of phase {run.name}, saved as {path}")
                 if run.finished:
                     break
@@ -104,6 +108,11 @@ class Loop:
         shown = bool(self.progress) and self.accelerator.is_main_process
         total = run.phase.epochs * run.steps
         return tqdm(total=total, initial=run.step, desc=label, unit="step", disable=not shown)
+
+
+def _any(answer: bool, device: torch.device) -> bool:
+    """Whether any process says so; all must ask."""
+    return bool(summed(torch.tensor(float(answer), device=device)) > 0)
 
 
 def _shown(record: Mapping[str, Any]) -> dict[str, str]:

@@ -134,12 +134,17 @@ def about_run(
         **{f"prompts.{name}": value for name, value in adapter.config.to_dict().items()},
         "prompts.head_dropout": adapter.head_drop.p,
         "images": len(labels),
-        "labels_crc32": zlib.crc32(np.asarray(labels, dtype="<i8").tobytes()),
+        "labels_crc32": _crc32(labels),
         "validation images": 0 if validation is None else len(validation),
+        "validation labels_crc32": _crc32(getattr(validation, "labels", ())),
         "criterion": None if criterion is None else getattr(criterion, "__qualname__", type(criterion).__qualname__),
         "backbone fingerprint": adapter.fingerprint,
         "processes": processes,
     }
+
+
+def _crc32(labels: Sequence[int]) -> int:
+    return zlib.crc32(np.asarray(labels, dtype="<i8").tobytes())
 
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

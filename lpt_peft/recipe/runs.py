@@ -41,6 +41,7 @@ def train(
     accelerator: Accelerator | None = None,
     checkpoints: Path | None = None,
     about: Mapping[str, Any] | None = None,
+    shot_rule: str = "lift",
     resume: bool = True,
     progress: bool | str = True,
 ) -> History:
@@ -63,6 +64,7 @@ def train(
             SIGTERM then save first.
         about: More that tells this run from others, plain JSON, such as how images are cropped: what is different
             there from the checkpoint's is refused, as settings, labels, backbone and number of processes are.
+        shot_rule: A name of `lpt_peft.metrics.SHOT_RULES`, for the validation's many, medium and few.
         resume: Go on from the last checkpoint there, to the very prompts that a run without a break gives (on a CPU,
             and with the same number of processes). False throws the checkpoints away.
         progress: Show a bar for each phase; a text is put before the phase's name.
@@ -80,7 +82,7 @@ def train(
     settings = settings or TrainSettings()
     accelerator = accelerator or make_accelerator(settings)
     check_accelerator(accelerator)
-    check_data(
+    labels = check_data(
         dataset,
         labels,
         settings,
@@ -109,7 +111,8 @@ def train(
 
     def validate() -> ShotResult:
         assert validation is not None  # noqa: S101 - narrows the type
-        return evaluate(adapter, validation, ShotMetrics(counts), num_workers=settings.num_workers, distributed=True)
+        metrics = ShotMetrics.from_rule(shot_rule, counts)
+        return evaluate(adapter, validation, metrics, num_workers=settings.num_workers, distributed=True)
 
     def save(run: PhaseRun) -> Path:
         assert store is not None  # noqa: S101 - narrows the type
@@ -172,7 +175,7 @@ def run_phase(
     accelerator = accelerator or make_accelerator(settings)
     check_accelerator(accelerator)
     head: Any = model.get_submodule("head")
-    check_data(
+    labels = check_data(
         dataset,
         labels,
         settings,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,6 +24,7 @@ from lpt_peft.errors import StateError
 
 TENSORS, NUMBERS = "state.safetensors", "state.json"
 _TEMPORARY = ".tmp"
+_NAME = re.compile(r"\d-\w+-\d{8,}")  # as `resume.py` gives them
 
 
 def write_checkpoint(
@@ -85,9 +87,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole ones, oldest first."""
+    """The whole ones, oldest first; whatever else lies in the folder is not looked at."""
     with suppress(FileNotFoundError, NotADirectoryError):
-        return sorted(path for path in folder.iterdir() if path.is_dir() and path.suffix != _TEMPORARY)
+        return sorted(path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
     return []
 
 
@@ -106,4 +108,5 @@ def _discard(path: Path) -> None:
 def _remove_left(folder: Path) -> None:
     """What a killed run left half written or half removed."""
     for path in folder.glob(f"*{_TEMPORARY}"):
-        shutil.rmtree(path, ignore_errors=True)
+        if _NAME.match(path.name):
+            shutil.rmtree(path, ignore_errors=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lpt_peft.errors import ConfigError
 
@@ -129,7 +129,7 @@ class TrainSettings:
                 "save_every": (self.save_every is None or self.save_every >= 1, none_or_some),
                 "keep_checkpoints": (self.keep_checkpoints >= 1, some),
                 "num_workers": (self.num_workers >= 0, "at least 0"),
-                "seed": (self.seed >= 0, "at least 0"),
+                "seed": (0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
             },
         )
         if self.loss == "lpt" and self.sampling != "dual":
@@ -166,11 +166,15 @@ def known(kind: type, values: Any) -> Mapping[str, Any]:
         ConfigError: They are no names and values, a name is unknown, or a value is of another type than its field's.
     """
     types = {field.name: str(field.type) for field in fields(kind)}
+    hints = get_type_hints(kind)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{kind.__name__} needs names and values, not {values!r:.80}.")
     if unknown := sorted(set(values) - set(types)):
         raise ConfigError(f"{kind.__name__} has no {', '.join(unknown)}; known are {', '.join(sorted(types))}.")
     for name, value in values.items():
+        choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else None
+        if choices is not None and not (isinstance(value, str) and value in choices):
+            raise ConfigError(f"{kind.__name__}: {name}={value!r:.80} must be one of {', '.join(choices)}.")
         wanted = _TYPES.get(types[name])
         if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
             raise ConfigError(f"{kind.__name__}: {name}={value!r:.80} must be {types[name]}.")

@@ -17,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from lpt_peft import DualSampler, ShotMetrics
 from lpt_peft.data.images import LabelledImages
-from lpt_peft.data.sources import ArrayImages, Chosen, ImageFiles, PathList
+from lpt_peft.data.sources import ArrayImages, Chosen, ImageFiles, PathList, as_rgb
 from lpt_peft.errors import ConfigError, InputError
 from tests.data_sets.make import color, seen, write_png
 
@@ -88,6 +88,14 @@ def test_every_mode_is_read_as_rgb(tmp_path):
     assert {image.mode for image, _ in LabelledImages(ImageFiles(tmp_path, paths), [0, 0, 1, 1, 1])} == {"RGB"}
 
 
+def test_16_bits_of_grey_are_not_cut_off(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    assert Image.open(tmp_path / "ramp.png").mode == "I;16"
+    pixels = np.asarray(as_rgb(Image.open(tmp_path / "ramp.png")))
+    assert np.array_equal(pixels[..., 1].ravel(), np.arange(256))
+
+
 def test_samplers_and_metrics_take_its_labels_and_counts():
     data = LabelledImages(Fake(30), [0] * 20 + [1] * 8 + [2] * 2)
     assert all(type(value) is int for value in data.labels + data.class_counts)
@@ -126,6 +134,8 @@ def test_labels_are_taken_exactly_if_no_class_is_empty(labels):
         ([0, 1, 10**15], None, "the first is label 2"),  # and no array of 10^15 counters
         ([0, 1, 1], ["a", "b", "c"], r"the first is label 2 \('c'\)"),
         ([0, 0, 0], None, "All 3 images are of one class"),
+        ([0, 1], ["a", "caf\udce9"], r"class name 'caf\\udce9' holds what cannot be printed"),
+        ([0, 1], ["a", "b\nc"], r"class name 'b\\nc' holds"),
         ([0, 0], ["only"], "All 2 images are of one class"),
         ([0, 1, 2], ["a", "b"], r"labels\[2\] is 2, but there are 2 class names"),
         ([0.0, 1.0], None, "whole numbers"),

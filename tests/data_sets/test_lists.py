@@ -154,6 +154,18 @@ def test_bad_inaturalist(tmp_path, changes, words):
         inaturalist(write_inat(tmp_path, **changes), tmp_path)
 
 
+def test_categories_of_another_file_are_refused(tmp_path):
+    content = {
+        "images": [{"id": 1, "file_name": "a"}],
+        "annotations": [{"image_id": 1, "category_id": 3}],
+        "categories": [{"id": 2, "name": "b"}, {"id": 3, "name": "c"}],
+    }
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    assert inaturalist(tmp_path / "val.json", tmp_path, ["b", "c"], allow_empty=True).labels == [1]
+    with pytest.raises(InputError, match="2 categories that are not the 3 of the training set"):
+        inaturalist(tmp_path / "val.json", tmp_path, ["a", "b", "c"], allow_empty=True)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff"])
 def test_what_is_no_json(tmp_path, text):
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))

@@ -87,6 +87,15 @@ def test_counts_fall_from_largest_to_largest_over_imbalance(classes, largest, im
         assert abs(counts[-1] - largest / imbalance) <= 1
 
 
+@pytest.mark.parametrize("imbalance", [3, 7, 10, 49, 98, 100, 187])
+@pytest.mark.parametrize("smallest", [1, 2, 9])
+def test_rounding_alone_costs_no_image(imbalance, smallest):
+    counts = exponential_counts(10, smallest * imbalance, imbalance)
+    assert (counts[0], counts[-1]) == (smallest * imbalance, smallest)
+    labels = [label for label in range(10) for _ in range(imbalance)]
+    assert len(make_long_tailed(labels, imbalance)) >= imbalance + 9
+
+
 def test_refusals():
     for labels in ([0, 0], [0, 2], [1, 2]):
         with pytest.raises(InputError, match="labels 0 to C - 1"):

@@ -136,7 +136,7 @@ def test_the_configuration_given_is_left_as_it_was():
         ({}, {"scale": (0.5, 0.4)}, r"scale=\(0\.5, 0\.4\) must be two shares"),
         ({}, {"ratio": (2, 1)}, r"ratio=\(2, 1\) must be"),
         ({}, {"flip": 1.5}, "flip=1.5 must be a probability"),
-        ({}, {"crop_pct": 0}, "crop_pct=0 must be above 0"),
+        ({}, {"crop_pct": 0}, "crop_pct=0 must be from 0.05 to 1"),
         ({"crop_pct": 1.2}, {}, "crop_pct=1.2 must be"),
     ],
 )

@@ -12,9 +12,10 @@ from accelerate.tracking import GeneralTracker, on_main_process
 from torch.utils.data import TensorDataset
 
 from lpt_peft import AGCLLoss, ShotMetrics
+from lpt_peft.data.wrap import from_dataset
 from lpt_peft.errors import ConfigError
 from lpt_peft.metrics import SHOT_RULES
-from lpt_peft.recipe import PRESETS, PhaseSettings, TrainSettings, evaluate, preset, train
+from lpt_peft.recipe import PRESETS, Parts, PhaseSettings, TrainSettings, evaluate, fit, preset, train
 from lpt_peft.recipe.criteria import criterion_of
 from tests.recipe.tiny import COUNTS, PHASE, SETTINGS, noisy_validation, result_of, same, striped_data, tiny_adapter
 
@@ -82,6 +83,16 @@ def test_validation_changes_nothing_of_what_is_learnt_and_may_be_rare():
     history = train(watched, dataset, labels, settings, validation=striped_data(1)[0], progress=False)
     assert same(result_of(plain), result_of(watched))
     assert ["validation" in record for record in history] == [False, False, True, True]
+
+
+def test_history_and_results_have_the_same_rule(tmp_path):
+    dataset, labels = striped_data()
+    parts = Parts(from_dataset(dataset, labels), striped_data(1)[0])
+    fit(tiny_adapter(), parts, ONE, tmp_path, shot_rule="lpt", progress=False)
+    last = json.loads((tmp_path / "history.json").read_text())[-1]["validation"]
+    result = json.loads((tmp_path / "results.json").read_text())["validation"]
+    assert last == {name: result[name] for name in last}
+    assert last["medium"] is None
 
 
 @pytest.mark.parametrize("change", [{"keep": "best"}, {"patience": 3}])
@@ -181,9 +192,11 @@ def test_settings_survive_json():
         ({"seed": True}, "seed=True must be int"),
         ({"clip_norm": "1"}, "clip_norm='1' must be float | None"),
         ({"shared": {"epochs": "3"}}, "PhaseSettings: epochs='3' must be int"),
-        ({"accumulate": 0, "seed": -1}, "TrainSettings: accumulate=0 must be at least 1; seed=-1 must be at least 0."),
+        ({"accumulate": 0, "seed": -1}, "TrainSettings: accumulate=0 must be at least 1; seed=-1 must be from 0 to"),
         ({"average": 1.0}, "average=1.0 must be None or above 0 and below 1"),
-        ({"phases": "both"}, 'phases=\'both\' must be "decoupled" or "joint"'),
+        ({"phases": "both"}, "phases='both' must be one of decoupled, joint"),
+        ({"keep": []}, "keep=[] must be one of last, best"),
+        ({"seed": 2**63}, "seed=9223372036854775808 must be from 0 to 2**63 - 1"),
         ({"patience": 0}, "patience=0 must be None or at least 1"),
         ({"save_every": 0}, "save_every=0 must be None or"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8' must be None"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,6 +186,69 @@ def test_a_run_that_starts_anew_takes_the_place_of_the_old_one_when_it_is_done(d
     assert json.loads(capsys.readouterr().out) != old, "else the test proves nothing"
 
 
+def test_a_settings_file_need_not_name_the_backbone(done, data, tmp_path, capsys):
+    values = json.loads((done / "settings.json").read_text())
+    for name in ("backbone", "data"):
+        del values[name]
+    (tmp_path / "settings.json").write_text(json.dumps(values))
+    words = ["train", str(data), "--output", str(tmp_path / "run"), "--config", str(tmp_path / "settings.json")]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "--backbone" in capsys.readouterr().err
+    assert main([*words, "--backbone", "vit_tiny_patch16_224"]) == 0
+    assert same_prompts(done, tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags", [["--img-size", "64"], ["--no-pretrained"], ["--backbone-weights", "nowhere"]])
+def test_the_bundled_backbone_is_as_it_is(data, tmp_path, capsys, flags):
+    assert main(["train", str(data), "--output", str(tmp_path), "--backbone", "glyph_vit", *flags]) == 1
+    assert "glyph_vit comes with its weights and is for 32 px" in capsys.readouterr().err
+
+
+def test_other_images_of_equal_labels_are_another_run(done, data, tmp_path, capsys):
+    """The old prompts must not get the new names."""
+    shutil.copytree(done, tmp_path / "run")
+    others = write_images(tmp_path / "others" / "train", [20, 8, 3])
+    before = (tmp_path / "run" / "prompts" / "config.json").read_bytes()
+    words = ["--output", str(tmp_path / "run"), *BACKBONE, *SMALL]
+    for part in ("val", "test"):
+        shutil.copytree(data / part, tmp_path / "others" / part)
+    assert main(["train", str(tmp_path / "others"), *words]) == 0, "a copy elsewhere is the same data set"
+    (others / "ant" / "0.png").rename(others / "ant" / "00.png")
+    assert main(["train", str(tmp_path / "others"), *words]) == 1
+    assert "image names_crc32 is" in capsys.readouterr().err
+    (others / "ant" / "00.png").rename(others / "ant" / "0.png")
+    for part in ("train", "val", "test"):
+        if (tmp_path / "others" / part / "bee").exists():
+            (tmp_path / "others" / part / "bee").rename(tmp_path / "others" / part / "bug")
+    assert main(["train", str(tmp_path / "others"), *words]) == 1
+    assert "class names_crc32 is" in capsys.readouterr().err
+    assert (tmp_path / "run" / "prompts" / "config.json").read_bytes() == before
+
+
+def test_what_else_lies_in_the_folder_of_checkpoints_stays(data, tmp_path):
+    mine = tmp_path / "checkpoints" / "my_thesis"
+    left = tmp_path / "checkpoints" / "mine.tmp"
+    for folder in (mine, left):
+        folder.mkdir(parents=True)
+    words = ["train", str(data), "--output", str(tmp_path), *BACKBONE, *SMALL, "--group.epochs", "0"]
+    assert main(words) == 0
+    assert main([*words, "--no-resume"]) == 0
+    assert mine.exists()
+    assert left.exists()
+
+
+def test_evaluate_measures_the_data_it_is_given(data, tmp_path, capsys):
+    words = ["train", str(data), *BACKBONE, *SMALL, "--group.epochs", "0", "--test", str(data / "test")]
+    assert main([*words, "--output", str(tmp_path / "run")]) == 0
+    shutil.copytree(data, tmp_path / "other")
+    for image in sorted((tmp_path / "other" / "test").rglob("*.png"))[:12]:
+        image.unlink()
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), str(tmp_path / "other"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"]["num_images"] == 3
+
+
 def test_killed_and_called_again(done, data, tmp_path, monkeypatch):
     original = PhaseRun.advance
 
@@ -301,7 +365,7 @@ def test_presets(data, tmp_path, capsys, monkeypatch):
     [
         ("{", "cannot be read"),
         ("[]", "one JSON object"),
-        ("{}", "need a backbone"),
+        ('{"backbone": "a", "shot_rule": []}', "shot_rule=[] must be one of lift, oltr, lpt"),
         ('{"backbone": "a", "colour": 1}', "RunSettings has no colour"),
         ('{"backbone": "a", "images": {"colour": 1}}', "ImageSettings has no colour"),
         ('{"backbone": "a", "images": {"scale": 1}}', "scale=1 must be two numbers"),
@@ -374,7 +438,19 @@ def test_folders(data, tmp_path):
     }
     write_images(tmp_path / "train", [2, 2, 2])  # a class called "train" beside others is a class
     write_images(tmp_path / "bus", [2, 2, 2])
+    (tmp_path / ".ipynb_checkpoints").mkdir()
     assert open_parts(str(tmp_path), ImageSettings(), 0)["train"].class_names == ["bus", "train"]
+    write_images(tmp_path / "test", [2, 2, 2])  # with a test part it is the training part
+    parts = open_parts(str(tmp_path), ImageSettings(), 0)
+    assert {name: part.class_names for name, part in parts.items()} == {"train": NAMES, "test": NAMES}
+    for name in ("val", "valid"):
+        write_images(tmp_path / name, [2, 2, 2])
+    with pytest.raises(InputError, match="val and .*valid are for the same part"):
+        open_parts(str(tmp_path), ImageSettings(), 0)
+    for name in ("train", "bus", "valid"):
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(InputError, match="holds val, test, but no train"):
+        open_parts(str(tmp_path), ImageSettings(), 0)
     with pytest.raises(InputError, match="neither a folder nor a file"):
         open_parts(str(tmp_path / "nowhere"), ImageSettings(), 0)
     with pytest.raises(InputError, match="classes of .* are not those the model"):
@@ -418,6 +494,11 @@ def test_data_sets_of_hugging_face(data, done, tmp_path, capsys):
         assert json.loads(capsys.readouterr().out) == json.loads((done / "results.json").read_text())
     splits["train"].save_to_disk(tmp_path / "one")
     assert set(open_parts(f"hf:{tmp_path / 'one'}", ImageSettings(validation_share=0.25), 0)) == {"train", "validation"}
+    unlabelled = splits["test"].map(lambda row: {"label": -1})
+    datasets.DatasetDict(train=splits["train"], test=unlabelled).save_to_disk(tmp_path / "unlabelled")
+    with pytest.warns(UserWarning, match='split "test" of .* is left out: labels must be at least 0'):
+        parts = open_parts(f"hf:{tmp_path / 'unlabelled'}", ImageSettings(val=data / "val"), 0)
+    assert {name: part.class_counts for name, part in parts.items()} == {"train": [20, 8, 3], "validation": [4, 4, 0]}
     datasets.DatasetDict(test=splits["test"]).save_to_disk(tmp_path / "tests")
     with pytest.raises(InputError, match='has no split "train"; it has test'):
         open_parts(f"hf:{tmp_path / 'tests'}", ImageSettings(), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +14,7 @@ from lpt_peft import LongTailPromptAdapter, LPTLoss, ShotMetrics
 from lpt_peft.data.folder import image_folder
 from lpt_peft.data.transforms import transforms
 from lpt_peft.errors import ConfigError, InputError, StateError
-from lpt_peft.recipe import PhaseSettings, TrainSettings, evaluate, run_phase, train
+from lpt_peft.recipe import PhaseSettings, TrainSettings, evaluate, predict, run_phase, train
 from lpt_peft.recipe.phase import PhaseRun
 from tests.conftest import tiny_vit
 from tests.recipe.tiny import PHASE, SETTINGS, result_of, same, striped_data, tiny_adapter
@@ -175,6 +176,22 @@ def test_settings():
         TrainSettings(batch_size=0)
     with pytest.raises(ConfigError, match='needs sampling="dual"'):
         TrainSettings(sampling="instance")
+
+
+def test_nothing_to_predict():
+    with pytest.raises(InputError, match="dataset is empty"):
+        predict(tiny_adapter(), Pairs([]))
+
+
+def test_labels_of_any_whole_type():
+    phases = {"shared": replace(PHASE, epochs=1), "group": replace(PHASE, epochs=0)}
+    results = []
+    for labels in (LABELS, np.array(LABELS, dtype=np.uint16), torch.tensor(LABELS, dtype=torch.uint8)):
+        adapter = tiny_adapter()
+        train(adapter, data(), labels, replace(SETTINGS, **phases), progress=False)
+        results.append(result_of(adapter))
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
 
 
 def test_evaluation_of_images_without_a_transform():

@@ -199,6 +199,23 @@ def test_interrupt_saves_and_goes_on(tmp_path, whole):
     assert same(run(tmp_path, replace(SHORT, save_every=1000))[0], whole[0])
 
 
+def test_interrupt_in_the_last_validation_of_a_phase(tmp_path, whole):
+    class Asking(TensorDataset):
+        def __getitem__(self, index):
+            if len(checkpoints(tmp_path)) == 1 and index == 3:  # the second epoch's: the last one of phase "shared"
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(index)
+
+    settings = replace(SHORT, save_every=4)
+    validation = striped_data(1)[0]
+    with pytest.raises(KeyboardInterrupt, match="after step 8 of phase shared, saved as .*1-shared-00000008"):
+        run(tmp_path, settings, validation=Asking(*validation.tensors))
+    assert [path.name for path in checkpoints(tmp_path)] == ["1-shared-00000004", "1-shared-00000008"]
+    result, history = run(tmp_path, settings, validation=validation)
+    assert same(result, whole[0])
+    assert len(history) == 4
+
+
 def test_second_interrupt_stops_at_once():
     handler = signal.getsignal(signal.SIGINT)
     with Interruption() as interruption:
