@@ -43,7 +43,6 @@ from lpt_peft.errors import (
     PromptFileError,
     PromptFileFormatError,
     PromptFileIntegrityError,
-    PromptFileNotFoundError,
     StateError,
 )
 from tests.conftest import tiny_vit
@@ -442,35 +441,40 @@ def test_a_failure_after_attaching_gives_the_vit_back(saved, monkeypatch):
 
 
 class Fault:
-    """Lets calls through to `call` until the n-th, which raises `error`."""
+    """Lets calls through to `call`; the n-th raises `error`, when it is done if `late`, else instead of its work."""
 
-    def __init__(self, call, nth, error):
-        self.call, self.left, self.error = call, nth, error
+    def __init__(self, call, nth, error, late=False):
+        self.call, self.left, self.error, self.late = call, nth, error, late
 
     def __call__(self, *arguments):
         self.left -= 1
+        if self.left == 0 and not self.late:
+            raise self.error
+        answer = self.call(*arguments)
         if self.left == 0:
             raise self.error
-        return self.call(*arguments)
+        return answer
 
 
 # Two files flushed, old configuration aside, weights, configuration into place, folder flushed.
 @pytest.mark.parametrize(
-    ("step", "nth", "left"),
+    ("step", "nth", "late", "left"),
     [
-        *(("open", 1, "old"), ("open", 2, "old"), ("fsync", 1, "old"), ("fsync", 2, "old")),
-        *(("replace", 1, "old"), ("replace", 2, "old"), ("replace", 3, None), ("fsync", 3, "new")),
+        *(("open", 1, False, "old"), ("open", 2, False, "old"), ("fsync", 1, False, "old"), ("fsync", 2, False, "old")),
+        *(("replace", 1, False, "old"), ("replace", 1, True, "old"), ("replace", 2, False, "old")),
+        *(("replace", 2, True, "new"), ("replace", 3, False, "new"), ("replace", 3, True, "new")),
+        ("fsync", 3, False, "new"),
     ],
 )
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "break"])
-def test_a_write_that_fails_leaves_the_old_pair_or_none(tmp_path, monkeypatch, step, nth, left, error):
+def test_a_write_that_fails_leaves_the_old_pair_or_the_new(tmp_path, monkeypatch, step, nth, late, left, error):
     pairs = {"old": encoded(0), "new": encoded(1)}
     write_prompt_file(tmp_path, *pairs["old"])
     with monkeypatch.context() as patch:
         if step == "fsync":
             patch.setattr(os, "fsync", Fault(os.fsync, nth, error))
         elif step == "replace":
-            fault = Fault(Path.replace, nth, error)
+            fault = Fault(Path.replace, nth, error, late)
             patch.setattr(Path, "replace", lambda *paths: fault(*paths))
         else:
             original = Path.open
@@ -479,23 +483,20 @@ def test_a_write_that_fails_leaves_the_old_pair_or_none(tmp_path, monkeypatch, s
         with pytest.raises(type(error)):
             write_pair(tmp_path, *pairs["new"])
     assert contents(tmp_path).keys() <= NAMES
-    if left is None:
-        with pytest.raises(PromptFileNotFoundError, match=r"config\.json does not exist"):
-            read_prompt_file(tmp_path)
-    else:
-        assert contents(tmp_path) == dict(zip(("config.json", "prompts.safetensors"), pairs[left], strict=True))
+    assert contents(tmp_path) == dict(zip(("config.json", "prompts.safetensors"), pairs[left], strict=True))
     write_pair(tmp_path, *pairs["new"])
     assert read_prompt_file(tmp_path).config == decode(*pairs["new"]).config
 
 
-def test_a_first_write_that_fails_leaves_nothing_readable(tmp_path, monkeypatch):
-    fault = Fault(Path.replace, 3, OSError(5, "Input/output error"))
+@pytest.mark.parametrize(("nth", "left"), [(2, set()), (3, NAMES)])
+def test_a_first_write_that_fails_leaves_nothing_or_all(tmp_path, monkeypatch, nth, left):
+    fault = Fault(Path.replace, nth, OSError(5, "Input/output error"))
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", lambda *paths: fault(*paths))
         with pytest.raises(OSError, match="Input/output error"):
             save_prompts(tiny_adapter(), tmp_path)
-    assert contents(tmp_path).keys() == {"prompts.safetensors"}
-    with pytest.raises(PromptFileNotFoundError):
+    assert contents(tmp_path).keys() == left
+    if left:
         read_prompt_file(tmp_path)
 
 

@@ -159,3 +159,16 @@ def test_an_unwrapped_adapter_takes_none(tmp_path):
     for check_backbone in ("error", "off"):
         with pytest.raises(StateError, match="unwrapped"):
             adapter.load_prompts(tmp_path, check_backbone=check_backbone)
+
+
+def test_shared_prompts_too_large_for_the_adapters_dtype(tmp_path):
+    large = adapter_of(1)
+    with torch.no_grad():
+        large.shared.prompts.fill_(1e6)
+    save_prompts(large, tmp_path)
+    adapter = adapter_of(2)
+    adapter.shared.half()
+    before = adapter.shared.prompts.clone()
+    with pytest.raises(ConfigError, match=r"too large for the adapter's torch\.float16"):
+        adapter.load_prompts(tmp_path, part="shared")
+    assert torch.equal(adapter.shared.prompts, before)

@@ -11,6 +11,7 @@ import pytest
 from lpt_peft import LongTailPromptAdapter
 from lpt_peft.backbones import catalog
 from lpt_peft.cli import main
+from lpt_peft.errors import LPTError
 from tests.conftest import tiny_vit
 
 
@@ -154,3 +155,37 @@ def test_doctor_takes_names_with_the_tag_of_weights(name, capsys):
     assert main(["doctor", "vit_tiny_patch16_224.nonsense"]) == 1
     assert main(["doctor", "--list", "timm/vit_tiny_patch16_22*"]) == 0
     assert "vit_tiny_patch16_224: yes" in capsys.readouterr().out
+
+
+ESCAPE = "\x1b[2J\x1b[1;1HAll checks passed\nfingerprint 0\x9b"
+
+
+def test_a_hostile_name_does_not_reach_the_terminal(tmp_path, capsys):
+    adapter = LongTailPromptAdapter.wrap(tiny_vit())
+    names = [ESCAPE, *"abcdef"]
+    adapter.save_pretrained(tmp_path, label_names=names)
+    for words in (["inspect", str(tmp_path)], ["inspect", str(tmp_path), "--json"]):
+        assert main(words) == 0
+        out = capsys.readouterr().out
+        assert all(character.isprintable() or character == "\n" for character in out)
+        assert not any(line.startswith("fingerprint") for line in out.splitlines())
+    assert json.loads(out)["head"]["label_names"] == names
+
+
+def test_errors_of_the_disk_are_one_line(tmp_path, capsys, monkeypatch):
+    adapter = LongTailPromptAdapter.wrap(tiny_vit())
+    adapter.save_pretrained(tmp_path / "prompts")
+    monkeypatch.setattr("lpt_peft.cli.inspect.read_prompts", lambda *args, **options: (tmp_path / "no" / "x").touch())
+    assert main(["inspect", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("lpt-peft: [Errno 2]")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("source", ["a" * 300, "a\0b", "/" + "a" * 300, "loop"])
+def test_sources_that_no_system_opens(tmp_path, monkeypatch, source):
+    (tmp_path / "loop").mkdir()
+    (tmp_path / "loop" / "config.json").symlink_to(tmp_path / "loop" / "config.json")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LPTError):
+        LongTailPromptAdapter.from_pretrained(source, tiny_vit())

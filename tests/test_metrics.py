@@ -593,3 +593,9 @@ def test_two_processes_give_the_result_of_one_exactly(tmp_path):
     few = filled(logits[:7], target[:7]).compute().to_dict()
     answers = [json.loads(text.splitlines()[-1]) for text, _ in out]
     assert answers == [[67, 3, whole, few], [133, 3, whole, few]]
+
+
+@pytest.mark.parametrize("state", [None, [1], {"counters": [1, 2]}, {"class_counts": None}])
+def test_a_state_that_is_none_is_refused(state):
+    with pytest.raises(InputError, match="state must hold"):
+        ShotMetrics([3, 2]).load_state_dict(state)

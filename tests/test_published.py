@@ -217,3 +217,29 @@ def test_the_command(tmp_path, capsys):
     read_prompt_file(tmp_path / "prompts")
     assert main(["convert", str(tmp_path / "b.pth"), str(tmp_path / "prompts")]) == 1
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"blocks.0.norm1.bias": torch.zeros(D).to_sparse()}, PromptFileTensorError, "must be dense, real"),
+        ({"blocks.0.norm1.bias": torch.zeros(D, dtype=torch.complex64)}, PromptFileTensorError, "must be dense, real"),
+        ({"blocks.0.norm1.bias": torch.full((D,), float("nan"))}, PromptFileTensorError, "must hold finite values"),
+        (
+            {"patch_embed.proj.weight": torch.zeros(120_000, 1, 1, 1)},
+            BackboneError,
+            r"pos_embed is .*not \(1, 17, 120000",
+        ),
+        ({"patch_embed.proj.weight": torch.zeros(D, 3, 0, 0)}, BackboneError, "patches of 0 px"),
+        (
+            {"blocks.1.mlp.fc1.weight": torch.zeros(10**6, 1)},
+            BackboneError,
+            r"blocks.1.mlp.fc1.weight is \(1000000, 1\)",
+        ),
+        ({"blocks.0.mlp.fc1.weight": torch.zeros(10**6, 1)}, BackboneError, r"fc1.weight is .*not \(1000000, 64\)"),
+    ],
+)
+def test_bombs_and_odd_tensors(tmp_path, changes, error, words):
+    checkpoint(tmp_path / "a.pth", state=changes)
+    with pytest.raises(error, match=words):
+        read_published(tmp_path / "a.pth")

@@ -15,7 +15,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from lpt_peft.errors import ConfigError
+from lpt_peft.errors import ConfigError, shown
 
 MAX_IMAGE_SIZE = 2048
 NORM_EPS = "norm_eps"
@@ -109,6 +109,6 @@ def _eps(info: Mapping[str, Any], value: Any) -> float:
 
 def _refusal(info: Mapping[str, Any], why: str) -> ConfigError:
     return ConfigError(
-        f"These prompts were learnt on {info['architecture']:.80} (tag {info['pretrained_tag'] or 'none':.80}), which "
-        f"is not built here: {why}. Give that model, from_pretrained(folder, vit)."
+        f"These prompts were learnt on {shown(info['architecture'], 80)} (tag {shown(info['pretrained_tag'], 80)}), "
+        f"which is not built here: {shown(why)}. Give that model, from_pretrained(folder, vit)."
     )

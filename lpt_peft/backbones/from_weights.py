@@ -41,6 +41,17 @@ def vit_from_weights(tensors: Mapping[str, Tensor], *, norm_eps: float, num_head
         raise BackboneError(f"These are not the tensors of a plain ViT with a class token: {error!r:.200}.") from error
     if blocks != set(range(len(blocks))):
         raise BackboneError(f"These are not the tensors of a plain ViT: its blocks are {sorted(blocks)[:20]}.")
+    # Before it is built: sizes that the other tensors do not have could ask for any amount of memory.
+    wanted: dict[str, tuple[int, ...]] = {"pos_embed": (1, side * side + 1, width)}
+    for block in blocks:
+        wanted[f"blocks.{block}.attn.qkv.weight"] = (3 * width, width)
+        wanted[f"blocks.{block}.mlp.fc1.weight"] = (hidden, width)
+    for name, shape in wanted.items():
+        if min(shape) < 1 or name not in state or tuple(state[name].shape) != shape:
+            found = tuple(state[name].shape) if name in state else "missing"
+            raise BackboneError(f"These are not the tensors of a plain ViT: {name} is {found}, not {shape}.")
+    if min(patch, channels) < 1:
+        raise BackboneError(f"These are not the tensors of a plain ViT: patches of {patch} px, {channels} channels.")
     heads = num_heads or width // 64
     if heads < 1 or width % heads:
         raise BackboneError(f"A width of {width} does not tell the number of heads: give num_heads=.")

@@ -115,8 +115,9 @@ class TimmBackbone:
         """The data configuration (timm) of this model, with the image size it was built for."""
         config = resolve_model_data_config(self.classifier)
         size = getattr(getattr(self.vit, "patch_embed", None), "img_size", None) or config["input_size"][1:]
+        channels = getattr(self.classifier, "_model_args", {}).get("in_chans", config["input_size"][0])
         return {
-            "input_size": [config["input_size"][0], *size],
+            "input_size": [channels, *size],
             "mean": list(config["mean"]),
             "std": list(config["std"]),
             "interpolation": config["interpolation"],

@@ -31,17 +31,23 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
     Raises:
         PromptFileNotFoundError: It is not there.
-        PromptFileFormatError: It is a directory, a pipe or a device: opening one could wait for ever.
+        PromptFileFormatError: It is a directory, a pipe or a device: opening one could wait for ever. Or it cannot be
+            opened: no permission, a name too long.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise PromptFileFormatError(f"{path} is not a regular file. A prompt file has two: give another folder.")
-        descriptor = os.open(path, _READ_FLAGS)  # does not wait, should a pipe have taken its place
+        regular = stat.S_ISREG(path.stat().st_mode)
+        descriptor = (
+            os.open(path, _READ_FLAGS) if regular else None
+        )  # does not wait, should a pipe have taken its place
     except (FileNotFoundError, NotADirectoryError) as error:
         raise PromptFileNotFoundError(
             f"{path} does not exist. A prompt file is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, as "
             "adapter.save_pretrained(folder) writes it."
         ) from error
+    except (OSError, ValueError) as error:  # a name too long, a loop of links, no permission
+        raise PromptFileFormatError(f"{path} cannot be opened: {error}. Give another folder.") from error
+    if descriptor is None:
+        raise PromptFileFormatError(f"{path} is not a regular file. A prompt file has two: give another folder.")
     with open(descriptor, "rb") as stream:  # noqa: PTH123 - a descriptor, not a path
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -50,7 +56,7 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def state_of(folder: Path) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-    """What tells one version of (config.json, prompts.safetensors) from another; None for one that is missing."""
+    """What tells one version of (config.json, prompts.safetensors) from another; None for one that is not to be had."""
     return _identity(folder / CONFIG_NAME), _identity(folder / WEIGHTS_NAME)
 
 
@@ -66,8 +72,8 @@ def write_pair(folder: Path, config: bytes, weights: bytes) -> None:
     """Put both files into `folder`, which is made if need be; nothing is written where they are there already.
 
     A reader sees the old pair or the new: the old config.json is put aside first, the new one comes last, and where
-    the writer is killed in between, one of the two copies beside it belongs to the weights that are there. On failure
-    the old pair is put back as far as possible, and no other file is left behind.
+    the writer is killed in between, one of the two copies beside it belongs to the weights that are there. After an
+    error or Ctrl-C the pair is the old one or the new, whole, and no other file is left behind.
 
     Raises:
         PromptFileFormatError: One of the two names is taken by something that is no regular file.
@@ -88,15 +94,13 @@ def write_pair(folder: Path, config: bytes, weights: bytes) -> None:
         write_through(new_weights, weights)
         with suppress(FileNotFoundError):
             config_path.replace(old_config)
-        try:
-            new_weights.replace(weights_path)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                old_config.replace(config_path)
-            raise
+        new_weights.replace(weights_path)
         new_config.replace(config_path)
         sync_folder(folder)
     finally:
+        if not config_path.exists() and weights_path.exists():  # an error or Ctrl-C came between: go back, or on
+            with suppress(FileNotFoundError):
+                (old_config if new_weights.exists() else new_config).replace(config_path)
         for path in (new_config, new_weights, old_config):
             path.unlink(missing_ok=True)
     for path in folder.iterdir():  # of writers that were killed: the pair is whole again without them
@@ -135,7 +139,7 @@ def sync_folder(folder: Path) -> None:
 def _identity(path: Path) -> tuple[int, ...] | None:
     try:
         status = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, ValueError):  # missing, or out of reach: opening it says why
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 

@@ -21,7 +21,7 @@ from lpt_peft.backbones.build import NORM_EPS
 from lpt_peft.backbones.fingerprint import fingerprint
 from lpt_peft.checkpoint.files import write_pair
 from lpt_peft.checkpoint.prompt_file import PromptFile, encode, read_prompt_file
-from lpt_peft.errors import BackboneMismatchError, ConfigError
+from lpt_peft.errors import BackboneMismatchError, ConfigError, shown
 
 CheckBackbone = Literal["error", "warn", "off"]
 
@@ -150,8 +150,8 @@ def _mismatch(theirs: Mapping[str, Any], backbone: Backbone, known: str | None) 
     other_eps = {m.eps for m in backbone.model.modules() if isinstance(m, nn.LayerNorm)} - {eps}
     if eps is not None and other_eps:
         return (
-            f"These prompts were learnt on a {theirs['architecture']} whose LayerNorms have eps={eps:g}; the ViT given "
-            f"has {max(other_eps):g}. Build it with norm_layer=partial(torch.nn.LayerNorm, eps={eps:g})."
+            f"These prompts were learnt on a {shown(theirs['architecture'], 80)} whose LayerNorms have eps={eps:g}; "
+            f"the ViT given has {max(other_eps):g}. Build it with norm_layer=partial(torch.nn.LayerNorm, eps={eps:g})."
         )
     # The same weights can be cut into another number of heads: the fingerprint does not tell.
     if all(ours[key] == theirs[key] for key in ("fingerprint", "num_heads")):
@@ -162,7 +162,7 @@ def _mismatch(theirs: Mapping[str, Any], backbone: Backbone, known: str | None) 
         if dtype != torch.float32:
             cause += f" Or was the model cast, to {dtype}, after the prompts were learnt?"
     else:
-        cause = f"another architecture; build {theirs['architecture']} with the sizes named here."
+        cause = f"another architecture; build {shown(theirs['architecture'], 80)} with the sizes named here."
     return (
         f"These prompts were learnt on {_describe(theirs)}; the ViT given is {_describe(ours)}. Likely cause: {cause}"
     )
@@ -172,4 +172,4 @@ def _describe(backbone: Mapping[str, Any]) -> str:
     return (
         "{architecture} (tag {pretrained_tag}, width {embed_dim}, {depth} blocks, {num_heads} heads, "
         "fingerprint {fingerprint:.12}...)"
-    ).format_map(backbone)
+    ).format_map({key: shown(value, 80) for key, value in backbone.items()})

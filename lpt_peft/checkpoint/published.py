@@ -23,7 +23,7 @@ from lpt_peft.backbones.from_weights import architecture_of, vit_from_weights
 from lpt_peft.checkpoint.files import write_pair
 from lpt_peft.checkpoint.prompt_file import encode
 from lpt_peft.config import PromptConfig
-from lpt_peft.errors import PromptFileFormatError, PromptFileNotFoundError, PromptFileTensorError
+from lpt_peft.errors import PromptFileFormatError, PromptFileNotFoundError, PromptFileTensorError, shown
 
 EPS = 1e-5
 """eps of that program's LayerNorms; timm's own is 1e-6."""
@@ -77,10 +77,9 @@ def read_published(
         )
     tensors = {name: state.pop(theirs).float() for theirs, (name, _) in _TENSORS.items()}
     for theirs, (name, dimensions) in _TENSORS.items():
-        if tensors[name].ndim != dimensions or not bool(tensors[name].isfinite().all()):
+        if tensors[name].ndim != dimensions:
             raise PromptFileTensorError(
-                f"{theirs} of {path} must have {dimensions} dimensions and finite values, not shape "
-                f"{tuple(tensors[name].shape)}."
+                f"{theirs} of {path} must have {dimensions} dimensions, not shape {tuple(tensors[name].shape)}."
             )
     tensors["head.weight"] = tensors["head.weight"].T.contiguous()  # (d, C) there
     vit = vit_from_weights(state, norm_eps=EPS, num_heads=num_heads)
@@ -141,10 +140,15 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
         raise PromptFileFormatError(f"{path} holds no state_dict of tensors, so it is no published checkpoint.")
+    for name, tensor in content.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_complex():
+            raise PromptFileTensorError(f"{shown(name, 80)} of {path} must be dense, real and in the file.")
     # A tensor may claim any size with a stride of 0.
     size, claimed = path.stat().st_size, sum(tensor.nbytes for tensor in content.values())
     if claimed > size:
         raise PromptFileTensorError(f"The tensors of {path} claim {claimed} bytes, the file has {size}.")
+    if broken := [name for name, tensor in content.items() if not bool(tensor.isfinite().all())]:
+        raise PromptFileTensorError(f"{shown(broken[0], 80)} of {path} must hold finite values, no NaN or infinity.")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 

@@ -60,6 +60,11 @@ def _copy_shared(adapter: LongTailPromptAdapter, given: torch.Tensor) -> None:
             f"The file's shared prompts are {tuple(given.shape)} (blocks, tokens, width), the adapter's "
             f'{tuple(own.shape)}: they cannot be swapped alone. Load the whole file: part="all".'
         )
+    if not bool(given.to(own.dtype).isfinite().all()):
+        raise ConfigError(
+            f"The file's shared prompts are too large for the adapter's {own.dtype}. Load the whole file, which brings "
+            'its own dtype: part="all".'
+        )
     with torch.no_grad():
         own.copy_(given)
 

@@ -38,8 +38,9 @@ def describe(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise StateError(
-                f"{name} is {tensor.dtype}; a prompt file holds float32, float16 or bfloat16. Call adapter.float() "
-                "first if rounding is fine."
+                f"{name} is {tensor.dtype}; a prompt file holds float32, float16 or bfloat16. If rounding is fine, "
+                "call adapter.shared.float(), adapter.pool.float() and adapter.head.float() first; adapter.float() "
+                "would cast the ViT, too."
             )
         if not bool(tensor.isfinite().all()):
             raise StateError(f"{name} holds NaN or infinity; the training that made it diverged. Nothing was written.")

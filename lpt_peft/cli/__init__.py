@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from typing import Any
 
-from lpt_peft.errors import LPTError, MissingExtraError
+from lpt_peft.errors import LPTError, MissingExtraError, shown
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for an `LPTError`, 2 for wrong arguments."""
+    """Run the command line; returns the exit status: 0, 1 for an error that has a message, 2 for wrong arguments."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # class names in a terminal of another encoding
     try:
         try:
             import rich  # noqa: F401, PLC0415 - an optional extra
@@ -35,8 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
             **training_commands(sys.argv[1:] if arguments is None else arguments),
         }
         tyro.extras.subcommand_cli_from_dict(commands, prog="lpt-peft", args=arguments)
-    except LPTError as error:
-        print(f"lpt-peft: {error}", file=sys.stderr)
+    except (LPTError, OSError) as error:  # of the disk: a full one, one that may not be written
+        print(f"lpt-peft: {shown(error, 10_000)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"lpt-peft: {stop or 'interrupted'}", file=sys.stderr)

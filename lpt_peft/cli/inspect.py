@@ -9,6 +9,7 @@ from typing import Any
 import tyro
 
 from lpt_peft.cli.options import Json
+from lpt_peft.errors import shown
 from lpt_peft.hub import read_prompts
 
 
@@ -28,7 +29,7 @@ def inspect(
         as_json: Print the content of config.json.
     """
     config = read_prompts(source, revision=revision, subfolder=subfolder).config
-    print(json.dumps(config, indent=2, ensure_ascii=False) if as_json else _text(source, config))
+    print(json.dumps(config, indent=2) if as_json else _text(source, config))
 
 
 def _text(source: str, config: Mapping[str, Any]) -> str:
@@ -54,7 +55,7 @@ def _text(source: str, config: Mapping[str, Any]) -> str:
         f"  training        {json.dumps(config['training'], ensure_ascii=False)}",
         "All checks passed: names, shapes, sizes, sha256, every value finite.",
     ]
-    return "\n".join(lines)
+    return "\n".join(shown(line, 100_000) for line in lines)
 
 
 def _some(values: list[Any]) -> str:

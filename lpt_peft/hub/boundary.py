@@ -131,7 +131,12 @@ def within(seconds: float, call: Callable[[], T], doing: str) -> T:
 
     thread = threading.Thread(target=run, daemon=True, name="lpt_peft push")
     thread.start()
-    thread.join(seconds)
+    try:
+        thread.join(seconds)
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(
+            f"{doing} was interrupted; the Hugging Face Hub may still do what it was asked. Look at the repository."
+        ) from stop
     if thread.is_alive():
         raise HubUnavailableError(
             f"{doing}: the Hugging Face Hub has not answered for {seconds:g} s, and may still do what it was asked. "

@@ -6,6 +6,7 @@ repository has a card already (`push.py`).
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ from lpt_peft.checkpoint import tensor_bytes
 
 CARD_NAME = "README.md"
 _SHOTS = ("many", "medium", "few")
+_ACCURACIES = ("overall", *_SHOTS)  # and what is called an accuracy
+_PARTS = ("test", "validation")
 _HEADS = ("head.", "head_dist.", "classifier.")
 _PAPER = "https://arxiv.org/abs/2210.01033"
 
@@ -42,15 +45,18 @@ def model_card(
     options: CardOptions = CardOptions(),
     *,
     subfolder: str | None = None,
+    revision: str | None = None,
 ) -> str:
     """README.md for a prompt file.
 
     Args:
-        config: Checked content of its config.json. Figures are read from `training["metrics"]`, their shot rule from
-            `training["rule"]` or `training["metrics"]["rule"]`.
+        config: Checked content of its config.json. Accuracies from 0 to 1 are read from `training["metrics"]`, or from
+            "test" or else "validation" therein: overall, many, medium, few and whatever is called an accuracy; their
+            shot rule from `training["rule"]` or `training["metrics"]["rule"]`.
         repo_id: "owner/name", for the snippet.
         options: License, datasets, tags, base model.
         subfolder: Where in the repository the file is.
+        revision: The branch it is on, if that is not "main".
     """
     base = options.base_model or base_model_of(config["backbone"])
     results = list(_results(config, options.datasets))
@@ -65,7 +71,7 @@ def model_card(
         model_name=repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,
     )
-    body = "\n\n".join(_sections(config, repo_id, subfolder))
+    body = "\n\n".join(_sections(config, repo_id, subfolder, revision))
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
 
@@ -97,11 +103,21 @@ def _figures(config: Mapping[str, Any]) -> dict[str, float]:
     metrics = config["training"].get("metrics")
     if not isinstance(metrics, dict):
         return {}
+    if (part := _part(metrics)) is not None:
+        metrics = metrics[part]
     return {
         name: float(value)
         for name, value in metrics.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+        if (name in _ACCURACIES or name.endswith("accuracy"))
+        and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and 0 <= value <= 1
     }
+
+
+def _part(metrics: Mapping[str, Any]) -> str | None:
+    """The part of the data that the figures are of, where metrics are told by part."""
+    return next((part for part in _PARTS if isinstance(metrics.get(part), dict)), None)
 
 
 def _rule(config: Mapping[str, Any]) -> str | None:
@@ -128,7 +144,7 @@ def _results(config: Mapping[str, Any], datasets: tuple[str, ...]) -> Iterator[E
             )
 
 
-def _sections(config: Mapping[str, Any], repo_id: str, subfolder: str | None) -> Iterator[str]:
+def _sections(config: Mapping[str, Any], repo_id: str, subfolder: str | None, revision: str | None) -> Iterator[str]:
     prompt, backbone = config["prompt"], config["backbone"]
     yield f"# {repo_id.rpartition('/')[2]}"
     yield (
@@ -136,10 +152,11 @@ def _sections(config: Mapping[str, Any], repo_id: str, subfolder: str | None) ->
         f"[Long-tailed Prompt Tuning]({_PAPER}) with `lpt_peft`. The backbone is frozen and not in this repository."
     )
     yield "## Load it"
-    yield _snippet(config, repo_id, subfolder)
+    yield _snippet(config, repo_id, subfolder, revision)
     if figures := _figures(config):
         yield "## Results"
-        yield _table(figures)
+        part = _part(config["training"]["metrics"])
+        yield _table(figures, f"accuracy on the {part} part" if part else "accuracy on")
         yield _shot_rule(_rule(config))
     yield "## What is in it"
     learnt = {name: math.prod(spec["shape"]) for name, spec in config["tensors"].items()}
@@ -163,8 +180,9 @@ def _sections(config: Mapping[str, Any], repo_id: str, subfolder: str | None) ->
         yield "\n".join(f"- {_code(name)}: {_code(str(value))}" for name, value in sorted(recipe.items()))
 
 
-def _snippet(config: Mapping[str, Any], repo_id: str, subfolder: str | None) -> str:
-    options = f', subfolder="{subfolder}"' if subfolder else ""
+def _snippet(config: Mapping[str, Any], repo_id: str, subfolder: str | None, revision: str | None) -> str:
+    options = f", subfolder={json.dumps(subfolder)}" if subfolder else ""
+    options += f", revision={json.dumps(revision)}" if revision not in (None, "main") else ""
     given = not can_build(config["backbone"])
     vit = ", vit" if given else ""
     size = ", ".join(map(str, config["preprocess"]["input_size"]))
@@ -182,11 +200,11 @@ def _snippet(config: Mapping[str, Any], repo_id: str, subfolder: str | None) -> 
     )
 
 
-def _table(figures: Mapping[str, float]) -> str:
+def _table(figures: Mapping[str, float], title: str) -> str:
     """Shots first; what else was measured behind them."""
     names = [name for name in _SHOTS if name in figures] + sorted(figures.keys() - set(_SHOTS))
     rows = [f"| {_code(name)} | {100 * figures[name]:.1f} |" for name in names]
-    return "\n".join(["| accuracy on | % |", "|---|---|", *rows])
+    return "\n".join([f"| {title} | % |", "|---|---|", *rows])
 
 
 def _shot_rule(rule: str | None) -> str:

@@ -78,7 +78,12 @@ def read_prompts(
 
 def is_repository(source: str | PathLike[str]) -> bool:
     """A text that names no file or folder here and may name a repository."""
-    return isinstance(source, str) and _REPO_ID.fullmatch(source) is not None and not Path(source).exists()
+    if not isinstance(source, str) or _REPO_ID.fullmatch(source) is None:
+        return False
+    try:
+        return not Path(source).exists()
+    except OSError:  # a name too long for a folder
+        return True
 
 
 def from_pretrained(

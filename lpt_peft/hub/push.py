@@ -5,6 +5,7 @@ Not here: what is in the files (`lpt_peft.checkpoint`) and on the card (`card.py
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ def push_files(
     commit_description: str | None = None,
     license: str | None = None,
     datasets: str | Sequence[str] | None = None,
-    tags: Sequence[str] = (),
+    tags: str | Sequence[str] = (),
     base_model: str | None = None,
     timeout: float = 300.0,
 ) -> CommitInfo:
@@ -65,6 +66,7 @@ def push_files(
     Raises:
         PromptFileError: A reader would refuse the bytes; nothing was sent.
         HubError: The Hub refused or could not be asked; the commit is there whole or not at all.
+        KeyboardInterrupt: Ctrl-C; what was asked of the Hub by then may still arrive.
         ConfigError: An argument is out of range.
     """
     check_token(token)
@@ -73,13 +75,15 @@ def push_files(
         raise ConfigError("create_pr=True opens a pull request against main: leave revision= out.")
     if not commit_message.strip():
         raise ConfigError("commit_message must say something; leave it out for the usual text.")
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ConfigError(f"timeout={timeout!r} must be a number of seconds above 0.")
     content = decode(config, weights).config
-    options = CardOptions(license=license, datasets=_as_tuple(datasets), tags=tuple(tags), base_model=base_model)
+    options = CardOptions(license=license, datasets=_as_tuple(datasets), tags=_as_tuple(tags), base_model=base_model)
     api = HfApi(token=token, library_name="lpt_peft", library_version=__version__)
 
     def prepare() -> str:
         full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision not in (None, "main"):
+        if revision not in (None, "main") and not revision.startswith("refs/"):  # a pull request is there already
             api.create_branch(full_id, branch=revision, exist_ok=True)
         return full_id
 
@@ -90,7 +94,7 @@ def push_files(
     prefix = f"{subfolder}/" if subfolder else ""
     files = {prefix + CONFIG_NAME: config, prefix + WEIGHTS_NAME: weights}
     if CARD_NAME not in {sibling.rfilename for sibling in info.siblings or ()}:
-        files[CARD_NAME] = model_card(content, full_id, options, subfolder=subfolder).encode("utf-8")
+        files[CARD_NAME] = model_card(content, full_id, options, subfolder=subfolder, revision=revision).encode("utf-8")
 
     def commit() -> CommitInfo:
         return api.create_commit(

@@ -160,6 +160,8 @@ class ShotMetrics:
             InputError: Names, shapes or dtypes differ, or it belongs to other class counts.
         """
         expected = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.state_dict().items()}
+        if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise InputError(f"state must hold tensors named {', '.join(expected)}: pass a state_dict().")
         given = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
         if given != expected:
             raise InputError(f"state must hold {expected}, not {given}; pass a state_dict() of as many classes.")

@@ -284,3 +284,9 @@ def test_batch_norms_come_back_in_the_modes_they_had():
     assert not any(norm.training for norm in norms)
     adapter.unwrap()
     assert all(norm.training for norm in norms), "the present mode, once it was set"
+
+
+def test_preprocess_tells_the_channels_that_the_model_takes():
+    vit = timm.create_model("vit_tiny_patch16_224", in_chans=1, img_size=32, depth=1)
+    assert find_backbone(vit).preprocess()["input_size"] == [1, 32, 32]
+    assert find_backbone(timm.create_model("vit_tiny_patch16_224", depth=1)).preprocess()["input_size"] == [3, 224, 224]

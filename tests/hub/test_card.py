@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from lpt_peft.checkpoint import encode
 from lpt_peft.hub import CardOptions, model_card
+from lpt_peft.metrics import ShotMetrics
 from tests.conftest import tiny_vit
 from tests.hub.conftest import adapter_of
 
@@ -134,3 +135,37 @@ def test_the_snippet_runs(tmp_path, monkeypatch, subfolder):
     exec(code, names)
     assert names["logits"].shape == (1, 7)
     assert torch.equal(names["adapter"].head.weight, adapter.head.weight)
+
+
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_figures_by_part_as_train_writes_them(part):
+    figures = {"overall": 0.8, "many": 0.9, "medium": None, "few": 0.7}
+    metrics = {"validation": dict.fromkeys(figures, 0.1), part: figures}
+    card = model_card(config_of(training={"metrics": metrics, "rule": RULE}), "me/x", CardOptions(datasets=("me/d",)))
+    data, body = parts(card)
+    assert (
+        f"| accuracy on the {part} part | % |\n|---|---|\n| `many` | 90.0 |\n| `few` | 70.0 |\n| `overall` | 80.0 |"
+        in body
+    )
+    assert f"Shot rule: `{RULE}`" in body
+    [result] = data["model-index"][0]["results"]
+    assert [metric["value"] for metric in result["metrics"]] == [0.9, 0.7]
+
+
+def test_only_accuracies_are_called_accuracies():
+    """A whole `ShotResult` holds more numbers from 0 to 1: a class's index, the calibration error, counts."""
+    metrics = ShotMetrics([200, 30, 2])
+    metrics.update(torch.eye(3)[[0, 1, 1]] * 5, torch.tensor([0, 1, 2]))
+    result = metrics.compute().to_dict()
+    assert 0 <= result["expected_calibration_error"] <= 1
+    _, body = parts(model_card(config_of(training={"metrics": {**result, "loss": 0.3}, "rule": RULE}), "me/x"))
+    table = [line.split("`")[1] for line in body.splitlines() if re.match(r"\| `\w+` \| [\d.]+ \|", line)]
+    assert set(table) == {"many", "medium", "few", "overall", "accuracy", "balanced_accuracy", "worst_accuracy"} & set(
+        result
+    )
+
+
+def test_the_snippet_names_branch_and_folder():
+    card = model_card(config_of(), "me/x", subfolder='a"b', revision="v2")
+    assert """from_pretrained("me/x", vit, subfolder="a\\"b", revision="v2")""" in card
+    assert "revision" not in model_card(config_of(), "me/x", revision="main")

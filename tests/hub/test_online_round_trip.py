@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -309,3 +310,36 @@ def test_load_prompts_from_the_hub(local):
     assert adapter.phase == "group"
     assert torch.equal(adapter.shared.prompts, adapter_of(3).shared.prompts)
     assert torch.equal(adapter.pool.prompts, adapter_of(2).pool.prompts)
+
+
+def test_a_pull_request_is_no_branch_to_be_made(local):
+    adapter = adapter_of()
+    adapter.push_to_hub(REPO)
+    with contextlib.suppress(Exception):  # whether there is such a pull request is not the question here
+        adapter.push_to_hub(REPO, revision="refs/pr/1")
+    assert not [request for request in local.requests if "/branch/" in request.path]
+
+
+def test_one_tag_as_a_text(local):
+    adapter_of().push_to_hub(REPO, tags="birds")
+    assert "\n- birds\n" in files_of(local)["README.md"].decode()
+
+
+@pytest.mark.parametrize("timeout", ["3", float("nan"), 0, -1, True, float("inf")])
+def test_a_timeout_that_is_none(local, timeout):
+    with pytest.raises(ConfigError, match="timeout="):
+        adapter_of().push_to_hub(REPO, timeout=timeout)
+    assert local.requests == []
+
+
+def test_ctrl_c_says_that_the_push_may_still_arrive(local, monkeypatch):
+    original = threading.Thread.join
+
+    def interrupted(thread, seconds=None):
+        original(thread, seconds)
+        if thread.name == "lpt_peft push":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="may still do what it was asked"):
+        adapter_of().push_to_hub(REPO)
