@@ -283,7 +283,7 @@ class LongTailPromptAdapter(nn.Module):
     @classmethod
     def from_pretrained(cls, source: Source, vit: nn.Module | None = None, **options: Any) -> LongTailPromptAdapter:
         """Read a prompt file, of a folder or the Hub, onto a ViT: see `lpt_peft.hub.from_pretrained`."""
-        adapter: LongTailPromptAdapter = import_module("lpt_peft.hub").from_pretrained(source, vit, **options)
+        adapter: LongTailPromptAdapter = import_module("lpt_peft.hub").from_pretrained(source, vit, kind=cls, **options)
         return adapter
 
     def load_prompts(self, source: Source, **options: Any) -> None:

@@ -581,3 +581,11 @@ def test_a_file_names_the_backbone_as_it_is_at_saving(tmp_path, change):
     assert torch.equal(load_prompts(tmp_path / "second", right)(images), adapter.eval()(images))
     with pytest.raises(BackboneMismatchError):
         load_prompts(tmp_path / "second", tiny_vit())
+
+
+def test_a_subclass_reads_as_what_it_is(saved):
+    class Mine(LongTailPromptAdapter):
+        pass
+
+    assert type(Mine.from_pretrained(saved, tiny_vit())) is Mine
+    assert type(Mine.wrap(tiny_vit())) is Mine

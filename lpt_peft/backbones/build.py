@@ -108,7 +108,8 @@ def _eps(info: Mapping[str, Any], value: Any) -> float:
 
 
 def _refusal(info: Mapping[str, Any], why: str) -> ConfigError:
+    tag = shown(info["pretrained_tag"] or "none", 80)
     return ConfigError(
-        f"These prompts were learnt on {shown(info['architecture'], 80)} (tag {shown(info['pretrained_tag'], 80)}), "
-        f"which is not built here: {shown(why)}. Give that model, from_pretrained(folder, vit)."
+        f"These prompts were learnt on {shown(info['architecture'], 80)} (tag {tag}), which is not built here: "
+        f"{shown(why)}. Give that model, from_pretrained(folder, vit)."
     )

@@ -96,14 +96,19 @@ def load_prompts(
 
 
 def wrap_prompts(
-    prompts: PromptFile, vit: nn.Module, *, check_backbone: CheckBackbone = "error", head_dropout: float = 0.1
+    prompts: PromptFile,
+    vit: nn.Module,
+    *,
+    check_backbone: CheckBackbone = "error",
+    head_dropout: float = 0.1,
+    kind: type[LongTailPromptAdapter] = LongTailPromptAdapter,
 ) -> LongTailPromptAdapter:
-    """Wrap a ViT with prompts that were read already; arguments and errors as in `load_prompts`."""
+    """Wrap a ViT with prompts that were read already, in an adapter of class `kind`; the rest as in `load_prompts`."""
     backbone = find_backbone(vit)
     check_match(prompts, backbone, check_backbone)
     # The constructor draws initial prompts; loading must not move the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
-        adapter = LongTailPromptAdapter(backbone, prompts.prompt_config, head_dropout=head_dropout)
+        adapter = kind(backbone, prompts.prompt_config, head_dropout=head_dropout)
     try:
         for name, tensor in prompts.tensors.items():
             parameter = adapter.get_parameter(name)

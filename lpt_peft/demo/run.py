@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,10 +62,12 @@ def run_demo(
     train_set, test_set = DigitsLT("train", mean=mean, std=std, augment=True), DigitsLT("test", mean=mean, std=std)
     table: list[RowResult] = []
     lpt: LongTailPromptAdapter | None = None
+    trained: list[Path] = []
     for number, row in enumerate(rows(epochs)):
         for seed in range(seeds):
             folder = output / RUNS / f"row{number}-seed{seed}"
             model, result = train_row(row, seed, train_set, test_set, folder, resume=resume, progress=progress)
+            trained += [folder] if folder.exists() else []
             if seed == 0:
                 table.append(RowResult(row.name, _trained_parameters(model, row)))
                 if isinstance(model, LongTailPromptAdapter):
@@ -85,7 +88,10 @@ def run_demo(
     )
     (output / "results.json").write_text(json.dumps(done.to_dict(), indent=2, allow_nan=False) + "\n")
     draw(done, output / "digits.png")
-    shutil.rmtree(output / RUNS)
+    for folder in trained:  # and nothing else that may lie in a folder of this name
+        shutil.rmtree(folder)
+    with suppress(OSError):
+        (output / RUNS).rmdir()
     return done
 
 

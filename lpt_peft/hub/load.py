@@ -92,6 +92,7 @@ def from_pretrained(
     *,
     check_backbone: CheckBackbone = "error",
     head_dropout: float = 0.1,
+    kind: type[LongTailPromptAdapter] = LongTailPromptAdapter,
     **place: Any,
 ) -> LongTailPromptAdapter:
     """Wrap a ViT with the prompts of a folder or repository; an error leaves it as it was.
@@ -101,6 +102,7 @@ def from_pretrained(
         vit: The very backbone, not wrapped; None builds the timm model that the file names, pretrained, in eval mode.
         check_backbone: As in `lpt_peft.checkpoint.load_prompts`, for a backbone that was built, too.
         head_dropout: Dropout before the head, while training.
+        kind: The adapter's class.
         **place: The other arguments of `read_prompts`.
 
     Raises:
@@ -115,7 +117,7 @@ def from_pretrained(
         info = prompts.config["backbone"]
         with hub_errors("Downloading the backbone", str(info["architecture"]), place.get("token")):
             vit = build(info)
-    return wrap_prompts(prompts, vit, check_backbone=check_backbone, head_dropout=head_dropout)
+    return wrap_prompts(prompts, vit, check_backbone=check_backbone, head_dropout=head_dropout, kind=kind)
 
 
 def swap_from(

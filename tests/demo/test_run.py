@@ -72,6 +72,8 @@ def test_command_goes_on_and_writes_everything(tmp_path, capsys, monkeypatch):
     assert "stopped after step 5 of phase shared" in told
     assert "The same command goes on" in told
     assert not (tmp_path / "results.json").exists()
+    mine = tmp_path / "runs" / "of mine"
+    mine.mkdir()
     assert main([*words, "--epochs", "3"]) == 1
     assert "settings.shared.epochs is 3 here and was 2" in capsys.readouterr().err
     steps.clear()
@@ -79,7 +81,8 @@ def test_command_goes_on_and_writes_everything(tmp_path, capsys, monkeypatch):
     assert main(words) == 0
     learnt = [step for step in steps if step[0] != "head"]
     assert len(learnt) == 2 * 21 - 5 + 2 * 21, "the third row is not trained again"
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "digits.png", "prompts"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "digits.png", "prompts", "runs"}
+    assert list((tmp_path / "runs").iterdir()) == [mine]
     out = capsys.readouterr().out
     assert all(name in out for name in NAMES)
     assert "all predictions identical" in out
