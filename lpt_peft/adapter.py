@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lpt_peft.backbones import Backbone, find_backbone
 from lpt_peft.backbones.fingerprint import fingerprint, versions, whole
-from lpt_peft.backbones.frozen import batch_norm_modes, set_batch_norms
+from lpt_peft.backbones.frozen import Standstill
 from lpt_peft.config import PromptConfig, PromptMetadata
 from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.heads import CosineClassifier
@@ -99,13 +99,11 @@ class LongTailPromptAdapter(nn.Module):
         self.training = self.vit.training
         for module in (self.shared, self.pool, self.head_drop, self.head):
             module.train(self.training)
-        self._was_trainable = {name: parameter.requires_grad for name, parameter in self.vit.named_parameters()}
-        self._norm_modes = batch_norm_modes(self.vit)
+        self._standstill = Standstill(self.vit)
         self._fingerprint: tuple[Any, str] | None = None
         self.metadata = PromptMetadata()
         backbone.attach()  # last of what can fail: until here the model is untouched
-        self.vit.requires_grad_(False)
-        set_batch_norms(self.vit, dict.fromkeys(self._norm_modes, False))
+        self._standstill.begin(self.vit)
         self.phase = "shared"
 
     @classmethod
@@ -173,8 +171,7 @@ class LongTailPromptAdapter(nn.Module):
         """Set the mode; batch norms of the ViT stay in eval mode, for their running statistics are frozen, too."""
         super().train(mode)
         if (vit := self._modules.get("vit")) is not None:
-            self._norm_modes = batch_norm_modes(vit)
-            set_batch_norms(vit, dict.fromkeys(self._norm_modes, False))
+            self._standstill.follow(vit)
         return self
 
     def forward(
@@ -262,11 +259,7 @@ class LongTailPromptAdapter(nn.Module):
         self._check_wrapped()
         vit = self.vit
         self.backbone.detach()
-        set_batch_norms(vit, self._norm_modes)
-        parameters = dict(vit.named_parameters())
-        if parameters.keys() == self._was_trainable.keys():
-            for name, parameter in parameters.items():
-                parameter.requires_grad_(self._was_trainable[name])
+        self._standstill.end(vit)
         del self.vit
         return vit
 

@@ -172,13 +172,11 @@ def test_a_hostile_name_does_not_reach_the_terminal(tmp_path, capsys):
     assert json.loads(out)["head"]["label_names"] == names
 
 
-def test_errors_of_the_disk_are_one_line(tmp_path, capsys, monkeypatch):
-    adapter = LongTailPromptAdapter.wrap(tiny_vit())
-    adapter.save_pretrained(tmp_path / "prompts")
-    monkeypatch.setattr("lpt_peft.cli.inspect.read_prompts", lambda *args, **options: (tmp_path / "no" / "x").touch())
-    assert main(["inspect", str(tmp_path)]) == 1
+def test_errors_of_the_disk_are_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert main(["demo", "--output", str(tmp_path / "file" / "below")]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("lpt-peft: [Errno 2]")
+    assert err.startswith("lpt-peft: [Errno 20]")
     assert err.count("\n") == 1
 
 
