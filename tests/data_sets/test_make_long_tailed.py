@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,10 +16,19 @@ quick = settings(max_examples=80, deadline=None)
 kinds = st.sampled_from(["exp", "step"])
 
 
+ALMOST = Decimal("1e-9")  # what floating point may be off by
+
+
 def share(kind, label, classes, imbalance):
+    """With 28 digits."""
+    tail = 1 / Decimal(imbalance)
     if kind == "exp":
-        return (1 / imbalance) ** (label / (classes - 1))
-    return 1.0 if label < classes / 2 else 1 / imbalance
+        return tail ** (Decimal(label) / (classes - 1))
+    return tail if label >= classes / 2 else Decimal(1)
+
+
+def count(largest, part):
+    return int(largest * part + ALMOST)
 
 
 @st.composite
@@ -38,9 +49,10 @@ def test_counts_are_the_longest_tail_that_fits(labels, imbalance, kind, seed):
     except ConfigError:
         kept = []
     largest = 0  # brute force: one more as long as no class is asked for more than it has
-    while all((largest + 1) * share(kind, label, classes, imbalance) <= sizes[label] for label in range(classes)):
+    shares = [share(kind, label, classes, imbalance) for label in range(classes)]
+    while all(largest + 1 <= size / part + ALMOST for size, part in zip(sizes, shares, strict=True)):
         largest += 1
-    counts = [int(largest * share(kind, label, classes, imbalance)) for label in range(classes)]
+    counts = [count(largest, part) for part in shares]
     if min(counts) < 1:
         assert not kept
         return
@@ -81,7 +93,7 @@ def test_counts_fall_from_largest_to_largest_over_imbalance(classes, largest, im
         except ConfigError:
             assert int(largest / imbalance) <= 1
             continue
-        assert counts == [int(largest * share(kind, label, classes, imbalance)) for label in range(classes)]
+        assert counts == [count(largest, share(kind, label, classes, imbalance)) for label in range(classes)]
         assert counts == sorted(counts, reverse=True)
         assert counts[0] == largest
         assert abs(counts[-1] - largest / imbalance) <= 1
