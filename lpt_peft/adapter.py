@@ -80,14 +80,7 @@ class LongTailPromptAdapter(nn.Module):
         self.config = config
         self.vit = backbone.model
         self.shared = SharedPrompt(config.depth, config.prompt_length, config.dim)
-        self.pool = PromptPool(
-            config.pool_size,
-            config.group_layers,
-            config.prompt_length,
-            config.dim,
-            config.top_k,
-            key_dim=config.feature_dim,
-        )
+        self.pool = PromptPool.from_config(config)
         self.head_drop = nn.Dropout(head_dropout)
         self.head = CosineClassifier(backbone.feature_dim, config.num_classes, config.logit_scale)
         # Learnt in float32 or wider, also on a bfloat16 backbone; attention casts the prompts.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -186,6 +187,7 @@ def check(block: nn.Module, dim: int, *, cure: str = "") -> None:
     original: Any = type(block).original
     name, way_out = f"{original.__name__} of {original.__module__}", f"{_REPORT} {cure}".rstrip()
     generator = torch.Generator("cpu").manual_seed(0)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64, device="cpu")
     twin: Any = copy.deepcopy(block).eval()
     if any(parameter.is_meta for parameter in twin.parameters()):
         twin.to_empty(device="cpu")
@@ -195,14 +197,9 @@ def check(block: nn.Module, dim: int, *, cure: str = "") -> None:
         twin.to("cpu", torch.float64)
         for parameter in twin.parameters():
             width = parameter.shape[-1] if parameter.ndim > 1 else 1
-            parameter.copy_(
-                torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu") / width**0.5
-            )
+            parameter.copy_(draw(parameter.shape) / width**0.5)
     reference = next(parameter for parameter in twin.parameters() if parameter.is_floating_point())
-    x, prompt = (
-        torch.randn(2, count, dim, generator=generator, dtype=torch.float64, device="cpu").to(reference)
-        for count in (5, 3)
-    )
+    x, prompt = (draw((2, count, dim)).to(reference) for count in (5, 3))
     try:
         few, all_of_them = twin.without_positions(5), twin.without_positions(8)
         with torch.autocast(reference.device.type, enabled=False):
@@ -213,9 +210,9 @@ def check(block: nn.Module, dim: int, *, cure: str = "") -> None:
                 )
             wanted = original.forward(twin, torch.cat([x, prompt], 1), **all_of_them)[:, :5].double()
             ours = twin.forward(x, prompt=prompt, **few).double()
+    except BackboneError:
+        raise
     except Exception as error:  # of whatever a block does
-        if isinstance(error, BackboneError):
-            raise
         raise BackboneError(
             f"{name} cannot be run on tokens alone, so whether prompts work in it is not known: {error}. {way_out}"
         ) from error

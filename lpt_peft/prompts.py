@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpt_peft._cosine import at_least_float32, cosine, full_precision
+from lpt_peft.config import PromptConfig
 from lpt_peft.errors import ConfigError, InputError
 
 _INIT_STD = 0.02
@@ -113,6 +114,12 @@ class PromptPool(nn.Module):
         self.keys = nn.Parameter(torch.empty(size, key_dim))
         self.register_buffer("usage", torch.zeros(size, dtype=torch.int64))
         self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: PromptConfig) -> PromptPool:
+        """A new pool of the sizes that an adapter's configuration tells."""
+        sizes = (config.pool_size, config.group_layers, config.prompt_length, config.dim, config.top_k)
+        return cls(*sizes, key_dim=config.feature_dim)
 
     def reset_parameters(self) -> None:
         """Draw new prompts and keys from torch's default generator."""

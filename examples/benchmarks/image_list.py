@@ -146,7 +146,9 @@ def measure_start(folder: Path, batch_size: int, results: Any) -> None:
 
     PhaseRun.advance = advance  # type: ignore[method-assign]
     try:
-        train(adapter, data, parts["train"].labels, run.training, checkpoints=folder / "checkpoints", progress=False)
+        told = parts["train"].about()  # as `fit` does
+        labels = parts["train"].labels
+        train(adapter, data, labels, run.training, checkpoints=folder / "checkpoints", about=told, progress=False)
     except FirstStepError:
         results.put((marks, data.seconds, peak()))
 

@@ -23,6 +23,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import tyro
+from forward_cost import kept_bytes
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -96,23 +97,6 @@ def build(name: str, settings: Settings, images: Tensor, target: Tensor) -> Vari
     return Variant(model, loss, optimizer, autocast)
 
 
-def kept_bytes(variant: Variant) -> int:
-    """Bytes that autograd keeps for backward, parameters left out, each storage once."""
-    parameters = {p.untyped_storage().data_ptr() for p in variant.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = variant.run_loss()
-    del loss
-    return sum(kept.values())
-
-
 def peak_bytes(name: str, settings: Settings) -> int:
     """The peak of two steps of one variant in this process; nothing else may have been built here."""
     before = _status("VmRSS")
@@ -170,7 +154,8 @@ def main(settings: Settings) -> None:
         least = min(seconds[name])
         learnt = sum(parameter.numel() for parameter in variant.learnt)
         state = 2 * sum(parameter.nbytes for parameter in variant.learnt)  # gradient and momentum
-        columns = ((kept_bytes(variant), 7), (state, 8), (peak_elsewhere(name, settings), 7))
+        known = {parameter.untyped_storage().data_ptr() for parameter in variant.model.parameters()}
+        columns = ((kept_bytes(variant.run_loss, known), 7), (state, 8), (peak_elsewhere(name, settings), 7))
         sizes = "".join(f"{value / 2**20:{width}.0f} MiB" for value, width in columns)
         print(f"{name:22}{least:9.3f}{least / base:8.2f}{learnt:14,}{sizes}")
 

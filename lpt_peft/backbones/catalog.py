@@ -37,7 +37,7 @@ class Entry:
     @property
     def title(self) -> str:
         """Name for a person: timm's as they are, others behind their library."""
-        return self.name if self.library == "timm" else f"{self.library}/{self.name}"
+        return self.name if self.library == "timm" else self.path
 
     @property
     def path(self) -> str:

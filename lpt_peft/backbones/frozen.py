@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Standstill:
-    """Remembers what a ViT learnt and which batch norms were in train mode, for the way back.
+    """Remembers what of a ViT was trainable and which batch norms were in train mode, for the way back.
 
     Args:
         model: As it is before it is frozen.
@@ -19,15 +19,15 @@ class Standstill:
 
     def __init__(self, model: nn.Module) -> None:
         self._was_trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self._norm_modes = _batch_norm_modes(model)
+        self._norm_modes: dict[str, bool] = {}
 
     def begin(self, model: nn.Module) -> None:
         """No parameter gets a gradient, and running statistics of batch norms stay as they are."""
         model.requires_grad_(False)
-        _set_batch_norms(model, dict.fromkeys(self._norm_modes, False))
+        self.follow(model)
 
     def follow(self, model: nn.Module) -> None:
-        """Take note of a mode that was set for all modules; batch norms go back to eval mode."""
+        """Take note of the modes that batch norms are in now, and put them in eval mode."""
         self._norm_modes = _batch_norm_modes(model)
         _set_batch_norms(model, dict.fromkeys(self._norm_modes, False))
 

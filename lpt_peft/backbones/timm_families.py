@@ -40,9 +40,9 @@ def open_backbone(model: nn.Module) -> TimmBackbone:
     for cls in type(vit).__mro__:
         if (family := FAMILIES.get(cls)) is not None:
             for method in family.restated:
-                if method in vars(vit) or getattr(type(vit), method) is not getattr(cls, method):
-                    mine = method not in vars(vit)
-                    how = f"overrides {cls.__name__}.{method}" if mine else f"has {method} replaced on the object"
+                replaced = method in vars(vit)
+                if replaced or getattr(type(vit), method) is not getattr(cls, method):
+                    how = f"has {method} replaced on the object" if replaced else f"overrides {cls.__name__}.{method}"
                     raise BackboneError(
                         f"{type(vit).__name__} {how}, so its way from image to feature is not known here. What works: "
                         f"{cls.__name__} itself and subclasses that keep that method."

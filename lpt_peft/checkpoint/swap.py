@@ -81,14 +81,7 @@ def _replace(adapter: LongTailPromptAdapter, prompts: PromptFile) -> None:
     with torch.random.fork_rng(devices=[]):
         learnt: dict[str, nn.Module] = {
             "shared": SharedPrompt(config.depth, config.prompt_length, config.dim),
-            "pool": PromptPool(
-                config.pool_size,
-                config.group_layers,
-                config.prompt_length,
-                config.dim,
-                config.top_k,
-                key_dim=config.feature_dim,
-            ),
+            "pool": PromptPool.from_config(config),
             "head": CosineClassifier(backbone.feature_dim, config.num_classes, config.logit_scale),
         }
     for name, module in learnt.items():

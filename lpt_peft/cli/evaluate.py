@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import torch
 import tyro
 
 from lpt_peft.cli.options import Json
@@ -42,14 +40,10 @@ def evaluate(
     else:
         parts = open_test_parts(data, trained.images, trained.seed, trained.class_names)
     set_transforms(parts, adapter.backbone.preprocess(), trained.images)
-    adapter.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     metrics = ShotMetrics.from_rule(trained.shot_rule, counts)
     results: dict[str, ShotResult] = {
         name: measure(adapter, parts[name], metrics, num_workers=trained.num_workers)
         for name in ("validation", "test")
         if name in parts
     }
-    if as_json:
-        print(json.dumps({name: result.to_dict() for name, result in results.items()}, indent=2, allow_nan=False))
-    else:
-        print_results(results)
+    print_results(results, as_json=as_json)

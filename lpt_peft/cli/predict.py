@@ -13,7 +13,7 @@ from PIL import Image
 from lpt_peft.cli.options import Json
 from lpt_peft.cli.tables import print_table
 from lpt_peft.cli.trained import open_trained
-from lpt_peft.data.sources import as_rgb
+from lpt_peft.data.sources import read_rgb
 from lpt_peft.data.transforms import transforms
 from lpt_peft.errors import ConfigError, InputError
 
@@ -42,8 +42,7 @@ def predict(
     if not 1 <= top_k <= len(names):
         raise ConfigError(f"--top-k {top_k} must be from 1 to {len(names)}, the number of classes.")
     transform = transforms(adapter.backbone.preprocess(), train=False, crop_pct=trained.images.crop_pct)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    adapter.to(device)
+    device = adapter.head.weight.device
     found: list[tuple[Path, list[dict[str, Any]]]] = []
     with torch.no_grad():
         for start in range(0, len(images), _BATCH):
@@ -62,8 +61,7 @@ def predict(
 
 def _read(path: Path) -> Image.Image:
     try:
-        with path.open("rb") as file:
-            return as_rgb(Image.open(file))
+        return read_rgb(path)
     except Exception as error:  # decoders raise anything at all on broken bytes
         raise InputError(f"{path} cannot be read as an image: {type(error).__name__}: {str(error)[:200]}.") from error
 

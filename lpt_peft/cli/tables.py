@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -10,13 +11,17 @@ from rich.table import Table
 from rich.text import Text
 
 from lpt_peft.metrics import ShotResult
+from lpt_peft.metrics.result import SHOTS
 
-_FIGURES = ("overall", "many", "medium", "few", "accuracy", "worst_accuracy")
+_FIGURES = (*SHOTS, "accuracy", "worst_accuracy")
 _NO_END = 10_000  # columns: into a file or a pipe, no line is folded
 
 
-def print_results(results: Mapping[str, ShotResult]) -> None:
-    """One row for each part, in percent, and the rule that says what many and few are."""
+def print_results(results: Mapping[str, ShotResult], *, as_json: bool) -> None:
+    """One row for each part, in percent, and the rule that says what many and few are; or one JSON object."""
+    if as_json:
+        print(json.dumps({name: result.to_dict() for name, result in results.items()}, indent=2, allow_nan=False))
+        return
     if not results:
         print("There was neither a validation nor a test part, so nothing was measured.")
         return

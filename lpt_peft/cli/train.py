@@ -6,7 +6,6 @@ Not here: the training (`lpt_peft.recipe`), the flags (`run_settings.py`) and wh
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -104,11 +103,9 @@ def run_training(
     if not speaks:
         return
     write_json(output / SETTINGS, {"data": data, **told})
-    if as_json:
-        print(json.dumps({name: result.to_dict() for name, result in results.items()}, indent=2, allow_nan=False))
-        return
-    print_results(results)
-    print(f"Written to {output}/: prompts/, {RESULTS}, history.json, {SETTINGS}, checkpoints/")
+    print_results(results, as_json=as_json)
+    if not as_json:
+        print(f"Written to {output}/: prompts/, {RESULTS}, history.json, {SETTINGS}, checkpoints/")
 
 
 def _start(arguments: Sequence[str]) -> RunSettings | Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.cli.run_settings import SETTINGS, ImageSettings, RunSettings, build_backbone, read_settings
 from lpt_peft.errors import StateError
-
-PROMPTS = "prompts"
+from lpt_peft.recipe.fit import PROMPTS
 
 
 class Trained(NamedTuple):
@@ -25,7 +26,7 @@ class Trained(NamedTuple):
 
 
 def open_trained(folder: Path) -> Trained:
-    """The adapter of an output folder on its backbone; or of a prompt file, whose backbone timm builds.
+    """The adapter of an output folder on its backbone, or of a prompt file, which names it; on the GPU, if any.
 
     Raises:
         StateError: The run has written no prompts yet.
@@ -42,6 +43,7 @@ def open_trained(folder: Path) -> Trained:
         adapter = LongTailPromptAdapter.from_pretrained(folder)
     else:
         adapter = LongTailPromptAdapter.from_pretrained(folder / PROMPTS, build_backbone(run))
+    adapter.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     names = adapter.metadata.label_names or [str(label) for label in range(adapter.config.num_classes)]
     return Trained(
         adapter=adapter.eval(),

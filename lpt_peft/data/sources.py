@@ -25,6 +25,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def read_rgb(path: Path) -> Image.Image:
+    """An image file, whole and decoded; whatever is wrong with it is raised here."""
+    with path.open("rb") as file:
+        return as_rgb(Image.open(file))
+
+
 class Images(Protocol):
     """What `LabelledImages` needs of a source."""
 
@@ -91,8 +97,7 @@ class ImageFiles:
 
     def read(self, index: int) -> Image.Image:
         """The image as RGB; orientation tags are not followed, as torchvision does not."""
-        with Path(self.name(index)).open("rb") as file:
-            return as_rgb(Image.open(file))
+        return read_rgb(Path(self.name(index)))
 
     def name(self, index: int) -> str:
         """The whole path."""

@@ -9,8 +9,7 @@ from typing import Any
 from lpt_peft._version import __version__
 from lpt_peft.data.digits import digits_counts
 from lpt_peft.metrics import ShotResult
-
-SHOTS = ("overall", "many", "medium", "few")
+from lpt_peft.metrics.result import SHOTS
 
 
 @dataclass

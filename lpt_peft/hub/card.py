@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from lpt_peft.backbones.build import can_build
 from lpt_peft.backbones.fingerprint import fingerprint
 from lpt_peft.checkpoint import tensor_bytes
+from lpt_peft.errors import shown
 
 CARD_NAME = "README.md"
 _SHOTS = ("many", "medium", "few")
@@ -213,7 +214,7 @@ def _shot_rule(rule: str | None) -> str:
 
 def _line(text: str) -> str:
     """One short line: what a file says must not become structure of the card."""
-    return "".join(c if c.isprintable() else " " for c in text[:300]).strip()
+    return shown(text, instead=" ").strip()
 
 
 def _code(text: str) -> str:

@@ -15,6 +15,9 @@ from lpt_peft.metrics.rules import SHOT_RULES, ShotRule, shot_groups
 
 Average = Literal["class", "image"]
 
+SHOTS = ("overall", "many", "medium", "few")
+"""The accuracies of a `ShotResult` that are told first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShotResult:

@@ -24,12 +24,12 @@ from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.errors import StateError
 from lpt_peft.metrics import ShotMetrics, ShotResult
+from lpt_peft.metrics.result import SHOTS
 from lpt_peft.recipe.evaluate import evaluate
 from lpt_peft.recipe.runs import make_accelerator, train
 from lpt_peft.recipe.settings import TrainSettings
 
 CHECKPOINTS, PROMPTS, HISTORY, RESULTS = "checkpoints", "prompts", "history.json", "results.json"
-SHOTS = ("overall", "many", "medium", "few")
 
 
 class Parts(NamedTuple):

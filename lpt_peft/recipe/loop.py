@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from lpt_peft.metrics import ShotResult
+from lpt_peft.metrics.result import SHOTS
 from lpt_peft.recipe.batches import batches, steps_per_epoch
 from lpt_peft.recipe.criteria import Criterion, criterion_of
 from lpt_peft.recipe.interrupt import Interruption
@@ -96,7 +97,7 @@ class Loop:
             with run.result():
                 result = self.validate()
             run.judge(result.balanced_accuracy or 0.0)
-            record["validation"] = {name: getattr(result, name) for name in ("overall", "many", "medium", "few")}
+            record["validation"] = {name: getattr(result, name) for name in SHOTS}
         told = {"loss": record["loss"], "learning_rate": record["learning_rate"]}
         told |= {name: value for name, value in record.get("validation", {}).items() if value is not None}
         values = {f"{run.name}/{name}": value for name, value in told.items()}

@@ -81,23 +81,12 @@ def train(
     """
     settings = settings or TrainSettings()
     accelerator = accelerator or make_accelerator(settings)
-    check_accelerator(accelerator)
-    labels = check_data(
-        dataset,
-        labels,
-        settings,
-        num_classes=adapter.config.num_classes,
-        num_processes=accelerator.num_processes,
-        own_criterion=criterion is not None,
-    )
     if validation is None and (settings.keep == "best" or settings.patience is not None):
         raise ConfigError(
             f"keep={settings.keep!r} and patience={settings.patience} choose by validation images: pass validation=, "
             "images that are neither trained on nor tested on."
         )
-    adapter.to(accelerator.device)
-    copy_from_first(adapter)
-    check_image(adapter, dataset, labels, accelerator)
+    labels = _prepare(adapter, dataset, labels, settings, criterion=criterion, accelerator=accelerator)
     store, saved = None, None
     if checkpoints is not None:
         told = about_run(
@@ -173,19 +162,7 @@ def run_phase(
         One record for each epoch.
     """
     accelerator = accelerator or make_accelerator(settings)
-    check_accelerator(accelerator)
-    head: Any = model.get_submodule("head")
-    labels = check_data(
-        dataset,
-        labels,
-        settings,
-        num_classes=len(head.weight),
-        num_processes=accelerator.num_processes,
-        own_criterion=criterion is not None,
-    )
-    model.to(accelerator.device)
-    copy_from_first(model)
-    check_image(model, dataset, labels, accelerator)
+    labels = _prepare(model, dataset, labels, settings, criterion=criterion, accelerator=accelerator)
     loop = Loop(
         dataset=dataset,
         labels=labels,
@@ -205,3 +182,29 @@ def make_accelerator(settings: TrainSettings, **options: Any) -> Accelerator:
     """An Accelerator of the settings' precision; `options` are its own."""
     cpu = not torch.accelerator.is_available()  # else Accelerate would take several processes without a GPU for one
     return Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu, **options)
+
+
+def _prepare(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    labels: Sequence[int],
+    settings: TrainSettings,
+    *,
+    criterion: Criterion | None,
+    accelerator: Accelerator,
+) -> list[int]:
+    """Put the model in place, the same on every process, when all is checked that can be; the labels as numbers."""
+    check_accelerator(accelerator)
+    head: Any = model.get_submodule("head")
+    plain = check_data(
+        dataset,
+        labels,
+        settings,
+        num_classes=len(head.weight),
+        num_processes=accelerator.num_processes,
+        own_criterion=criterion is not None,
+    )
+    model.to(accelerator.device)
+    copy_from_first(model)
+    check_image(model, dataset, plain, accelerator)
+    return plain

@@ -88,8 +88,9 @@ def test_ours_are_few_lines(name):
     assert len([line for line in source.splitlines() if line.strip()]) <= 75
 
 
-def test_the_benchmark_of_a_step_runs(capsys):
+def test_the_benchmark_of_a_step_runs(capsys, monkeypatch):
     pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")  # as for a script there
     spec = importlib.util.spec_from_file_location("train_step", EXAMPLES / "benchmarks" / "train_step.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["train_step"] = module  # dataclasses look there
