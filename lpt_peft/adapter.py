@@ -2,7 +2,7 @@
 
 One straight line in `forward`: embed, blocks with shared prompts, pool, query, choose groups, the upper
 blocks again with both prompts, pool, classify. Not here: losses, samplers, training loops, and how a
-block takes prompts (`lpt_peft.attention`).
+block takes prompts (`lpt_peft.prompting`).
 """
 
 from __future__ import annotations

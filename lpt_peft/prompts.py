@@ -1,6 +1,6 @@
 """SharedPrompt and PromptPool: the learnt tokens, and the choice of groups per image.
 
-Both work alone. Not here: how a prompt enters attention (`lpt_peft.attention`) and where the query
+Both work alone. Not here: how a prompt enters attention (`lpt_peft.prompting`) and where the query
 comes from (`lpt_peft.adapter`).
 """
 

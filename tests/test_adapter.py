@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lpt_peft import AdapterOutput, LongTailPromptAdapter, PromptConfig
-from lpt_peft.attention import Prompted
 from lpt_peft.backbones import find_backbone
 from lpt_peft.errors import BackboneError, ConfigError, InputError, LPTError, StateError
+from lpt_peft.prompting import Prompted
 from tests.conftest import tiny_vit
 from tests.oracle import lpt_by_concatenation
 

@@ -22,7 +22,6 @@ import torch
 from safetensors import safe_open
 
 from lpt_peft import LongTailPromptAdapter
-from lpt_peft.attention import Prompted
 from lpt_peft.checkpoint import (
     decode,
     encode,
@@ -45,6 +44,7 @@ from lpt_peft.errors import (
     PromptFileIntegrityError,
     StateError,
 )
+from lpt_peft.prompting import Prompted
 from tests.conftest import tiny_vit
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))

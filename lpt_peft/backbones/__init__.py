@@ -17,7 +17,7 @@ _ECOSYSTEMS = {
     "peft": "lpt_peft.backbones.peft_model",
     "timm": "lpt_peft.backbones.timm_families",
     "torchvision": "lpt_peft.backbones.torchvision_vit",
-    "transformers": "lpt_peft.backbones.transformers_vit",
+    "transformers": "lpt_peft.backbones.transformers",
 }
 
 # What people put around a ViT, by class name: where prompts go instead.

@@ -1,11 +1,12 @@
 """Backbone: what the adapter must know of a ViT, and nothing more.
 
-One implementation per ecosystem, one file each. Not here: how a block takes prompts
-(`lpt_peft.attention`) and what is learnt (`lpt_peft.prompts`).
+One implementation per ecosystem, in a file or a folder. Not here: how a block takes prompts
+(`lpt_peft.prompting`) and what is trained (`lpt_peft.prompts`).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -83,3 +84,16 @@ class Backbone(Protocol):
 
     def frozen_tensors(self) -> Iterable[Tensor]:
         """Parameters and persistent buffers without the classification head: what the fingerprint covers."""
+
+
+def warn_of_multihead_lora(blocks: Iterable[nn.Module]) -> None:
+    """Say what PEFT's LoRA around an nn.MultiheadAttention does to the fingerprint in prompt files."""
+    parts = (part for block in blocks for part in block.modules())
+    if any(isinstance(getattr(part, "base_layer", None), nn.MultiheadAttention) for part in parts):
+        warnings.warn(
+            "PEFT's LoRA on nn.MultiheadAttention adds its update to the weights and takes it away again at every "
+            "forward, which moves their last bits: prompts are right, but a prompt file may not recognise its backbone "
+            'again. Merge the LoRA before wrap (merge_and_unload()), or load with check_backbone="warn".',
+            UserWarning,
+            stacklevel=2,
+        )

@@ -61,7 +61,7 @@ def _plan(info: Mapping[str, Any]) -> Callable[[], nn.Module]:
     if find_spec("transformers") is None:
         raise _refusal(info, 'transformers is not installed (pip install "lpt_peft[transformers]")')
     try:
-        builder = import_module("lpt_peft.backbones.build_transformers")  # an optional extra
+        builder = import_module("lpt_peft.backbones.transformers.loading")  # an optional extra
     except ImportError as error:  # it is there, and does not go with this huggingface_hub or torch
         raise _refusal(info, f"transformers cannot be imported ({error!s:.120})") from error
     if (why := builder.why_not(info)) is not None:

@@ -1,6 +1,6 @@
 """What must stand still in a wrapped ViT, parameters and batch-norm statistics, and how it was before.
 
-Not here: how blocks take prompts (`lpt_peft.attention`).
+Not here: how blocks take prompts (`lpt_peft.prompting`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The model is a whole CLIP, CustomTextCLIP or CoCa, or a bare tower. Only the visual tower is driven: the text
 tower, whose blocks are of the same classes, is left alone. The feature is what the visual tower answers, behind
-its projection, not normalised. Not here: the blocks' forwards (`open_clip_blocks.py`), and timm's ViTs
+its projection, not normalised. Not here: how a block takes prompts (`lpt_peft.prompting`), and timm's ViTs
 (`timm_families.py`).
 """
 
@@ -21,12 +21,10 @@ from open_clip.transformer import CustomTransformer, Transformer, VisionTransfor
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from lpt_peft.attention import attach_blocks, detach_blocks, run_block
 from lpt_peft.backbones import find_backbone
-from lpt_peft.backbones.base import BackboneInfo, Stream
-from lpt_peft.backbones.multihead import warn_of_lora
-from lpt_peft.backbones.open_clip_blocks import PROMPTED, prompt_sites
+from lpt_peft.backbones.base import BackboneInfo, Stream, warn_of_multihead_lora
 from lpt_peft.errors import BackboneError
+from lpt_peft.prompting import attach_blocks, batched, detach_blocks, run_block
 
 _CROP_MODE = {"shortest": "center", "longest": "border", "squash": "squash"}  # open_clip's word -> timm's
 _NEAREST = 'a CLIP whose visual tower is a plain ViT, for example open_clip.create_model("ViT-B-32")'
@@ -93,28 +91,32 @@ class NativeTower(_Tower):
         return tuple(self.tower.transformer.resblocks)
 
     def attach(self) -> None:
-        """Swap the classes of blocks, and of attentions that are open_clip's own; check one block of each kind."""
-        cure = "Build the tower with one of these."
-        attach_blocks(self.blocks, prompt_sites, PROMPTED, self.dim, cure=cure)
-        blocks: Sequence[Any] = self.blocks
-        warn_of_lora(block.attn for block in blocks)
+        """Swap the classes of blocks and attentions, then check one block of each kind."""
+        attach_blocks(self.blocks, self.dim, hint="Build the tower with open_clip's own blocks.")
+        warn_of_multihead_lora(self.blocks)
 
     def detach(self) -> None:
         """Give every block and attention its original class back."""
-        detach_blocks(self.blocks, prompt_sites)
+        detach_blocks(self.blocks)
 
     def embed(self, image: Tensor) -> Stream:
         """Images (B, 3, H, W) float to the tokens that enter block 1; patches are dropped as the tower is set."""
         return Stream(self.tower._embeds(image), {})
 
     def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Blocks from `start` on, one for each prompt (n, d) or (B, n, d); tokens are always batch first."""
-        transformer, tokens = self.tower.transformer, stream.tokens
+        """Blocks from `start` on, one for each prompt (n, d) or (B, n, d); `stream` is always batch first."""
+        transformer = self.tower.transformer
+        turned = not getattr(transformer, "batch_first", True)
+        tokens = stream.tokens.transpose(0, 1) if turned else stream.tokens
         for layer, prompt in enumerate(prompts, start):
+            prompt = batched(prompt)  # noqa: PLW2901
             tokens = run_block(
-                transformer.resblocks[layer], tokens, prompt, checkpointing=transformer.grad_checkpointing
+                transformer.resblocks[layer],
+                tokens,
+                prompt.transpose(0, 1) if turned else prompt,
+                checkpointing=transformer.grad_checkpointing,
             )
-        return Stream(tokens, stream.context)
+        return Stream(tokens.transpose(0, 1) if turned else tokens, stream.context)
 
     def pool(self, stream: Stream) -> Tensor:
         """The tower's output (B, feature_dim); its first token, CLS or first query, where it pools nothing."""

@@ -11,16 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import apply_keep_indices_nlc
-from timm.models.beit import Beit
-from timm.models.deepseek_vit import DeepseekVitClassifier, DeepseekVitEncoder
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
-from timm.models.gemma4_vit import Gemma4VitClassifier, Gemma4VitEncoder
-from timm.models.naflexvit import NaFlexVit
-from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
-from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 
 from lpt_peft.backbones.base import Stream
@@ -38,7 +28,7 @@ def open_backbone(model: nn.Module) -> TimmBackbone:
     # timm's features_only=True puts a plain ViT into a wrapper that returns feature maps.
     vit: Any = model.model if type(model).__name__ == "FeatureGetterNet" else model
     for cls in type(vit).__mro__:
-        if (family := FAMILIES.get(cls)) is not None:
+        if (family := FAMILIES.get(f"{cls.__module__}.{cls.__name__}")) is not None:
             for method in family.restated:
                 replaced = method in vars(vit)
                 if replaced or getattr(type(vit), method) is not getattr(cls, method):
@@ -164,6 +154,8 @@ class NaFlexViT(TimmBackbone):
         else:
             each = list(rope)
             if kept is not None:
+                from timm.layers import apply_keep_indices_nlc  # noqa: PLC0415 - not in every timm
+
                 each = [apply_keep_indices_nlc(tokens, one, kept, pos_embed_has_batch=padded) for one in each]
             blocks = [{**common, "rope": one} for one in each]
         return Stream(tokens, {"blocks": blocks, "patch_valid": made["patch_valid"]})
@@ -248,17 +240,21 @@ def _same_for_all(backbone: TimmBackbone, tokens: Tensor, arguments: dict[str, A
     return Stream(tokens, {"blocks": [arguments] * len(backbone.vit.blocks)})
 
 
-FAMILIES: dict[type, type[TimmBackbone]] = {
-    VisionTransformerDistilled: DistilledViT,
-    VisionTransformer: PlainViT,
-    Eva: EvaViT,
-    Beit: BeitViT,
-    VisionTransformerRelPos: RelPosViT,
-    NaFlexVit: NaFlexViT,
-    Qwen3VitClassifier: GridViT,
-    Qwen3VitEncoder: GridViT,
-    DeepseekVitClassifier: GridViT,
-    DeepseekVitEncoder: GridViT,
-    Gemma4VitClassifier: Gemma4ViT,
-    Gemma4VitEncoder: Gemma4ViT,
+# By qualified class name: an installed timm may lack some of these modules.
+FAMILIES: dict[str, type[TimmBackbone]] = {
+    f"timm.models.{name}": family
+    for family, names in {
+        DistilledViT: ["deit.VisionTransformerDistilled"],
+        PlainViT: ["vision_transformer.VisionTransformer"],
+        EvaViT: ["eva.Eva"],
+        BeitViT: ["beit.Beit"],
+        RelPosViT: ["vision_transformer_relpos.VisionTransformerRelPos"],
+        NaFlexViT: ["naflexvit.NaFlexVit"],
+        GridViT: [
+            *("qwen3_vit.Qwen3VitClassifier", "qwen3_vit.Qwen3VitEncoder"),
+            *("deepseek_vit.DeepseekVitClassifier", "deepseek_vit.DeepseekVitEncoder"),
+        ],
+        Gemma4ViT: ["gemma4_vit.Gemma4VitClassifier", "gemma4_vit.Gemma4VitEncoder"],
+    }.items()
+    for name in names
 }

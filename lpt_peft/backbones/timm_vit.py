@@ -1,23 +1,21 @@
 """timm's plain ViTs as a Backbone: what all families do alike, and the choice of the family.
 
-Not here: how each family comes from image to tokens and from tokens to feature (`timm_families.py`), and
-the blocks' forwards (`timm_blocks.py`, `timm_rotary.py`, `timm_bias.py`).
+Not here: how each family comes from image to tokens and from tokens to feature (`timm_families.py`), and how a
+block takes prompts (`lpt_peft.prompting`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import timm
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from lpt_peft.attention import attach_blocks, detach_blocks, run_block
-from lpt_peft.backbones import timm_bias, timm_blocks, timm_rotary
 from lpt_peft.backbones.base import BackboneInfo, Stream
-
-PROMPTED = timm_blocks.PROMPTED | timm_rotary.PROMPTED | timm_bias.PROMPTED
+from lpt_peft.prompting import attach_blocks, attentions_of, detach_blocks, run_block
 
 # Arguments that a prompt file may hand to timm.create_model: sizes and switches that fix the weights' meaning.
 MODEL_ARGS = frozenset(
@@ -56,12 +54,11 @@ class TimmBackbone:
 
     def attach(self) -> None:
         """Swap the classes of blocks and attentions, then check one block of each kind."""
-        cure = "Build the ViT with one of these (block_fn=, attn_layer=)."
-        attach_blocks(self.blocks, _prompt_sites, PROMPTED, self.dim, cure=cure)
+        attach_blocks(self.blocks, self.dim, hint="Build the ViT with timm's own classes (block_fn=, attn_layer=).")
 
     def detach(self) -> None:
         """Give every block and attention its original class back."""
-        detach_blocks(self.blocks, _prompt_sites)
+        detach_blocks(self.blocks)
 
     def embed(self, *args: Any, **kwargs: Any) -> Stream:
         """The model's forward arguments to tokens; `context["blocks"]` holds the keyword arguments of each block."""
@@ -69,6 +66,7 @@ class TimmBackbone:
 
     def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
         """Blocks from `start` on, one for each prompt (n, d) or (B, n, d)."""
+        _warn_of_ignored_lora(self.vit.blocks[0])
         tokens = stream.tokens
         for layer, prompt in enumerate(prompts, start):
             arguments = stream.context["blocks"][layer]
@@ -131,17 +129,21 @@ class TimmBackbone:
         return [tensor for name, tensor in self.classifier.state_dict().items() if not name.startswith(heads)]
 
 
-def _prompt_sites(block: Any) -> Iterator[nn.Module]:
-    """The modules of a block that must change class: itself, and its attentions where they are modules."""
-    yield block
-    if hasattr(block, "attns"):
-        for branch in block.attns:
-            yield branch.attn
-    elif hasattr(block, "attn"):
-        yield block.attn
-
-
 def _num_heads(block: nn.Module) -> int:
-    """Heads of a block's (first) attention."""
-    attention: Any = list(_prompt_sites(block))[-1]
-    return int(attention.num_heads)
+    """Heads of a block's (first) attention, or of the block where attention is written into it."""
+    holder: Any = next(iter(attentions_of(block)), block)
+    return int(holder.num_heads)
+
+
+def _warn_of_ignored_lora(block: nn.Module) -> None:
+    """Say where timm reads `qkv.weight` directly, past the LoRA that PEFT put around `qkv` (Beit, Eva)."""
+    for attention in attentions_of(block):
+        reads_weight = getattr(attention, "q_bias", None) is not None and not attention.qkv_bias_separate
+        if reads_weight and hasattr(attention.qkv, "base_layer"):
+            warnings.warn(
+                f"timm's {type(attention).__name__.removeprefix('Prompted')} reads qkv.weight directly, so LoRA on "
+                "`qkv` has no effect, with or without prompts. Merge it (merge_and_unload()) or put LoRA on `proj`, "
+                "`fc1` and `fc2`.",
+                UserWarning,
+                stacklevel=2,
+            )

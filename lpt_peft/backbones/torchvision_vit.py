@@ -1,7 +1,7 @@
 """torchvision's VisionTransformer as a Backbone: `vit_b_16` to `vit_h_14`, with a patch or a convolutional stem.
 
-Only `EncoderBlock` changes class; its nn.MultiheadAttention is called with more keys (`multihead.py`). torchvision
-checkpoints no activations, so neither does `run`. Not here: how classes are swapped (`lpt_peft.attention`).
+torchvision checkpoints no activations, so neither does `run`. Not here: how a block takes prompts
+(`lpt_peft.prompting`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.vision_transformer import Encoder, EncoderBlock, VisionTransformer
+from torchvision.models.vision_transformer import Encoder, VisionTransformer
 
-from lpt_peft.attention import Prompted, attach_blocks, detach_blocks, itself, run_block
-from lpt_peft.backbones.base import BackboneInfo, Stream
-from lpt_peft.backbones.multihead import attend, warn_of_lora
+from lpt_peft.backbones.base import BackboneInfo, Stream, warn_of_multihead_lora
 from lpt_peft.errors import BackboneError
+from lpt_peft.prompting import attach_blocks, detach_blocks, run_block
 
 # (patch size, blocks, heads, width, MLP width) -> torchvision's name
 _NAMES = {
@@ -49,19 +48,6 @@ def open_backbone(model: nn.Module) -> TorchvisionBackbone:
     return TorchvisionBackbone(model)
 
 
-class PromptedEncoderBlock(Prompted, EncoderBlock):
-    """Pre-norm block."""
-
-    original = EncoderBlock
-
-    def forward(self, input: Tensor, prompt: Tensor | None = None) -> Tensor:
-        """Tokens (B, N, d) to (B, N, d); prompt (1 or B, n, d)."""
-        if prompt is None:
-            return EncoderBlock.forward(self, input)
-        x = input + self.dropout(attend(self.self_attention, self.ln_1(input), self.ln_1(prompt)))
-        return x + self.mlp(self.ln_2(x))
-
-
 class TorchvisionBackbone:
     """`lpt_peft.backbones.base.Backbone` for torchvision.
 
@@ -82,14 +68,13 @@ class TorchvisionBackbone:
         return tuple(self.model.encoder.layers)
 
     def attach(self) -> None:
-        """Swap the blocks' class, then check one block of each kind."""
-        cure = "Build the VisionTransformer with that class in encoder.layers."
-        attach_blocks(self.blocks, itself, {EncoderBlock: PromptedEncoderBlock}, self.dim, cure=cure)
-        warn_of_lora(block.self_attention for block in self.model.encoder.layers)
+        """Swap the classes of blocks and attentions, then check one block of each kind."""
+        attach_blocks(self.blocks, self.dim, hint="Build it with torchvision's EncoderBlock in encoder.layers.")
+        warn_of_multihead_lora(self.blocks)
 
     def detach(self) -> None:
         """Give every block its original class back."""
-        detach_blocks(self.blocks, itself)
+        detach_blocks(self.blocks)
 
     def embed(self, x: Tensor) -> Stream:
         """Images (B, 3, H, W) float, of the model's `image_size`, to the tokens that enter block 1."""

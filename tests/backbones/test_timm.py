@@ -12,10 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lpt_peft import LongTailPromptAdapter
-from lpt_peft.attention import Prompted
 from lpt_peft.backbones import find_backbone
 from lpt_peft.backbones.timm_families import GridViT
 from lpt_peft.errors import BackboneError, ConfigError, InputError
+from lpt_peft.prompting import Prompted
 from tests.backbones.models import SMALL, timm_model
 from tests.backbones.timm_oracle import prepended_prompts
 

@@ -66,6 +66,7 @@ ENCODERS: dict[str, tuple[Callable[[Any], Tensor], dict[str, Any]]] = {
     "MetaClip2Vision": (pooled, {}),
     "SiglipVision": (pooled, {}),
     "Siglip2Vision": (pooled, {"num_patches": 16}),
+    "BlipVision": (pooled, {}),
     "Blip2Vision": (pooled, {}),
     "InstructBlipVision": (pooled, {}),
     "InstructBlipVideoVision": (pooled, {}),

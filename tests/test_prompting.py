@@ -1,8 +1,9 @@
-"""Prompt keys and values against token concatenation: every attention and block class of timm's vision_transformer."""
+"""Prompted blocks against token concatenation: every attention and block class of timm's vision_transformer."""
 
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,11 +12,10 @@ from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from lpt_peft import LongTailPromptAdapter
-from lpt_peft.attention import Prompted, append, attach, check, detach, extend_mask
+from lpt_peft import LongTailPromptAdapter, prompting
 from lpt_peft.backbones import find_backbone
-from lpt_peft.backbones.timm_blocks import PromptedAttention
 from lpt_peft.errors import BackboneError
+from lpt_peft.prompting import Prompted, attach_blocks, attentions_of, detach_blocks
 from tests.conftest import tiny_vit
 from tests.oracle import concatenated_prompts
 
@@ -167,23 +167,26 @@ def test_two_passes_before_one_backward_with_checkpointing():
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
 
 
-def test_frozen_packed_buffer_is_not_kept_alive():
-    """A concatenation behind a packed projection would keep q, k and v of it all: only q may stay, copied."""
+def test_nothing_is_kept_for_backward_beyond_what_the_plain_block_keeps():
+    """Concatenation behind a packed projection would keep q, k and v twice."""
     vit = tiny_vit()
     vit.requires_grad_(False)
-    find_backbone(vit).attach()
-    saved: dict[int, int] = {}
-
-    def note(tensor):
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
     x, prompt = torch.randn(4, 64, 24, requires_grad=True), torch.randn(1, 2, 24, requires_grad=True)
-    attention = vit.blocks[0].attn
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        attention(x, prompt=prompt)
-    packed = 4 * 64 * 3 * 24 * 4
-    assert packed not in saved.values()
+
+    def kept(**arguments):
+        saved = {}
+
+        def note(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            vit.blocks[0](x, **arguments)
+        return sum(saved.values())
+
+    plain = kept()
+    find_backbone(vit).attach()
+    assert kept(prompt=prompt) < 1.1 * plain * 66 / 64
 
 
 class Drifted(Attention):
@@ -203,7 +206,7 @@ def test_self_check_refuses_drift(monkeypatch):
 
 
 def test_self_check_refuses_a_silent_no_op(monkeypatch):
-    monkeypatch.setattr(PromptedAttention, "forward", lambda self, x, prompt=None, **_: Attention.forward(self, x))
+    monkeypatch.setattr(prompting, "_append", lambda tokens, prompt, axis=1: tokens)
     with pytest.raises(BackboneError, match="off by"):
         LongTailPromptAdapter.wrap(tiny_vit())
 
@@ -239,40 +242,78 @@ def test_meta_modules_are_checked_too(monkeypatch):
     LongTailPromptAdapter.wrap(vit, 7)
     assert all(isinstance(block, Prompted) for block in vit.blocks)
     assert all(parameter.is_meta for parameter in vit.parameters())
-    monkeypatch.setattr(PromptedAttention, "forward", lambda self, x, prompt=None, **_: Attention.forward(self, x))
+    monkeypatch.setattr(prompting, "_append", lambda tokens, prompt, axis=1: tokens)
     with torch.device("meta"), pytest.raises(BackboneError, match="off by"):
         LongTailPromptAdapter.wrap(VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2), 7)
 
 
-def test_attach_and_detach_by_class():
-    attention = Attention(8, 2)
-    attach(attention, PromptedAttention)
-    assert isinstance(attention, Attention)
-    with pytest.raises(BackboneError, match=r"already takes prompts.*unwrap"):
-        attach(attention, PromptedAttention)
-    detach(attention)
-    detach(attention)
-    assert type(attention) is Attention
-    with pytest.raises(BackboneError, match="Linear is not Attention"):
-        attach(nn.Linear(2, 2), PromptedAttention)
-    check(nn.Linear(2, 2), 2)  # not a prompted module: nothing to check
-
-
-def test_unknown_attention_is_named_and_nothing_changes():
-    vit = tiny_vit(attn_layer=Drifted)
+def test_attach_and_detach_are_all_or_nothing():
+    vit = tiny_vit()
     before = [type(module) for module in vit.modules()]
-    with pytest.raises(BackboneError, match=r"Drifted of tests\.test_attention cannot take prompts.*attn_layer="):
+    attach_blocks(vit.blocks, 24, hint="")
+    assert all(isinstance(module, Prompted) for block in vit.blocks for module in (block, *attentions_of(block)))
+    with pytest.raises(BackboneError, match=r"Block already takes prompts.*unwrap"):
+        attach_blocks(vit.blocks, 24, hint="")
+    for _ in range(2):
+        detach_blocks(vit.blocks)
+        assert [type(module) for module in vit.modules()] == before
+    vit.blocks[1].attn.forward = vit.blocks[1].attn.forward
+    with pytest.raises(BackboneError, match=r"Attention has its forward replaced on the object.*without offloading"):
+        attach_blocks(vit.blocks, 24, hint="")
+    assert [type(module) for module in vit.modules()] == before
+
+
+class Doubled(Attention):
+    """An attention that nobody has heard of, and a black box like all others."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return 2 * super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+
+
+class Ramped(Attention):
+    """One that looks at positions, which prompts have none of."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        ramp = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+        return super().forward(x * ramp, attn_mask=attn_mask, is_causal=is_causal)
+
+
+def test_an_attention_of_any_class_is_held_to_the_self_check():
+    vit, prompts = tiny_vit(attn_layer=Doubled).double(), [random_prompts(4, 24, seed=layer) for layer in range(2)]
+    with concatenated_prompts(vit.blocks, prompts):
+        wanted = reference_feature(vit, IMAGES)
+    backbone = find_backbone(vit)
+    backbone.attach()
+    torch.testing.assert_close(backbone.pool(backbone.run(backbone.embed(IMAGES), 0, prompts)), wanted)
+    vit = tiny_vit(attn_layer=Ramped)
+    before = [type(module) for module in vit.modules()]
+    with pytest.raises(BackboneError, match=r"Prompts do not work in Block of .*off by.*attn_layer="):
         LongTailPromptAdapter.wrap(vit)
     assert [type(module) for module in vit.modules()] == before
 
 
-def test_pure_helpers():
-    k, prompt = torch.randn(2, 3, 5, 4), torch.randn(1, 3, 2, 4)
-    joined = append(k, prompt)
-    assert joined.shape == (2, 3, 7, 4)
-    assert torch.equal(joined[1, :, 5:], prompt[0])
-    tokens = torch.zeros(2, 5, 8)
-    assert extend_mask(None, False, tokens, 3) is None
-    row = torch.tensor([[True, False, True, True, False]])
-    assert torch.equal(extend_mask(row, False, tokens, 2), torch.tensor([[True, False, True, True, False, True, True]]))
-    assert extend_mask(torch.zeros(2, 1, 5, 1), False, tokens, 2).shape == (2, 1, 5, 7)
+@pytest.mark.parametrize("phase", ["shared", "group"])
+def test_threads_have_their_own_prompts(phase):
+    """Eight at once, each an adapter of its own on the same blocks' classes, and all on one ViT."""
+    vit = tiny_vit().double()
+    adapters = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        adapter = LongTailPromptAdapter.wrap(copy.deepcopy(vit), 5, prompt_length=3, pool_size=4)
+        adapter.shared.prompts.data.normal_()
+        adapter.pool.prompts.data.normal_()
+        adapter.phase = phase
+        adapters.append(adapter.eval())
+    backbone = adapters[0].backbone
+
+    def answers(adapter):
+        own = backbone.pool(backbone.run(backbone.embed(IMAGES), 0, list(adapter.shared.prompts)))
+        return adapter(IMAGES).detach(), own.detach()
+
+    wanted = [answers(adapter) for adapter in adapters]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            got = list(pool.map(answers, adapters))
+            for one, two in zip(got, wanted, strict=True):
+                assert torch.equal(one[0], two[0])
+                assert torch.equal(one[1], two[1])

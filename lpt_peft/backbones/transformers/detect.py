@@ -1,6 +1,6 @@
 """Where the vision tower and its layers are in a transformers model, found by what modules take and hold.
 
-Not here: driving them (`transformers_vit.py`) and how a layer takes prompts (`transformers_layers.py`).
+Not here: driving them (`vit.py`) and how a layer takes prompts (`lpt_peft.prompting`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lpt_peft.backbones.transformers_layers import WORKS, attention_config
 from lpt_peft.errors import BackboneError
+from lpt_peft.prompting import attentions_of
 
+WORKS = "What works: plain ViTs, for example ViTModel, Dinov2Model, DINOv3ViTModel, CLIPVisionModel, SiglipVisionModel."
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier")
 
 
@@ -50,7 +51,7 @@ def find_parts(model: nn.Module) -> Parts:
     if len(plain) != 1:
         held = max(len(_stacks(tower)) for tower in towers)
         found = {
-            0: "no stack of transformer layers that ask transformers' attention interface for their function",
+            0: "no stack of transformer layers with an attention of their own",
             1: f"{len(plain)} vision towers: wrap one of them",
         }.get(held, f"{held} stacks of layers (hierarchical or in several stages), where a plain ViT has one")
         raise BackboneError(f"{name} has {found}. {WORKS}")
@@ -86,4 +87,10 @@ def _takes_pixels(module: nn.Module) -> bool:
 def _stacks(module: nn.Module) -> list[nn.ModuleList]:
     """The lists of layers in a model, each layer with attention of its own."""
     lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part) > 0]
-    return [part for part in lists if all(attention_config(layer) is not None for layer in part)]
+    return [part for part in lists if all(attentions_of(layer) for layer in part)]
+
+
+def attention_config(layer: nn.Module) -> Any:
+    """The config object (PreTrainedConfig) that a layer's parts hold; None where none does."""
+    configs = (getattr(module, "config", None) for module in layer.modules())
+    return next((config for config in configs if isinstance(config, PreTrainedConfig)), None)

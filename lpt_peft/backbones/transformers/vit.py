@@ -1,32 +1,23 @@
 """transformers' vision encoders as a Backbone, driven through the model's own forward.
 
-No model's forward is restated: its layers note what they are given (`embed`), run with prompts (`run`), and hand
+No model's forward is restated: its layers record what they are given (`embed`), run with prompts (`run`), and hand
 out the final tokens for the model to normalise and pool (`pool`). So every signature stays: pixel masks, spatial
-shapes, position interpolation. Not here: the layers (`transformers_layers.py`), finding them
-(`transformers_open.py`), and what prompt files say of the model (`transformers_info.py`).
+shapes, position interpolation. Not here: finding tower and layers (`detect.py`), and what prompt files say of the
+model (`info.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from lpt_peft.attention import Prompted, attach_blocks, detach_blocks, itself
 from lpt_peft.backbones.base import BackboneInfo, Stream
-from lpt_peft.backbones.transformers_info import info, preprocess
-from lpt_peft.backbones.transformers_layers import (
-    WORKS,
-    Tape,
-    attention_config,
-    implementation_of,
-    prompted_class,
-    taped,
-)
-from lpt_peft.backbones.transformers_open import Parts, find_parts, linear_within
+from lpt_peft.backbones.transformers.detect import WORKS, Parts, attention_config, find_parts, linear_within
+from lpt_peft.backbones.transformers.info import info, preprocess
 from lpt_peft.errors import BackboneError, InputError
+from lpt_peft.prompting import Recorder, attach_blocks, batched, detach_blocks, pass_through, recording
 
 _CLS_NAMES = frozenset(("cls_token", "class_embedding", "class_token", "cls_embedding", "cls_register_token"))
 
@@ -52,8 +43,7 @@ class TransformersViT:
         self.model = model
         self._named = model  # for info(): PEFT puts its wrapper into `model`
         self._parts = parts
-        self._config = attention_config(parts.layers[0])
-        self._identity = nn.Identity()
+        self._config = attention_config(parts.layers[0]) or parts.tower.config
         width = getattr(self._config, "hidden_size", None)
         if not isinstance(width, int):
             raise BackboneError(
@@ -75,26 +65,13 @@ class TransformersViT:
         return tuple(self._parts.layers)
 
     def attach(self) -> None:
-        """Swap the layers' class, then check one layer of each kind."""
-        implementation_of(self._config)
-        for layer in self.blocks:
-            if attention_config(layer) is not self._config:
-                raise BackboneError(
-                    f"The layers of {type(self._parts.tower).__name__} have different config objects, so they are "
-                    "not one stack. Build the model from one config."
-                )
-            if "forward" in vars(layer):
-                raise BackboneError(
-                    f"This {type(layer).__name__} has its forward replaced on the object, as accelerate does to "
-                    "spread a model over devices. Load the model without device_map, then move it with to()."
-                )
-        kinds = {type(layer) for layer in self.blocks if not isinstance(layer, Prompted)}
-        prompted = {kind: prompted_class(kind) for kind in kinds}
-        attach_blocks(self.blocks, itself, prompted, self.dim, cure=WORKS)
+        """Swap the classes of layers and attentions, then check one layer of each kind."""
+        attach_blocks(self.blocks, self.dim, hint=WORKS)
+        self._pass_through_heads()
 
     def detach(self) -> None:
-        """Give every layer its original class back."""
-        detach_blocks(self.blocks, itself)
+        """Give every module its original class back."""
+        detach_blocks([*self.blocks, *self._heads()])
 
     def embed(self, *args: Any, **kwargs: Any) -> Stream:
         """What the model's own forward takes (of a model with a text tower: the vision tower's) to block 1's tokens.
@@ -112,10 +89,15 @@ class TransformersViT:
             )
         if "return_dict" in kwargs or not getattr(self._parts.driven.config, "return_dict", True):
             kwargs["return_dict"] = True  # how the answer is read here; the adapter's own is a tensor anyhow
-        with taped(self._config, Tape()) as tape:
-            self._parts.driven(*args, **kwargs)
-        tokens: Any = tape.calls[0][0] if tape.calls else None
-        if len(tape.calls) != len(self.blocks) or any(call[0] is not tokens for call in tape.calls):
+        calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+        def record(tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            calls.append((tokens, args, kwargs))
+            return tokens
+
+        self._drive(record, *args, **kwargs)
+        tokens: Any = calls[0][0] if calls else None
+        if len(calls) != len(self.blocks) or any(call[0] is not tokens for call in calls):
             raise BackboneError(
                 f"{type(self._parts.tower).__name__} changes tokens between its layers or leaves layers out, and "
                 "prompts have no defined place there. Switch that off in its config (for YOLOS: "
@@ -128,7 +110,7 @@ class TransformersViT:
                 f"{type(self._parts.tower).__name__} packs {len(images)} images into {len(tokens)} token sequences, so "
                 "there is no feature for each image. Give it one image size, unpacked, or use another ViT."
             )
-        return Stream(tokens, {"layers": [call[1:] for call in tape.calls], "call": (args, kwargs)})
+        return Stream(tokens, {"layers": [call[1:] for call in calls], "call": (args, kwargs)})
 
     def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
         """Layers from `start` on, one for each prompt (n, d) or (B, n, d), cast to the tokens' dtype."""
@@ -136,8 +118,7 @@ class TransformersViT:
         stop = start + len(prompts)
         given = stream.context["layers"][start:stop]
         for layer, (args, kwargs), prompt in zip(self.blocks[start:stop], given, prompts, strict=True):
-            batch = prompt if prompt.ndim == 3 else prompt.unsqueeze(0)
-            tokens = layer(tokens, *args, prompt=batch.to(tokens.dtype), **kwargs)
+            tokens = layer(tokens, *args, prompt=batched(prompt).to(tokens.dtype), **kwargs)
         return Stream(tokens, stream.context)
 
     def pool(self, stream: Stream) -> Tensor:
@@ -147,8 +128,7 @@ class TransformersViT:
         in there (masking, dropout) draws anew; of its result only the number of tokens matters.
         """
         args, kwargs = stream.context["call"]
-        with taped(self._config, Tape(stream.tokens)), self._open_heads():
-            out = self._parts.driven(*args, **kwargs)
+        out = self._drive(lambda *_: stream.tokens, *args, **kwargs)
         feature: Tensor = out.logits if self._parts.heads else self._pooled(out)
         return feature
 
@@ -178,21 +158,21 @@ class TransformersViT:
             return pooled
         return tokens.mean(1)
 
-    @contextmanager
-    def _open_heads(self) -> Iterator[None]:
-        """While open, the classifiers are identities, so the model's logits are what would enter them.
+    def _drive(self, record: Recorder, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own forward: layers answer as `record` does, classifiers with what enters them.
 
-        Of two (CLS and distillation token) the model's own average is what remains.
+        Of two classifiers (CLS and distillation token) the model's own average is what remains.
         """
-        model: Any = self._parts.driven
-        heads = {name: getattr(model, name) for name in self._parts.heads}
-        try:
-            for name in heads:
-                setattr(model, name, self._identity)
-            yield
-        finally:
-            for name, head in heads.items():
-                setattr(model, name, head)
+        self._pass_through_heads()  # PEFT may have put a wrapper around one since attach()
+        with recording(record):
+            return self._parts.driven(*args, **kwargs)
+
+    def _pass_through_heads(self) -> None:
+        for head in self._heads():
+            pass_through(head)
+
+    def _heads(self) -> list[nn.Module]:
+        return [getattr(self._parts.driven, name) for name in self._parts.heads]
 
     def _refuse_reentrant(self) -> None:
         for layer in self.blocks:
