@@ -86,7 +86,7 @@ def _effect_and_error(twin: Any, original: Any, dim: int, dtype: torch.dtype | N
         for parameter in twin.parameters():
             width = parameter.shape[-1] if parameter.ndim > 1 else 1
             parameter.copy_(draw(parameter.shape) / width**0.5)
-    reference = next(parameter for parameter in twin.parameters() if parameter.is_floating_point())
+    reference = next(parameter for parameter in twin.parameters() if _is_plain(parameter))
     x, prompt = (draw((2, count, dim)).to(reference.device, reference.dtype) for count in (5, 3))
     few, all_of_them = (_arguments(twin, original, reference, count) for count in (5, 8))
     with torch.autocast(reference.device.type, enabled=False):
@@ -102,6 +102,7 @@ def _effect_and_error(twin: Any, original: Any, dim: int, dtype: torch.dtype | N
 
 def _blind_to_positions(twin: nn.Module) -> None:
     """Switch off what looks at positions, for which prompts have none, and what a copy on the CPU stumbles over."""
+    part: Any
     for part in twin.modules():
         for name in _BIASES:
             if getattr(part, name, None) is not None:

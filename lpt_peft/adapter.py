@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lpt_peft._tensors import gather_full, read_value, refusal, write_value
 from lpt_peft.backbones import Backbone, find_backbone
-from lpt_peft.backbones.fingerprint import fingerprint, versions, whole
+from lpt_peft.backbones.fingerprint import fingerprint, versions
 from lpt_peft.backbones.frozen import Standstill
 from lpt_peft.config import PromptConfig, PromptMetadata
 from lpt_peft.errors import ConfigError, StateError
@@ -148,17 +149,25 @@ class LongTailPromptAdapter(nn.Module):
 
     @property
     def phase(self) -> Phase:
-        """What is learnt besides the head: "shared" prompts, or "group" prompts and keys on frozen shared ones."""
+        """What is trained besides the head: the shared prompt ("shared"), or the pool on a frozen shared one ("group").
+
+        Assignment opens what the phase trains, freezes the other prompts and drops their gradients. A head that you
+        have frozen stays frozen, unless shared prompt, pool and head are all frozen: then it is opened, too.
+        """
         return self._phase
 
     @phase.setter
     def phase(self, phase: Phase) -> None:
         if phase not in PHASES:
             raise ConfigError(f'phase={phase!r} must be "shared" or "group".')
+        if not any(parameter.requires_grad for parameter in self._learned_parameters()):
+            self.head.requires_grad_(True)  # a call that froze everything, PEFT's for example, was not about the head
         self._phase: Phase = phase
-        self.shared.requires_grad_(phase == "shared")
-        self.pool.requires_grad_(phase == "group")
-        self.head.requires_grad_(True)
+        for module, trained in ((self.shared, phase == "shared"), (self.pool, phase == "group")):
+            module.requires_grad_(trained)
+            if not trained:
+                for parameter in module.parameters():
+                    parameter.grad = None
 
     def train(self, mode: bool = True) -> LongTailPromptAdapter:
         """Set the mode; batch norms of the ViT stay in eval mode, for their running statistics are frozen, too."""
@@ -182,9 +191,10 @@ class LongTailPromptAdapter(nn.Module):
         Returns:
             Logits (B, C) float32 or float64, or `AdapterOutput`.
         """
-        learnt = (self.get_parameter(name) for name in self.config.tensor_shapes)
-        if self.training and torch.is_grad_enabled() and not any(one.requires_grad for one in learnt):
-            warnings.warn(_NOTHING_LEARNT, UserWarning, stacklevel=2)
+        if self.training and torch.is_grad_enabled():
+            flags = [parameter.requires_grad for parameter in self._learned_parameters()]
+            if flags and not any(flags):  # FSDP1 may hold them all in a tensor of its own
+                warnings.warn(_NOTHING_LEARNT, UserWarning, stacklevel=2)
         features, query, similarity, groups = self._features(images, *args, **kwargs)
         logits = self.head(self.head_drop(features))
         return AdapterOutput(logits, features, query, similarity, groups) if return_output else logits
@@ -205,29 +215,47 @@ class LongTailPromptAdapter(nn.Module):
         with torch.no_grad():
             query = self.backbone.pool(self.backbone.run(kept, split, shared[split:].unbind()))
         match = self.pool(query)
-        both = torch.cat([shared[split:].expand(query.shape[0], -1, -1, -1), match.prompts], dim=2)
-        features = self.backbone.pool(self.backbone.run(kept, split, both.unbind(1)))
+        own = shared[split:].to(match.prompts.dtype).unsqueeze(1).expand(-1, query.shape[0], -1, -1)
+        both = [torch.cat(pair, dim=1) for pair in zip(own.unbind(), match.prompts.unbind(1), strict=True)]
+        features = self.backbone.pool(self.backbone.run(kept, split, both))
         return features, query, match.similarity, match.groups
 
+    def _learned_parameters(self) -> Iterator[nn.Parameter]:
+        for module in (self.shared, self.pool, self.head):
+            yield from module.parameters()
+
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Copies of what was learnt, and nothing of the backbone; under FSDP2, gathered: all processes must call it.
+        """Copies of prompts, keys and head, and nothing of the backbone; under FSDP2, gathered: all processes call it.
+
+        Of parametrized or pruned tensors, their present value.
 
         Returns:
             `shared.prompts` (L, n, d), `pool.prompts` (m, L-K, n, d), `pool.keys` (m, d), `head.weight` (C, d).
         """
         # FSDP2 frees the buffers that parameters lie in between passes: an alias would not outlive them.
-        return {name: whole(self.get_parameter(name).detach()).clone() for name in self.config.tensor_shapes}
+        owners = {name: self._owner(name) for name in self.config.tensor_shapes}
+        return {name: gather_full(read_value(*owner).detach()).clone() for name, owner in owners.items()}
 
     def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors as given by `adapter_state_dict` into the adapter; all or nothing.
 
+        Under FSDP2 every process gives the same full tensors (or DTensors) and keeps its own part of them.
+
         Raises:
             InputError: A name, a shape or a value (NaN, infinity) is wrong; nothing was loaded.
+            StateError: A tensor is parametrized or pruned and cannot take its value; nothing was loaded.
         """
         self.config.check_tensors(tensors)
-        with torch.no_grad():
-            for name in self.config.tensor_shapes:
-                self.get_parameter(name).copy_(tensors[name])
+        for name in self.config.tensor_shapes:
+            if (why := refusal(*self._owner(name), tensors[name])) is not None:
+                raise StateError(f"{name} cannot be loaded: {why}")
+        for name in self.config.tensor_shapes:
+            write_value(*self._owner(name), tensors[name])
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        """The module that holds the tensor of this name, and its name there."""
+        owner, _, leaf = name.partition(".")
+        return self.get_submodule(owner), leaf
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that the present phase learns: give these to the optimizer, anew for each phase."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpt_peft._cosine import at_least_float32, cosine, full_precision
+from lpt_peft._cosine import at_least_float32, cosine
 from lpt_peft.config import PromptConfig
 from lpt_peft.errors import ConfigError, InputError
 
@@ -59,7 +59,7 @@ class PoolMatch(NamedTuple):
     """What a `PromptPool` answers to a query."""
 
     prompts: Tensor
-    """Mean of the chosen groups' prompts (B, layers, n, d), floating point."""
+    """Mean of the chosen groups' prompts (B, layers, n, d), in the query's dtype; under autocast, in autocast's."""
     similarity: Tensor
     """Cosine of query and chosen keys (B, k), descending, float32 or float64."""
     groups: Tensor
@@ -127,18 +127,16 @@ class PromptPool(nn.Module):
         nn.init.trunc_normal_(self.keys, std=_INIT_STD)
 
     def forward(self, query: Tensor) -> PoolMatch:
-        """Choose groups for queries (B, key_dim), floating point."""
-        similarity, groups = cosine(query, self.keys).topk(self.top_k, dim=-1)
-        chosen = torch.zeros(query.shape[0], len(self.keys), dtype=torch.bool, device=query.device)
-        chosen = chosen.scatter(1, groups, True)
+        """Choose groups for queries (B, key_dim), floating point; the choice is made in float32 or float64."""
+        keys, prompts = self.keys, self.prompts  # read once: a parametrized tensor is computed at every access
+        similarity, groups = cosine(query, keys).topk(self.top_k, dim=-1)
+        weights = query.new_zeros(query.shape[0], keys.shape[0]).scatter(1, groups, 1 / self.top_k)
         if self.training:
             with torch.no_grad():
-                self.usage += chosen.sum(0)
+                self.usage += weights.ne(0).sum(0)
         # A product with 0 or 1/k instead of a gather: no (B, k, layers, n, d) copy, and a deterministic gradient.
-        with full_precision(query.device.type):
-            prompts = at_least_float32(self.prompts)
-            mean = (chosen.to(prompts.dtype) / self.top_k) @ prompts.flatten(1)
-        return PoolMatch(mean.unflatten(1, self.prompts.shape[1:]), similarity, groups)
+        mean = weights @ prompts.flatten(1).to(query.dtype)
+        return PoolMatch(mean.unflatten(1, prompts.shape[1:]), similarity, groups)
 
     @torch.no_grad()
     def init_keys(self, queries: Tensor, *, seed: int = 0, iterations: int = 50) -> None:

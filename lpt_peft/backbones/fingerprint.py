@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from lpt_peft._tensors import gather_full, is_dtensor
 
 ALGORITHM = "sha256-tensors-v1"
 
@@ -40,22 +41,16 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[object, ...], ...] | None
     """
     marks = []
     for tensor in tensors:
-        if isinstance(tensor, DTensor) or tensor.is_inference():
+        if is_dtensor(tensor) or tensor.is_inference():
             return None
         marks.append((tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape))
     return tuple(marks)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or gathered from all processes where FSDP2 has sharded it."""
-    gathered: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return gathered
-
-
 def _digest(tensor: Tensor) -> str:
     shape = ",".join(str(size) for size in tensor.shape)
     head = f"{str(tensor.dtype).removeprefix('torch.')}|{shape}|"
-    flat = whole(tensor.detach()).cpu().contiguous().flatten()
+    flat = gather_full(tensor.detach()).cpu().contiguous().flatten()
     # A byte view of every dtype, bfloat16 too, without a copy; numpy carries the buffer protocol.
     data = flat.view(torch.uint8).numpy()
     if sys.byteorder == "big":

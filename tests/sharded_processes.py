@@ -1,0 +1,77 @@
+"""What processes with FSDP do to an adapter's tensors; run by test_adapter_state.py, one kind per call.
+
+`python -m tests.sharded_processes fsdp2 FOLDER` starts two gloo processes, `fsdp1` one. Rank 0 writes its results into
+FOLDER/results.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from lpt_peft import LongTailPromptAdapter
+from tests.conftest import tiny_vit
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+TARGET = torch.tensor([0, 3, 1, 4])
+
+
+def build(seed: int = 0) -> LongTailPromptAdapter:
+    """A small adapter in phase "group"; each seed has prompts of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapter = LongTailPromptAdapter.wrap(tiny_vit(), prompt_length=3, pool_size=5, head_dropout=0.0)
+    adapter.phase = "group"
+    return adapter
+
+
+def gradients(adapter: LongTailPromptAdapter, model: Any) -> dict[str, Tensor]:
+    """One training step's gradients, by name."""
+    out = model(IMAGES, return_output=True)
+    (torch.nn.functional.cross_entropy(out.logits, TARGET) + 1 - out.similarity.mean()).backward()
+    names = ("pool.prompts", "pool.keys", "head.weight")
+    return {name: adapter.get_parameter(name).grad.clone() for name in names}
+
+
+def fsdp2() -> dict[str, Any]:
+    """Load full tensors into sharded parameters; read them and logits back."""
+    adapter, other = build(0), build(1)
+    for block in adapter.backbone.blocks:
+        fully_shard(block)
+    fully_shard(adapter)
+    adapter.load_adapter_state_dict(other.adapter_state_dict())
+    sharded = all(type(adapter.get_parameter(name)).__name__ == "DTensor" for name in adapter.adapter_state_dict())
+    loaded = adapter.adapter_state_dict()
+    with torch.no_grad():
+        logits = adapter.eval()(IMAGES)
+    return {"tensors": loaded, "logits": logits, "sharded": sharded}
+
+
+def fsdp1() -> dict[str, Any]:
+    """A training step under FullyShardedDataParallel, and the tensors after it."""
+    adapter = build(0).train()
+    model = FullyShardedDataParallel(adapter, device_id=torch.device("cpu"), use_orig_params=True)
+    found = gradients(adapter, model)
+    with FullyShardedDataParallel.summon_full_params(model):
+        tensors = adapter.adapter_state_dict()
+    return {"gradients": found, "tensors": tensors}
+
+
+def work(rank: int, kind: str, folder: str, size: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    results = {"fsdp1": fsdp1, "fsdp2": fsdp2}[kind]()
+    if rank == 0:
+        torch.save(results, f"{folder}/results.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    size = {"fsdp1": 1, "fsdp2": 2}[sys.argv[1]]
+    torch.multiprocessing.spawn(work, args=(sys.argv[1], sys.argv[2], size), nprocs=size)
