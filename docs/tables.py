@@ -1,7 +1,7 @@
 """Writes the two tables of docs/backbones.md from what is true: `python docs/tables.py` (about ten minutes).
 
 The first asks every model of the installed libraries, as `lpt-peft doctor --list` does; the second runs
-tests/backbones/test_company.py and shows each cell's outcome.
+tests/backbones/test_compatibility.py and shows each cell's outcome.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "backbones.md"
-COMPANY = "tests/backbones/test_company.py"
+COMPATIBILITY = "tests/backbones/test_compatibility.py"
 COLUMNS = {
     "test_compile": "compile",
     "test_export": "export",
@@ -26,6 +26,7 @@ COLUMNS = {
     "test_lora": "LoRA",
     "test_autocast": "autocast",
     "test_pickle": "pickle",
+    "test_threads": "threads",
 }
 SIGNS = {"passed": "✓", "skipped": "–"}
 
@@ -38,15 +39,15 @@ class Outcomes:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Called by pytest for the setup, call and teardown of each test."""
-        found = re.fullmatch(rf"{COMPANY}::(\w+)\[(?:shared|group)-(.+)\]", report.nodeid)
+        found = re.fullmatch(rf"{COMPATIBILITY}::(\w+)\[(?:shared|group)-(.+)\]", report.nodeid)
         if found and (report.when == "call" or report.outcome != "passed"):
             self.cells.setdefault((found[2], found[1]), set()).add(report.outcome)
 
 
-def company_table() -> str:
+def compatibility_table() -> str:
     """Rows: models of each ecosystem. A cell: what both phases did in the test of that name."""
     outcomes = Outcomes()
-    pytest.main(["-q", "-p", "no:cacheprovider", str(ROOT / COMPANY)], plugins=[outcomes])
+    pytest.main(["-q", "-p", "no:cacheprovider", str(ROOT / COMPATIBILITY)], plugins=[outcomes])
     rows = list(dict.fromkeys(row for row, _ in outcomes.cells))
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |"]
     lines.append("|---" * (len(COLUMNS) + 1) + "|")
@@ -87,6 +88,6 @@ def write(name: str, table: str) -> None:
 
 
 if __name__ == "__main__":
-    tables = {"company": company_table, "support": support_table}
+    tables = {"compatibility": compatibility_table, "support": support_table}
     for chosen in sys.argv[1:] or tables:
         write(chosen, tables[chosen]())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,9 @@ def check_block(block: nn.Module, original: Any, dim: int, *, hint: str = "") ->
     """
     name, way_out = f"{original.__name__} of {original.__module__}", f"{_REPORT} {hint}".rstrip()
     twin = copy.deepcopy(block).eval()
+    for part in twin.modules():
+        if hasattr(part, "_hf_hook"):  # accelerate's offloading, which would bring the real weights in
+            vars(part).pop("forward", None)
     if any(parameter.is_meta for parameter in twin.parameters()):
         twin.to_empty(device="cpu")
         for buffer in twin.buffers():
@@ -74,8 +78,11 @@ def check_block(block: nn.Module, original: Any, dim: int, *, hint: str = "") ->
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module holds weights that cannot be drawn anew: integers, packed ones, tensor subclasses."""
     packed = any(hasattr(part, "_packed_params") for part in module.modules())
-    plain = all(parameter.is_floating_point() and type(parameter.data) is Tensor for parameter in module.parameters())
-    return packed or not plain
+    return packed or not all(_is_plain(parameter) for parameter in module.parameters())
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() and type(parameter.data) is Tensor
 
 
 def _effect_and_error(twin: Any, original: Any, dim: int, dtype: torch.dtype | None) -> tuple[float, float]:
@@ -126,3 +133,37 @@ def _arguments(twin: Any, original: Any, reference: Tensor, count: int) -> dict[
     }
     names = list(inspect.signature(original.forward).parameters)[2:]
     return {name: known[name] for name in names if name in known}
+
+
+def gradient_gap(block: nn.Module, dim: int) -> str | None:
+    """The class in a prompted block through which no gradient passes, as through integer arithmetic; None if none.
+
+    Only quantized blocks are looked through: what else a ViT is made of is differentiable.
+    """
+    if not is_quantized(block):
+        return None
+    gaps: list[str] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        given = [value for value in args if isinstance(value, Tensor) and value.requires_grad]
+        if not given or not isinstance(out, Tensor):
+            return
+        # torch.ao's outputs ask for a gradient and then give none, with a warning.
+        reached = (
+            torch.autograd.grad(out.sum(), given, retain_graph=True, allow_unused=True) if out.requires_grad else []
+        )
+        if not reached or any(gradient is None for gradient in reached):
+            gaps.append(f"{type(module).__name__} of {type(module).__module__}")
+
+    twin = copy.deepcopy(block).eval()
+    handles = [part.register_forward_hook(note) for part in twin.modules() if part is not twin]
+    try:
+        reference = next(parameter for parameter in twin.parameters() if _is_plain(parameter))
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokens = torch.randn(2, 5, dim, generator=torch.Generator().manual_seed(0)).to(reference)
+            twin(tokens.requires_grad_(), prompt=tokens[:, :3], **_arguments(twin, twin.original, reference, 5))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return gaps[0] if gaps else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,28 @@ def gather_full(tensor: Any) -> Tensor:
     """The tensor itself, or gathered from all processes where it is sharded; then all processes must call this."""
     full: Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor
     return full
+
+
+def plain_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors in the values of a state dict, quantized ones as the plain tensors that they are made of.
+
+    torch.ao packs weight and bias into a tuple, and torchao's tensors are subclasses that hold several. A sharded
+    tensor stays whole. What is no tensor (a dtype, a number) is left out.
+    """
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from plain_tensors(value)
+        elif not isinstance(value, Tensor):
+            continue
+        elif hasattr(value, "__tensor_flatten__") and not is_dtensor(value):
+            names, _ = value.__tensor_flatten__()
+            yield from plain_tensors(getattr(value, name) for name in names)
+        elif value.is_quantized and value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric):
+            yield from (value.int_repr(), value.q_per_channel_scales(), value.q_per_channel_zero_points())
+        elif value.is_quantized:
+            yield from (value.int_repr(), torch.tensor([value.q_scale(), value.q_zero_point()], dtype=torch.float64))
+        else:
+            yield value
 
 
 def read_value(module: nn.Module, name: str) -> Tensor:

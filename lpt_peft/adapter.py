@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from lpt_peft._tensors import gather_full, read_value, refusal, write_value
 from lpt_peft.backbones import Backbone, find_backbone
+from lpt_peft.backbones.base import execution_device, refuse_offloaded
 from lpt_peft.backbones.fingerprint import fingerprint, versions
 from lpt_peft.backbones.frozen import Standstill
 from lpt_peft.config import PromptConfig, PromptMetadata
 from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.heads import CosineClassifier
 from lpt_peft.output import AdapterOutput
+from lpt_peft.prompting import find_gradient_gap
 from lpt_peft.prompts import PromptPool, SharedPrompt
 
 Phase = Literal["shared", "group"]
@@ -88,7 +90,7 @@ class LongTailPromptAdapter(nn.Module):
         reference = next(self.vit.parameters())
         dtype = torch.promote_types(reference.dtype, torch.float32)
         for learnt in (self.shared, self.pool, self.head):
-            learnt.to(device=reference.device, dtype=dtype)
+            learnt.to(device=execution_device(self.vit), dtype=dtype)
         # The ViT's own modes stay as they are, module by module; what is new follows its top.
         self.training = self.vit.training
         for module in (self.shared, self.pool, self.head_drop, self.head):
@@ -97,6 +99,7 @@ class LongTailPromptAdapter(nn.Module):
         self._fingerprint: tuple[Any, str] | None = None
         self.metadata = PromptMetadata()
         backbone.attach()  # last of what can fail: until here the model is untouched
+        self._gradient_gap = find_gradient_gap(backbone.blocks, backbone.dim)
         self._standstill.begin(self.vit)
         self.phase = "shared"
 
@@ -192,6 +195,12 @@ class LongTailPromptAdapter(nn.Module):
             Logits (B, C) float32 or float64, or `AdapterOutput`.
         """
         if self.training and torch.is_grad_enabled():
+            if self._gradient_gap is not None:
+                raise StateError(
+                    f"Prompts cannot be trained on this ViT: no gradient passes its {self._gradient_gap}. Use it for "
+                    "inference (eval()), or train on the ViT before quantization, or with weight-only quantization "
+                    "(torchao's Int8WeightOnlyConfig), and load the prompts here."
+                )
             flags = [parameter.requires_grad for parameter in self._learned_parameters()]
             if flags and not any(flags):  # FSDP1 may hold them all in a tensor of its own
                 warnings.warn(_NOTHING_LEARNT, UserWarning, stacklevel=2)
@@ -205,6 +214,9 @@ class LongTailPromptAdapter(nn.Module):
 
     def _features(self, images: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         self._check_wrapped()
+        if torch.onnx.is_in_onnx_export() and not torch.compiler.is_compiling():
+            # The TorchScript exporter passes defaults of keyword-only parameters by position, as scalar tensors.
+            args = tuple(value for value in args if isinstance(value, Tensor) and value.ndim)
         args = () if images is None else (images, *args)
         shared, split = self.shared(), self.config.first_group_layer
         kept = self.backbone.run(self.backbone.embed(*args, **kwargs), 0, shared[:split].unbind())
@@ -287,6 +299,8 @@ class LongTailPromptAdapter(nn.Module):
     def _check_wrapped(self) -> None:
         if "vit" not in self._modules:
             raise StateError("This adapter was unwrapped; call LongTailPromptAdapter.wrap(vit) for a new one.")
+        if not self.backbone.runs_own_forward and hasattr(self.vit, "_hf_hook"):
+            refuse_offloaded(self.vit)
 
     def save_pretrained(self, folder: str | PathLike[str], **options: Any) -> None:
         """Write a prompt file: see `lpt_peft.checkpoint.save_prompts` for the options."""

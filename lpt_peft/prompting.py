@@ -23,9 +23,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from lpt_peft._self_check import check_block
+from lpt_peft._self_check import check_block, gradient_gap
 from lpt_peft.errors import BackboneError
 
 _ATTENTION_NAMES = ("attn", "attention", "self_attn", "self_attention")  # where a block keeps its attention
@@ -169,9 +170,15 @@ def recording(recorder: Recorder) -> Iterator[None]:
         _local.recorder = outer
 
 
+def find_gradient_gap(blocks: Sequence[nn.Module], dim: int) -> str | None:
+    """The class in prompted blocks through which no gradient passes (integer arithmetic); None where all do."""
+    return next((gap for block in blocks if (gap := gradient_gap(block, dim)) is not None), None)
+
+
 def pass_through(head: nn.Module) -> None:
     """Let a classifier answer with its input while this thread is `recording`, and as ever otherwise."""
     if not isinstance(head, Prompted):
+        _check_attachable(head)
         head.__class__ = _prompted_class(type(head), "head", 0)
 
 
@@ -186,7 +193,7 @@ def _check_attachable(module: nn.Module) -> None:
         raise BackboneError(
             f"This {name} has its forward replaced on the object, as accelerate does to offload a model or to spread "
             "it over devices, so prompts would not reach it. Load the model without device_map and without offloading, "
-            "wrap it, then move it with to()."
+            "and wrap it; offload it afterwards (transformers' models), or move it with to()."
         )
 
 
@@ -288,11 +295,20 @@ def _head_forward(self: Any, features: Tensor, *args: Any, **kwargs: Any) -> Any
 def _capture(attention: Any, notes: _Notes, prompt: Tensor) -> Any:
     """Note the normed prompt, and leave the block once all its attentions have seen theirs."""
     notes.normed.append(prompt)
-    # A compiler loses its way over exceptions: there the block runs to its end, and what nobody reads is dropped.
-    if len(notes.normed) == notes.sites and not torch.compiler.is_compiling():
+    if len(notes.normed) == notes.sites and not _must_finish(attention):
         raise _CapturedError
     outputs = type(attention).outputs
     return (prompt, *[None] * (outputs - 1)) if outputs else prompt
+
+
+def _must_finish(attention: nn.Module) -> bool:
+    """Whether a block must run to its end on the prompt alone: it costs more, and nobody reads the result.
+
+    Compilers and tracers lose their way over exceptions, and forward hooks count on every call to come back.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    return bool(attention._forward_hooks) or _has_any_global_hook()
 
 
 def _next_joined(notes: _Notes, tokens: Tensor, axis: int) -> Tensor:

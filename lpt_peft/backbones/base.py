@@ -11,7 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
+
+from lpt_peft.errors import BackboneError
 
 
 class Stream(NamedTuple):
@@ -49,6 +52,8 @@ class Backbone(Protocol):
         dim: Width `d` of the tokens.
         feature_dim: Width of what `pool` returns.
         num_classes: Classes of the model's own head; 0 where it has none.
+        runs_own_forward: Whether `embed` and `pool` run the model's own forward, and with it what was put around that,
+            such as accelerate's offloading.
     """
 
     model: nn.Module
@@ -56,6 +61,7 @@ class Backbone(Protocol):
     dim: int
     feature_dim: int
     num_classes: int
+    runs_own_forward: bool
 
     def attach(self) -> None:
         """Let every block take prompts, check one of each class, or leave all as it was and raise.
@@ -84,6 +90,31 @@ class Backbone(Protocol):
 
     def frozen_tensors(self) -> Iterable[Tensor]:
         """Parameters and persistent buffers without the classification head: what the fingerprint covers."""
+
+
+def refuse_offloaded(model: nn.Module) -> None:
+    """Refuse a model whose weights accelerate brings in only while the model's own forward runs.
+
+    Raises:
+        BackboneError: It is one.
+    """
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise BackboneError(
+            f"This {type(model).__name__} is offloaded by accelerate (cpu_offload, device_map), which acts around the "
+            "model's own forward, and that is not what runs here. Take the hooks away "
+            "(accelerate.hooks.remove_hook_from_submodules(model)) and move the model with to(); or use a transformers "
+            "model, which can be offloaded."
+        )
+
+
+def execution_device(model: nn.Module) -> torch.device:
+    """Where a model computes: the device of its tensors, or of accelerate's hooks where these bring the tensors in."""
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        device = torch.device(next((found for found in devices if found is not None), device))
+    return device
 
 
 def warn_of_multihead_lora(blocks: Iterable[nn.Module]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lpt_peft._tensors import gather_full, is_dtensor
+from lpt_peft.errors import StateError
 
 ALGORITHM = "sha256-tensors-v1"
 
@@ -48,6 +49,11 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[object, ...], ...] | None
 
 
 def _digest(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        raise StateError(
+            "The backbone has tensors on the meta device (offloaded, or not loaded yet), so its fingerprint is not "
+            "known. Load its weights first, or take offloading away (accelerate.hooks.remove_hook_from_submodules)."
+        )
     shape = ",".join(str(size) for size in tensor.shape)
     head = f"{str(tensor.dtype).removeprefix('torch.')}|{shape}|"
     flat = gather_full(tensor.detach()).cpu().contiguous().flatten()

@@ -21,8 +21,9 @@ from open_clip.transformer import CustomTransformer, Transformer, VisionTransfor
 from timm.layers import Mlp
 from torch import Tensor, nn
 
+from lpt_peft._tensors import plain_tensors
 from lpt_peft.backbones import find_backbone
-from lpt_peft.backbones.base import BackboneInfo, Stream, warn_of_multihead_lora
+from lpt_peft.backbones.base import BackboneInfo, Stream, refuse_offloaded, warn_of_multihead_lora
 from lpt_peft.errors import BackboneError
 from lpt_peft.prompting import attach_blocks, batched, detach_blocks, run_block
 
@@ -37,6 +38,7 @@ def open_backbone(model: nn.Module) -> NativeTower | TimmTower:
         BackboneError: The tower is not a plain ViT; the message says why, and what works.
     """
     tower: Any = getattr(model, "visual", model)
+    refuse_offloaded(tower)
     if isinstance(tower, TimmModel):
         _refuse_override(tower, TimmModel)
         return TimmTower(model, tower)
@@ -53,6 +55,7 @@ def open_backbone(model: nn.Module) -> NativeTower | TimmTower:
 class _Tower:
     """What both towers do alike: all that concerns the tower as a whole."""
 
+    runs_own_forward = False
     num_classes = 0  # an image encoder: wrap() must be told
 
     def __init__(self, model: nn.Module, tower: Any) -> None:
@@ -73,7 +76,7 @@ class _Tower:
 
     def frozen_tensors(self) -> Iterable[Tensor]:
         """The state dict of the visual tower; the text tower has no part in the feature."""
-        return list(self.tower.state_dict().values())
+        return list(plain_tensors(self.tower.state_dict().values()))
 
 
 class NativeTower(_Tower):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpt_peft.backbones.base import Stream
+from lpt_peft.backbones.base import Stream, refuse_offloaded
 from lpt_peft.backbones.timm_refusals import reason
 from lpt_peft.backbones.timm_vit import TimmBackbone
 from lpt_peft.errors import BackboneError, InputError
@@ -29,6 +29,7 @@ def open_backbone(model: nn.Module) -> TimmBackbone:
     vit: Any = model.model if type(model).__name__ == "FeatureGetterNet" else model
     for cls in type(vit).__mro__:
         if (family := FAMILIES.get(f"{cls.__module__}.{cls.__name__}")) is not None:
+            refuse_offloaded(vit)
             for method in family.restated:
                 replaced = method in vars(vit)
                 if replaced or getattr(type(vit), method) is not getattr(cls, method):

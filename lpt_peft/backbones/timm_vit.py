@@ -14,6 +14,7 @@ import timm
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from lpt_peft._tensors import plain_tensors
 from lpt_peft.backbones.base import BackboneInfo, Stream
 from lpt_peft.prompting import attach_blocks, attentions_of, detach_blocks, run_block
 
@@ -37,6 +38,7 @@ class TimmBackbone:
         vit: The module that holds the blocks: the classifier itself, or the encoder inside it.
     """
 
+    runs_own_forward = False
     restated: ClassVar[tuple[str, ...]] = ("forward", "forward_features", "forward_head")
     """Methods of the model whose steps the family's `embed` and `feature` take: an override of one is refused."""
 
@@ -126,7 +128,8 @@ class TimmBackbone:
     def frozen_tensors(self) -> Iterable[Tensor]:
         """The state dict without the classification heads."""
         heads = ("head.", "head_dist.")
-        return [tensor for name, tensor in self.classifier.state_dict().items() if not name.startswith(heads)]
+        state = self.classifier.state_dict()
+        return list(plain_tensors(value for name, value in state.items() if not name.startswith(heads)))
 
 
 def _num_heads(block: nn.Module) -> int:

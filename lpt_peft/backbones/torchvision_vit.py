@@ -14,7 +14,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import Encoder, VisionTransformer
 
-from lpt_peft.backbones.base import BackboneInfo, Stream, warn_of_multihead_lora
+from lpt_peft._tensors import plain_tensors
+from lpt_peft.backbones.base import BackboneInfo, Stream, refuse_offloaded, warn_of_multihead_lora
 from lpt_peft.errors import BackboneError
 from lpt_peft.prompting import attach_blocks, detach_blocks, run_block
 
@@ -39,6 +40,7 @@ def open_backbone(model: nn.Module) -> TorchvisionBackbone:
             f"torchvision's {type(model).__name__} cannot take prompts: {_reason(model)}. What works: torchvision's "
             'VisionTransformer, for example torchvision.models.vit_b_16(weights="DEFAULT").'
         )
+    refuse_offloaded(model)
     for module, known in ((model, VisionTransformer), (model.encoder, Encoder)):
         if type(module).forward is not known.forward:
             raise BackboneError(
@@ -53,6 +55,8 @@ class TorchvisionBackbone:
 
     The feature is what enters `heads`, (B, d): the class token behind the last norm.
     """
+
+    runs_own_forward = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -135,7 +139,8 @@ class TorchvisionBackbone:
 
     def frozen_tensors(self) -> Iterable[Tensor]:
         """The state dict without `heads`."""
-        return [tensor for name, tensor in self.model.state_dict().items() if not name.startswith("heads.")]
+        state = self.model.state_dict()
+        return list(plain_tensors(value for name, value in state.items() if not name.startswith("heads.")))
 
 
 def _reason(model: nn.Module) -> str:

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from tests.backbones import test_company
+from tests.backbones import test_compatibility
 from tests.backbones.models import ROWS
 from tests.backbones.test_timm_all import CENSUS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "backbones.md").read_text(encoding="utf-8")
 # Column of the table -> the test behind its cells.
 COLUMNS = {
-    "compile": test_company.test_compile,
-    "export": test_company.test_export,
-    "ONNX": test_company.test_onnx,
-    "checkpointing": test_company.test_checkpointing,
-    "DDP": test_company.test_ddp,
-    "FSDP2": test_company.test_fsdp2,
-    "LoRA": test_company.test_lora,
-    "autocast": test_company.test_autocast,
-    "pickle": test_company.test_pickle,
+    "compile": test_compatibility.test_compile,
+    "export": test_compatibility.test_export,
+    "ONNX": test_compatibility.test_onnx,
+    "checkpointing": test_compatibility.test_checkpointing,
+    "DDP": test_compatibility.test_ddp,
+    "FSDP2": test_compatibility.test_fsdp2,
+    "LoRA": test_compatibility.test_lora,
+    "autocast": test_compatibility.test_autocast,
+    "pickle": test_compatibility.test_pickle,
+    "threads": test_compatibility.test_threads,
 }
 
 
@@ -30,8 +31,8 @@ def table(name: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_company_table_has_every_model_and_every_test():
-    head, *lines = table("company")
+def test_compatibility_table_has_every_model_and_every_test():
+    head, *lines = table("compatibility")
     assert head[1:] == list(COLUMNS)
     assert [line[0] for line in lines] == list(ROWS)
     for row, *cells in lines:

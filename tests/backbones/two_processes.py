@@ -1,4 +1,4 @@
-"""What two gloo processes compute with DDP and FSDP2 on every row of the table; run by test_company.py.
+"""What two gloo processes compute with DDP and FSDP2 on every row of the table; run by test_compatibility.py.
 
 Each process has half of the batch. Gradients of what the phase learns are written as whole tensors.
 """

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lpt_peft._tensors import plain_tensors
 from lpt_peft.backbones.base import BackboneInfo, Stream
 from lpt_peft.backbones.transformers.detect import WORKS, Parts, attention_config, find_parts, linear_within
 from lpt_peft.backbones.transformers.info import info, preprocess
@@ -38,6 +39,8 @@ class TransformersViT:
     learnt with the encoder (CLIP's normalised CLS, SigLIP's attention head, RADIO's summary); the CLS token where the
     pooler is a dense layer, which few checkpoints train; else the mean of all tokens, padding too.
     """
+
+    runs_own_forward = True
 
     def __init__(self, model: nn.Module, parts: Parts) -> None:
         self.model = model
@@ -67,7 +70,11 @@ class TransformersViT:
     def attach(self) -> None:
         """Swap the classes of layers and attentions, then check one layer of each kind."""
         attach_blocks(self.blocks, self.dim, hint=WORKS)
-        self._pass_through_heads()
+        try:
+            self._pass_through_heads()
+        except BackboneError:
+            self.detach()
+            raise
 
     def detach(self) -> None:
         """Give every module its original class back."""
@@ -142,8 +149,8 @@ class TransformersViT:
 
     def frozen_tensors(self) -> Iterable[Tensor]:
         """The state dict of the vision part, without the classifier."""
-        tensors = self._parts.driven.state_dict()
-        return [tensor for name, tensor in tensors.items() if name.partition(".")[0] not in self._parts.heads]
+        state = self._parts.driven.state_dict()
+        return list(plain_tensors(v for name, v in state.items() if name.partition(".")[0] not in self._parts.heads))
 
     def _pooled(self, out: Any) -> Tensor:
         tower, tokens = self._parts.tower, out.last_hidden_state

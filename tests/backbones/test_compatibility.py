@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,77 @@ def test_pickle(row, phase):
         assert [type(module) for module in twin.modules()] == [type(module) for module in adapter.modules()]
         twin.unwrap()
     assert torch.equal(adapter(images()), wanted)
+
+
+@rows
+@phases
+def test_threads(row, phase):
+    """Eight at once, each with prompts of its own; another on one adapter that all share; the plain ViT meanwhile."""
+    adapters = [build(row, phase) for _ in range(8)]
+    for seed, adapter in enumerate(adapters):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in (adapter.shared.prompts, adapter.pool.prompts):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    common = adapters[0]
+    plain = common.vit if isinstance(common.vit(images()), torch.Tensor) else None
+
+    def answers(adapter):
+        adapter.zero_grad()
+        out = adapter(images(seed=1))
+        out.square().sum().backward()
+        return [
+            out.detach(),
+            adapter.head.weight.grad,
+            common.features(images(seed=2)).detach(),
+            torch.zeros(0) if plain is None else plain(images(seed=3)).detach(),
+        ]
+
+    expected = [[tensor.clone() for tensor in answers(adapter)] for adapter in adapters]
+    assert not torch.allclose(expected[0][0], expected[1][0], atol=1e-3)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            for got, wanted in zip(pool.map(answers, adapters), expected, strict=True):
+                assert all(torch.equal(one, two) for one, two in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("row", ["timm ViT", "torchvision", "transformers ViT classifier"])
+@phases
+def test_traces(row, phase):
+    """torch.jit.trace, and what stands on it: the TorchScript exporter of ONNX, fvcore, TensorBoard's graphs."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    adapter = build(row, phase).requires_grad_(False)
+    expected = adapter(images(2, seed=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing: shapes become constants
+        traced = torch.jit.trace(adapter, (images(2),))
+        torch.testing.assert_close(traced(images(2, seed=1)), expected, **CLOSE)
+        file = io.BytesIO()
+        torch.onnx.export(adapter, (images(2),), file, dynamo=False)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    (got,) = session.run(None, {session.get_inputs()[0].name: images(2, seed=1).numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), expected, **CLOSE)
+
+
+@phases
+def test_counting_operations(phase):
+    """fvcore counts the matrix products of both passes; attention by hand on top, which it does not know."""
+    fvcore = pytest.importorskip("fvcore.nn")
+    adapter = build("timm ViT", phase)
+    counted = fvcore.FlopCountAnalysis(adapter, (images(1),)).unsupported_ops_warnings(False)
+    blocks = 4 if phase == "shared" else 6
+    depth, width, tokens = blocks, 48, 17
+    linear = depth * 12 * tokens * width * width
+    assert linear < counted.total() < 1.6 * linear
+
+
+@phases
+def test_tensorboard_graph(phase, tmp_path):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    with warnings.catch_warnings(), tensorboard.SummaryWriter(str(tmp_path)) as writer:
+        warnings.simplefilter("ignore")
+        writer.add_graph(build("timm ViT", phase), images(2))
+    assert any(tmp_path.iterdir())
 
 
 def test_get_peft_model_on_the_adapter_is_not_silent():
