@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _LOGIT_LIMIT = 1e18  # beyond it, differences of logits and sums over a batch could overflow float32
-_BLOCK = 2**17  # logits per block on a CPU: the temporaries of a block stay in the cache
+_BLOCK = 2**18  # logits per block on a CPU: the temporaries of a block stay in the cache
 _LARGEST_PRODUCT = 16  # integer exponents up to this one are computed by multiplication, faster than pow on a CPU
 
 
