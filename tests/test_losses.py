@@ -501,8 +501,8 @@ def test_definition_and_closed_form_agree_for_extreme_logits(branch, size):
     target = torch.randint(6, (64,), generator=generator)
     gammas = ((value,) for value in BRANCHES[branch].values())
     branches = rows_module.Branches(*gammas, 20.0, 0.1, 0.5, 0.1, plain_delta(COUNTS))
-    actual = with_gradient(lambda x: rows_module.agcl_rows(x, target, None, branches), logits)
-    expected = with_gradient(lambda x: rows_module._definition(x, target, None, branches), logits)
+    actual = with_gradient(lambda x: rows_module.agcl_rows(x, target, rows_module.Noise.NONE, branches), logits)
+    expected = with_gradient(lambda x: rows_module._definition(x, target, rows_module.Noise.NONE, branches), logits)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -518,6 +518,28 @@ def test_first_and_second_derivatives(branch):
     )
     actual = torch.autograd.functional.hessian(lambda x: loss(x, target, noise), logits)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_second_derivative_sees_the_noise_that_was_drawn(monkeypatch):
+    """Against differences of first derivatives under the same seed; the batch is cut into blocks of two rows."""
+    monkeypatch.setattr(rows_module, "_BLOCK", 2 * len(COUNTS))
+    logits, target, _ = batch(5)
+    logits = (logits / 4).requires_grad_()
+    direction = torch.linspace(-1, 1, 30, dtype=torch.float64).view(5, 6)
+    loss = AGCLLoss(COUNTS, scale=5.0, **BRANCHES["instance"])
+
+    def slope(x, create_graph=False):
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            return torch.autograd.grad(loss(x, target), x, create_graph=create_graph)[0]
+
+    first = slope(logits, create_graph=True)
+    (second,) = torch.autograd.grad((first * direction).sum(), logits)
+    step = 1e-5 * direction
+    expected = (slope(logits + step) - slope(logits - step)) / 2e-5
+    torch.testing.assert_close(second, expected, rtol=1e-5, atol=1e-9)
+    quiet = torch.autograd.grad(loss.eval()(logits, target), logits)[0]
+    assert not torch.allclose(first, quiet)
 
 
 def test_torch_func():

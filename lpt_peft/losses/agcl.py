@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lpt_peft.losses.checks import Reduction, check_batch, check_settings, checked_class_counts, loss_dtype
 from lpt_peft.losses.counted import CountedLoss, delta_of
-from lpt_peft.losses.rows import Branches, agcl_rows
+from lpt_peft.losses.rows import Branches, Noise, agcl_rows
 
 
 def agcl_loss(
@@ -86,7 +86,7 @@ def agcl_loss(
     check_batch(logits, target, noise, num_classes=len(counts))
     delta = delta_of(counts, loss_dtype(logits), normalize)
     branches = Branches((gamma_pos,), (gamma_neg,), scale, margin, noise_scale, label_smoothing, delta)
-    return _reduced(agcl_rows(logits, target.long(), noise, branches), reduction)
+    return _reduced(agcl_rows(logits, target.long(), Noise.NONE if noise is None else noise, branches), reduction)
 
 
 class AGCLLoss(CountedLoss):
@@ -161,7 +161,6 @@ class AGCLLoss(CountedLoss):
     def forward(self, logits: Tensor, target: Tensor, noise: Tensor | None = None) -> Tensor:
         """Loss of `logits (B, C)` against `target (B,)`; `noise (B, C)` replaces the draw. See `agcl_loss`."""
         check_batch(logits, target, noise, num_classes=len(self.class_counts))
-        noise = self._noise_for(logits) if noise is None else noise
         branches = Branches(
             (self.gamma_pos,),
             (self.gamma_neg,),
@@ -171,7 +170,7 @@ class AGCLLoss(CountedLoss):
             self.label_smoothing,
             self._delta_in(loss_dtype(logits)),
         )
-        return _reduced(agcl_rows(logits, target.long(), noise, branches), self.reduction)
+        return _reduced(agcl_rows(logits, target.long(), self._noise_or(noise), branches), self.reduction)
 
 
 def _reduced(rows: Tensor, reduction: Reduction) -> Tensor:

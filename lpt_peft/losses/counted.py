@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lpt_peft.losses.checks import check_settings, checked_class_counts, loss_dtype
-
-_NOISE_STD = 1 / 3  # so the clamp to [-1, 1] cuts at three standard deviations
+from lpt_peft.losses.checks import check_settings, checked_class_counts
+from lpt_peft.losses.rows import Noise
 
 
 class CountedLoss(nn.Module):
@@ -41,12 +40,11 @@ class CountedLoss(nn.Module):
         """Delta `(C,)`; float64, which no training uses, is computed from the counts at every call."""
         return self._delta if dtype == torch.float32 else delta_of(self.class_counts, dtype, self.normalize)
 
-    def _noise_for(self, logits: Tensor) -> Tensor | None:
-        """A clamped Gaussian draw of the shape of `logits` while training, None in eval."""
-        if not self.training:
-            return None
-        noise = torch.empty_like(logits, dtype=loss_dtype(logits), requires_grad=False)
-        return noise.normal_(0, _NOISE_STD).clamp_(-1, 1)
+    def _noise_or(self, given: Tensor | None) -> Tensor | Noise:
+        """The noise given to the call, else a draw while training and none in eval."""
+        if given is not None:
+            return given
+        return Noise.DRAW if self.training else Noise.NONE
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._SETTINGS:

@@ -204,7 +204,6 @@ class LPTLoss(CountedLoss):
         else:
             beta = self.instance_weight(self._epoch if epoch is None else epoch)
 
-        noise = self._noise_for(logits) if noise is None else noise
         branches = Branches(
             (self.instance_gamma_pos, self.gamma_pos),
             (self.instance_gamma_neg, self.gamma_neg),
@@ -214,7 +213,7 @@ class LPTLoss(CountedLoss):
             self.label_smoothing,
             self._delta_in(loss_dtype(logits)),
         )
-        losses = agcl_rows(logits, target.long(), noise, branches)
+        losses = agcl_rows(logits, target.long(), self._noise_or(noise), branches)
         agcl = losses.view(2, -1).mean(1)
         if similarity.shape[1] == 0:  # phase "shared": nothing is matched
             return agcl, None, beta

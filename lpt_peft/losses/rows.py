@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -17,6 +18,15 @@ from torch import Tensor
 _LOGIT_LIMIT = 1e18  # beyond it, differences of logits and sums over a batch could overflow float32
 _BLOCK = 2**18  # logits per block on a CPU: the temporaries of a block stay in the cache
 _LARGEST_PRODUCT = 16  # integer exponents up to this one are computed by multiplication, faster than pow on a CPU
+
+_NOISE_STD = 1 / 3  # so the clamp to [-1, 1] cuts at three standard deviations
+
+
+class Noise(Enum):
+    """Noise that is not given as a tensor."""
+
+    NONE = "none"
+    DRAW = "draw"  # from torch's default generator
 
 
 @dataclass(frozen=True)
@@ -39,19 +49,22 @@ class Branches:
     delta: Tensor
 
 
-def agcl_rows(logits: Tensor, target: Tensor, noise: Tensor | None, branches: Branches) -> Tensor:
+def agcl_rows(logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches) -> Tensor:
     """A-GCL of each row, see `agcl_loss` for the equation.
 
     Args:
         logits: `(B, C)`, any floating dtype.
         target: `(B,)` int64, 0 to `C - 1`. On a CUDA device, a label out of range fails torch's own assertion.
-        noise: `(B, C)`, or None for no noise.
+        noise: `(B, C)`, or whether to draw it.
         branches: The settings; `B` is a multiple of their number of parts.
 
     Returns:
         `(B,)` in the dtype of `branches.delta`.
     """
-    if torch.compiler.is_compiling() or functorch_is_active():
+    traced = torch.compiler.is_compiling() or functorch_is_active()
+    if noise is Noise.DRAW and (traced or logits.device.type != "cpu"):
+        noise = _draw(logits, branches.delta.dtype)  # on a CPU each block draws its own, while it is in the cache
+    if traced:
         return _definition(logits, target, noise, branches)
     if torch.is_grad_enabled() and logits.requires_grad:
         loss: Tensor = _Rows.apply(logits, target, noise, branches)
@@ -64,13 +77,19 @@ def functorch_is_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
-def _definition(logits: Tensor, target: Tensor, noise: Tensor | None, branches: Branches) -> Tensor:
+def _draw(logits: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
+    """A clamped Gaussian draw of the shape of `logits`."""
+    noise = torch.empty_like(logits, dtype=dtype, requires_grad=False)
+    return noise.normal_(0, _NOISE_STD, generator=generator).clamp(-1, 1)
+
+
+def _definition(logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches) -> Tensor:
     """The loss as differentiable operations, for compilers, torch.func and second derivatives."""
     delta = branches.delta
     gamma_pos, gamma_neg = (_column(gammas, logits, delta.dtype) for gammas in (branches.gamma_pos, branches.gamma_neg))
     label = target[:, None]
     z = logits.to(delta.dtype).clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
-    if noise is not None:
+    if isinstance(noise, Tensor):
         z = z - branches.scale * branches.noise_scale * noise.to(delta.dtype).abs() * delta
     # The target's term comes from its log-odds against all other classes, as 1 - p_y is 0 once p_y rounds to 1
     # and its power then has no finite gradient: log p_y = logsigmoid(odds), log(1 - p_y) = logsigmoid(-odds).
@@ -87,20 +106,25 @@ def _definition(logits: Tensor, target: Tensor, noise: Tensor | None, branches: 
 
 
 class _Rows(torch.autograd.Function):
-    """Loss and gradient in one pass; the second derivative goes through `_definition`."""
+    """Loss and gradient in one pass; the second derivative goes through `_definition`, with the same noise."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, noise: Tensor | None, branches: Branches) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches) -> Tensor:
         gradient = torch.empty_like(logits, dtype=branches.delta.dtype, memory_format=torch.contiguous_format)
+        ctx.branches, ctx.noise = branches, None if isinstance(noise, Tensor) else noise
+        ctx.random_state = torch.get_rng_state() if noise is Noise.DRAW else None
         loss = _in_blocks(logits, target, noise, branches, gradient)
-        ctx.branches = branches
-        ctx.save_for_backward(logits, target, noise, gradient)
+        ctx.save_for_backward(logits, target, noise if isinstance(noise, Tensor) else None, gradient)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, noise, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
+            if ctx.noise is Noise.DRAW:
+                noise = _draw_again(logits, ctx.branches, ctx.random_state)
+            elif ctx.noise is Noise.NONE:
+                noise = Noise.NONE
             loss = _definition(logits, target, noise, ctx.branches)
             (slope,) = torch.autograd.grad(loss, logits, upstream[0], create_graph=True)
         else:
@@ -110,14 +134,14 @@ class _Rows(torch.autograd.Function):
 
 
 def _in_blocks(
-    logits: Tensor, target: Tensor, noise: Tensor | None, branches: Branches, gradient: Tensor | None
+    logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches, gradient: Tensor | None
 ) -> Tensor:
     """`_closed_form` of the batch, which fills `gradient`: in blocks of rows on a CPU, at once on a device."""
     blocks = [
         _closed_form(
             logits[rows],
             target[rows, None],
-            None if noise is None else noise[rows],
+            _of_block(noise, logits, rows, branches.delta.dtype),
             branches,
             gamma_pos=gamma_pos,
             gamma_neg=gamma_neg,
@@ -126,6 +150,18 @@ def _in_blocks(
         for rows, gamma_pos, gamma_neg in _blocks(logits, branches)
     ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _of_block(noise: Tensor | Noise, logits: Tensor, rows: slice, dtype: torch.dtype) -> Tensor | None:
+    if isinstance(noise, Tensor):
+        return noise[rows]
+    return _draw(logits[rows], dtype) if noise is Noise.DRAW else None
+
+
+def _draw_again(logits: Tensor, branches: Branches, random_state: Tensor) -> Tensor:
+    """The noise that the blocks drew, starting from this state of the generator."""
+    generator = torch.Generator().set_state(random_state)
+    return torch.cat([_draw(logits[rows], branches.delta.dtype, generator) for rows, _, _ in _blocks(logits, branches)])
 
 
 def _blocks(logits: Tensor, branches: Branches) -> Iterator[tuple[slice, float | Tensor, float | Tensor]]:
