@@ -489,7 +489,7 @@ def test_exponents_as_columns_equal_those_as_numbers(gammas, gradient, monkeypat
 
     by_numbers = answers()
     columns = [rows_module._column(values, logits, torch.float64) for values in gammas]
-    monkeypatch.setattr(rows_module, "_blocks", lambda *args: iter([(slice(None), *columns)]))
+    monkeypatch.setattr(rows_module, "_blocks", lambda *args: iter([(slice(0, 8), *columns)]))
     torch.testing.assert_close(answers(), by_numbers, rtol=1e-12, atol=1e-15)
 
 

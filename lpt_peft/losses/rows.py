@@ -137,8 +137,8 @@ def _in_blocks(
     logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches, gradient: Tensor | None
 ) -> Tensor:
     """`_closed_form` of the batch, which fills `gradient`: in blocks of rows on a CPU, at once on a device."""
-    blocks = [
-        _closed_form(
+    blocks = {
+        rows.start: _closed_form(
             logits[rows],
             target[rows, None],
             _of_block(noise, logits, rows, branches.delta.dtype),
@@ -148,8 +148,8 @@ def _in_blocks(
             gradient=None if gradient is None else gradient[rows],
         )
         for rows, gamma_pos, gamma_neg in _blocks(logits, branches)
-    ]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    }
+    return torch.cat([blocks[start] for start in sorted(blocks)])
 
 
 def _of_block(noise: Tensor | Noise, logits: Tensor, rows: slice, dtype: torch.dtype) -> Tensor | None:
@@ -161,19 +161,24 @@ def _of_block(noise: Tensor | Noise, logits: Tensor, rows: slice, dtype: torch.d
 def _draw_again(logits: Tensor, branches: Branches, random_state: Tensor) -> Tensor:
     """The noise that the blocks drew, starting from this state of the generator."""
     generator = torch.Generator().set_state(random_state)
-    return torch.cat([_draw(logits[rows], branches.delta.dtype, generator) for rows, _, _ in _blocks(logits, branches)])
+    dtype = branches.delta.dtype
+    blocks = {rows.start: _draw(logits[rows], dtype, generator) for rows, _, _ in _blocks(logits, branches)}
+    return torch.cat([blocks[start] for start in sorted(blocks)])
 
 
 def _blocks(logits: Tensor, branches: Branches) -> Iterator[tuple[slice, float | Tensor, float | Tensor]]:
-    """Rows and their exponents: numbers for blocks within one part, columns where a block has several parts."""
+    """Rows and their exponents: numbers for blocks within one part, columns where a block has several parts.
+
+    The last part comes first: this is the order in which the noise of the figures in docs/ was drawn.
+    """
     gammas = branches.gamma_pos, branches.gamma_neg
     if logits.device.type != "cpu":
         columns = [_column(values, logits, branches.delta.dtype) for values in gammas]
-        yield slice(None), columns[0], columns[1]
+        yield slice(0, len(logits)), columns[0], columns[1]
         return
     part = len(logits) // len(branches.gamma_pos)
     step = max(1, _BLOCK // logits.shape[1])
-    for index, (gamma_pos, gamma_neg) in enumerate(zip(*gammas, strict=True)):
+    for index, (gamma_pos, gamma_neg) in reversed(list(enumerate(zip(*gammas, strict=True)))):
         first, end = index * part, (index + 1) * part
         for start in range(first, end, step):
             yield slice(start, min(start + step, end)), gamma_pos, gamma_neg

@@ -54,11 +54,11 @@ def test_the_best_epoch_on_validation_is_kept(average):
 
 def test_patience_ends_the_phase():
     dataset, labels = striped_data()
-    settings = replace(SETTINGS, shared=replace(PHASE, epochs=12), patience=2)
+    settings = replace(SETTINGS, shared=replace(PHASE, epochs=8), patience=2)
     history = train(tiny_adapter(), dataset, labels, settings, validation=noisy_validation(), progress=False)
     scores = [record["validation"]["overall"] for record in history if record["phase"] == "shared"]
     best = scores.index(max(scores))
-    assert len(scores) == best + 3 < 12
+    assert len(scores) == best + 3 < 8
     assert [record["phase"] for record in history][-1] == "group", "the next phase begins all the same"
 
 
