@@ -69,7 +69,7 @@ def train(
     """Two phases of LPT on any map-style dataset of (image, label); `options` are TrainingArguments'."""
     class_counts = torch.bincount(torch.tensor(labels))
     model = LongTailPromptAdapter.wrap(vit, len(class_counts))  # LPT
-    sampler = DualSampler(labels, batch_size=32)  # LPT
+    sampler = DualSampler(labels, batch_size=64)  # LPT
     arguments = TrainingArguments(num_train_epochs=epochs, save_strategy="no", report_to="none", **options)
     for phase in ("shared", "group"):  # LPT
         model.phase = phase  # LPT

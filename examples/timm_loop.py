@@ -23,7 +23,7 @@ def train(vit: nn.Module, dataset: Dataset, labels: list[int], epochs: int = 10,
     class_counts = torch.bincount(torch.tensor(labels))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LongTailPromptAdapter.wrap(vit, len(class_counts)).to(device)  # LPT
-    sampler = DualSampler(labels, batch_size=32)  # LPT
+    sampler = DualSampler(labels, batch_size=64)  # LPT
     loader = DataLoader(dataset, batch_sampler=sampler)
     for phase in ("shared", "group"):  # LPT
         model.phase = phase  # LPT; create_optimizer_v2 takes what requires a gradient, so make a new one

@@ -23,7 +23,7 @@ def train(vit: nn.Module, dataset: Dataset, labels: list[int], epochs: int = 10,
     class_counts = torch.bincount(torch.tensor(labels))
     model = LongTailPromptAdapter.wrap(vit, len(class_counts))  # LPT
     place = {"num_replicas": accelerator.num_processes, "rank": accelerator.process_index}
-    sampler = DualSampler(labels, batch_size=32, **place)  # LPT; it shares out by itself, so the loader is not prepared
+    sampler = DualSampler(labels, batch_size=64, **place)  # LPT; it shares out by itself, so the loader is not prepared
     loader = DataLoader(dataset, batch_sampler=sampler)
     for phase in ("shared", "group"):  # LPT
         model.phase = phase  # LPT

@@ -54,7 +54,7 @@ def train(
     model = LongTailPromptAdapter.wrap(vit, len(class_counts))  # LPT
     for phase in ("shared", "group"):  # LPT
         model.phase = phase  # LPT
-        loader = DataLoader(dataset, batch_sampler=DualSampler(labels, batch_size=32))  # LPT; made on every rank
+        loader = DataLoader(dataset, batch_sampler=DualSampler(labels, batch_size=64))  # LPT; made on every rank
         trainer = lightning.Trainer(max_epochs=epochs, use_distributed_sampler=False, **options)  # it shards by itself
         trainer.fit(Module(model.train(), class_counts, epochs, lr), loader)
     return model.eval()

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+import runpy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +17,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from lpt_peft.errors import ConfigError, InputError
 from lpt_peft.losses import AGCLLoss, LPTLoss, agcl_loss
+from lpt_peft.losses import rows as rows_module
+from tests.host_reads import count_host_reads
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 COUNTS = [120, 57, 30, 30, 4, 1]
 PLAIN_CE = {"margin": 0.0, "noise_scale": 0.0, "gamma_pos": 0.0, "gamma_neg": 0.0, "label_smoothing": 0.0}
 BRANCHES = {"balanced": {"gamma_pos": 0.0, "gamma_neg": 4.0}, "instance": {"gamma_pos": 0.5, "gamma_neg": 8.0}}
@@ -447,6 +453,237 @@ def test_whole_counts_of_any_kind():
         assert torch.equal(agcl_loss(logits, target, counts, noise), expected)
 
 
+# --- one pass over rows: blocks, branches, second derivatives, devices ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "gammas", [(0.0, 4.0), (0.5, 8.0), (1.0, 1.0), (0.3, 2.7), (2.0, 0.0), (0.0, 11.0), (1.0, 40.0)]
+)
+@pytest.mark.parametrize("rows", [7, 16])
+def test_blocks_and_any_exponents_equal_the_plain_formula(gammas, rows, monkeypatch):
+    """Blocks of two rows, whole and cut; integer, fractional and large exponents."""
+    monkeypatch.setattr(rows_module, "_BLOCK", 2 * len(COUNTS))
+    gamma_pos, gamma_neg = gammas
+    logits, target, noise = batch(rows)
+    logits = logits / 4  # so that no negative weight is below what counts as 0
+    keywords = {"gamma_pos": gamma_pos, "gamma_neg": gamma_neg}
+    expected = with_gradient(lambda x: plain_agcl(x, target, plain_delta(COUNTS), noise, s=5.0, **keywords), logits)
+    actual = with_gradient(
+        lambda x: agcl_loss(x, target, COUNTS, noise, scale=5.0, reduction="none", **keywords), logits
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("gammas", [((0.5, 0.0), (8.0, 4.0)), ((0.5, 0.5), (4.0, 4.0)), ((0.0, 2.0), (0.0, 1.5))])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_exponents_as_columns_equal_those_as_numbers(gammas, gradient, monkeypatch):
+    """What runs on a device: all rows at once, with a column of exponents."""
+    logits, target, noise = batch(8)
+    branches = rows_module.Branches(*gammas, 20.0, 0.1, 0.5, 0.1, plain_delta(COUNTS))
+    logits.requires_grad_(gradient)
+    upstream = torch.arange(1.0, 9.0, dtype=torch.float64)
+
+    def answers():
+        loss = rows_module.agcl_rows(logits, target, noise, branches)
+        return (loss, *torch.autograd.grad(loss, logits, upstream)) if gradient else (loss,)
+
+    by_numbers = answers()
+    columns = [rows_module._column(values, logits, torch.float64) for values in gammas]
+    monkeypatch.setattr(rows_module, "_blocks", lambda *args: iter([(slice(0, 8), *columns)]))
+    torch.testing.assert_close(answers(), by_numbers, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3, 1e6, 1e17])
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_definition_and_closed_form_agree_for_extreme_logits(branch, size):
+    generator = torch.Generator().manual_seed(0)
+    logits = size * torch.randn(64, 6, generator=generator, dtype=torch.float64)
+    target = torch.randint(6, (64,), generator=generator)
+    gammas = ((value,) for value in BRANCHES[branch].values())
+    branches = rows_module.Branches(*gammas, 20.0, 0.1, 0.5, 0.1, plain_delta(COUNTS))
+    actual = with_gradient(lambda x: rows_module.agcl_rows(x, target, rows_module.Noise.NONE, branches), logits)
+    expected = with_gradient(lambda x: rows_module._definition(x, target, rows_module.Noise.NONE, branches), logits)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_first_and_second_derivatives(branch):
+    logits, target, noise = batch(5)
+    logits = (logits / 4).requires_grad_()
+    loss = AGCLLoss(COUNTS, scale=5.0, **BRANCHES[branch])
+    assert torch.autograd.gradcheck(lambda x: loss(x, target, noise), logits)
+    assert torch.autograd.gradgradcheck(lambda x: loss(x, target, noise), logits)
+    expected = torch.autograd.functional.hessian(
+        lambda x: plain_agcl(x, target, plain_delta(COUNTS), noise, s=5.0, **BRANCHES[branch]).mean(), logits
+    )
+    actual = torch.autograd.functional.hessian(lambda x: loss(x, target, noise), logits)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_second_derivative_sees_the_noise_that_was_drawn(monkeypatch):
+    """Against differences of first derivatives under the same seed; the batch is cut into blocks of two rows."""
+    monkeypatch.setattr(rows_module, "_BLOCK", 2 * len(COUNTS))
+    logits, target, _ = batch(5)
+    logits = (logits / 4).requires_grad_()
+    direction = torch.linspace(-1, 1, 30, dtype=torch.float64).view(5, 6)
+    loss = AGCLLoss(COUNTS, scale=5.0, **BRANCHES["instance"])
+
+    def slope(x, create_graph=False):
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            return torch.autograd.grad(loss(x, target), x, create_graph=create_graph)[0]
+
+    first = slope(logits, create_graph=True)
+    (second,) = torch.autograd.grad((first * direction).sum(), logits)
+    step = 1e-5 * direction
+    expected = (slope(logits + step) - slope(logits - step)) / 2e-5
+    torch.testing.assert_close(second, expected, rtol=1e-5, atol=1e-9)
+    quiet = torch.autograd.grad(loss.eval()(logits, target), logits)[0]
+    assert not torch.allclose(first, quiet)
+
+
+def test_torch_func():
+    logits, target, noise = batch(6)
+    loss = AGCLLoss(COUNTS, gamma_pos=0.5, reduction="sum")
+    _, expected = with_gradient(lambda x: loss(x, target, noise), logits)
+    torch.testing.assert_close(torch.func.grad(lambda x: loss(x, target, noise))(logits), expected)
+    per_row = torch.func.vmap(torch.func.grad(lambda x, y, e: loss(x[None], y[None], e[None])))
+    torch.testing.assert_close(per_row(logits, target, noise), expected)
+    _, slope = torch.func.jvp(lambda x: loss(x, target, noise), (logits,), (noise,))
+    torch.testing.assert_close(slope, (expected * noise).sum())
+    drawn = torch.func.vmap(lambda x: loss(x, target), randomness="different")(torch.stack([logits, logits]))
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", [lambda: AGCLLoss(COUNTS), lambda: LPTLoss(COUNTS, 3)])
+def test_no_host_read_forward_or_backward(make, training, monkeypatch):
+    """Neither where the labels' values are taken to be on a device, nor on "meta", where every read is an error."""
+    criterion = make().train(training)
+    for device in ("cpu", "meta"):
+        criterion = criterion.to(device)
+        monkeypatch.setattr("lpt_peft.losses.checks._values_are_free", lambda tensor: False)
+        logits = torch.randn(8, 6, device=device, requires_grad=True)
+        similarity = torch.rand(8, 2, device=device, requires_grad=True)
+        target = torch.randint(6, (8,), device=device)
+        given = Output(logits, similarity) if isinstance(criterion, LPTLoss) else logits
+        with count_host_reads() as reads:
+            if isinstance(criterion, LPTLoss):
+                criterion.set_epoch(1)
+            criterion(given, target).backward()
+            if isinstance(criterion, LPTLoss):
+                criterion.terms(given, target)
+        assert reads == [], reads.locations
+        assert logits.grad.shape == logits.shape
+
+
+def test_labels_are_read_on_a_cpu_only():
+    logits, target, _ = batch(8)
+    loss = AGCLLoss(COUNTS)
+    with count_host_reads() as reads:
+        loss(logits, target)
+    assert reads == ["aten._local_scalar_dense"]
+    loss.to("meta")(logits.to("meta"), target.to("meta"))  # reading a value there would raise
+
+
+def test_a_label_out_of_range_that_is_not_checked_fails_in_torch(monkeypatch):
+    """On a CUDA device the same index fails torch's assertion."""
+    monkeypatch.setattr("lpt_peft.losses.checks._values_are_free", lambda tensor: False)
+    for label in (-1, 6):
+        with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+            AGCLLoss(COUNTS)(torch.zeros(1, 6, requires_grad=True), torch.tensor([label]))
+
+
+# --- settings that change, and the epoch ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change", [{"normalize": False}, {"margin": 0.3}, {"class_counts": [3, 3, 2, 50, 7, 1]}, {"gamma_neg": 2.0}]
+)
+def test_assigned_settings_count_at_once(change):
+    logits, target, noise = batch(8)
+    output = Output(logits, torch.zeros(8, 0))
+    for loss, inputs in (
+        (AGCLLoss(COUNTS, noise_scale=0.05), (logits, target, noise)),
+        (LPTLoss(COUNTS, 3, noise_scale=0.05), (output, target, 1, noise)),
+    ):
+        counts = change.get("class_counts", COUNTS)
+        settings = {name: value for name, value in change.items() if name != "class_counts"}
+        epochs = (3,) if isinstance(loss, LPTLoss) else ()
+        expected = type(loss)(counts, *epochs, noise_scale=0.05, **settings)
+        before = loss(*inputs)
+        for name, value in change.items():
+            setattr(loss, name, value)
+        assert loss(*inputs) == expected(*inputs) != before
+        single = (
+            [logits.float(), target, noise.float()]
+            if isinstance(loss, AGCLLoss)
+            else [Output(logits.float(), torch.zeros(8, 0)), target, 1, noise.float()]
+        )
+        assert loss(*single) == expected(*single), "float32 reads delta from a buffer"
+
+
+def test_assigned_settings_are_checked():
+    loss = LPTLoss(COUNTS, 3)
+    for name, value in {"margin": -1, "epochs": 0, "eta": math.nan, "normalize": 1, "instance_gamma_neg": "8"}.items():
+        before = getattr(loss, name)
+        with pytest.raises(ConfigError, match=f"{name}="):
+            setattr(loss, name, value)
+        assert getattr(loss, name) == before
+    with pytest.raises(InputError, match=r"class_counts\[0\]=0 "):
+        loss.class_counts = [0, 1]
+    with pytest.raises(ConfigError, match="reduction='avg'"):
+        AGCLLoss(COUNTS).reduction = "avg"
+
+
+def test_half_and_double_leave_counts_and_delta_exact():
+    logits, target, noise = batch(8, dtype=torch.float32)
+    expected = AGCLLoss(COUNTS)(logits, target, noise)
+    for convert in (nn.Module.half, nn.Module.bfloat16, nn.Module.double):
+        assert convert(AGCLLoss(COUNTS))(logits, target, noise) == expected
+
+
+def test_set_epoch_is_what_a_call_without_an_epoch_uses():
+    logits, target, noise = batch(8)
+    output = Output(logits, torch.rand(8, 2))
+    loss = LPTLoss(COUNTS, epochs=4)
+    assert loss.epoch == 0
+    for epoch in (0, 1, 2.5, 4):
+        loss.set_epoch(epoch)
+        assert loss.epoch == epoch
+        assert f"LPTLoss(epoch={epoch}, num_classes=6, epochs=4" in repr(loss)
+        assert loss(output, target, noise=noise) == loss(output, target, epoch, noise)
+        assert loss.terms(output, target, noise=noise) == loss.terms(output, target, epoch, noise)
+    assert loss(output, target, 1, noise) == LPTLoss(COUNTS, 4)(output, target, 1, noise)
+    assert loss.epoch == 4, "an epoch given to a call counts for that call"
+    assert copy.deepcopy(loss).epoch == 4
+    for epoch in (-1, 4.5, math.nan):
+        with pytest.raises(InputError, match=r"epoch=.* must be from 0 to epochs=4"):
+            loss.set_epoch(epoch)
+    assert loss.epoch == 4
+
+
+def test_set_epoch_compiles_once():
+    torch._dynamo.reset()
+    logits, target, _ = batch(8, dtype=torch.float32)
+    output = Output(logits, torch.rand(8, 2))
+    loss, counter = LPTLoss(COUNTS, epochs=20).eval(), CompileCounter()
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for epoch in range(20):
+        loss.set_epoch(epoch)
+        torch.testing.assert_close(compiled(output, target), loss(output, target))
+    loss.eta = 0.9
+    torch.testing.assert_close(compiled(output, target), loss(output, target))
+    assert counter.frame_count <= 2, "once, and once more for the changed setting"
+
+
+def test_benchmark_runs(capsys):
+    runpy.run_path(str(ROOT / "examples/benchmarks/losses.py"))["main"](rows=4, classes=10, rounds=2)
+    shown = capsys.readouterr().out
+    for name in ("cross_entropy", "AGCLLoss, train", "AGCLLoss, eval", "LPTLoss, train", "the noise alone"):
+        assert name in shown
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -455,20 +692,20 @@ def test_whole_counts_of_any_kind():
     [
         ([5, 0, 3], r"class_counts\[1\]=0 .*at least 1.*leave a class without training images out"),
         ([5, 3, -2], r"class_counts\[2\]=-2 "),
-        ([5.0, 2.5], r"class_counts\[1\]=2.5 .*whole number"),
+        ([5.0, 2.5], r"class_counts\[1\]=2.5 .*integer"),
         ([math.nan, 2.0], r"class_counts\[0\]=nan "),
         ([2.0, math.inf], r"class_counts\[1\]=inf "),
         ([1e30, 2.0], r"class_counts\[0\]=1.*e\+30 "),
-        ([], "class_counts must be one whole number per class.*bincount"),
+        ([], "class_counts must be one integer per class.*bincount"),
         ([[1, 2]], r"shape \(1, 2\).*bincount"),
         (7, r"class_counts must be .* shape \(\)"),
         ([True, True], "torch.bool"),
         ([1j, 2], "complex"),
-        ([1, None], "class_counts must be one whole number per class, not"),
-        ("many", "class_counts must be one whole number per class, not 'many'"),
-        ({0: 5, 1: 3}, "class_counts must be one whole number per class, not"),
-        ([[1], [2, 3]], "class_counts must be one whole number per class, not"),
-        ([2**70], "class_counts must be one whole number per class, not"),
+        ([1, None], "class_counts must be one integer per class, not"),
+        ("many", "class_counts must be one integer per class, not 'many'"),
+        ({0: 5, 1: 3}, "class_counts must be one integer per class, not"),
+        ([[1], [2, 3]], "class_counts must be one integer per class, not"),
+        ([2**70], "class_counts must be one integer per class, not"),
     ],
 )
 def test_class_counts_are_refused_by_name(counts, words):
@@ -484,7 +721,9 @@ def test_class_counts_are_refused_by_name(counts, words):
         ({"target": torch.tensor([0, 1, 6, 0])}, "label 6, but class_counts has the classes 0 to 5"),
         ({"target": torch.tensor([0, -100, 2, 0])}, "label -100.*drop the rows"),
         ({"target": torch.zeros(4)}, r"integer dtype, not torch.float32.*\.long\(\)"),
+        ({"target": torch.full((4, 6), 1 / 6)}, r"torch.float32 of shape \(4, 6\), as Mixup.*cross_entropy"),
         ({"target": torch.zeros(4, dtype=torch.bool)}, "not torch.bool"),
+        ({"noise": torch.zeros(4, 6, requires_grad=True)}, r"noise requires a gradient.*noise.detach\(\)"),
         ({"target": torch.zeros(3, dtype=torch.long)}, r"target must have shape \(B,\) = \(4,\), not \(3,\)"),
         ({"target": torch.zeros(4, 6, dtype=torch.long)}, r"target must have shape .* not \(4, 6\)"),
         ({"target": torch.tensor(1)}, r"target must have shape .* not \(\)"),

@@ -18,11 +18,11 @@ LABELS = np.repeat(np.arange(365), COUNTS)
 
 
 def test_an_epoch_shows_every_image_and_every_class_alike():
-    batch_size = 73  # a fifth of the classes: whole cycles of the class-balanced half
-    batches = list(DualSampler(LABELS, batch_size, num_batches=5 * 172))
-    instance = [index for batch in batches for index in batch[:batch_size]]
+    half = 73  # a fifth of the classes: whole cycles of the class-balanced half
+    batches = list(DualSampler(LABELS, 2 * half, num_batches=5 * 172))
+    instance = [index for batch in batches for index in batch[:half]]
     assert sorted(instance[:62_500]) == list(range(62_500))
-    balanced = Counter(int(LABELS[index]) for batch in batches for index in batch[batch_size:])
+    balanced = Counter(int(LABELS[index]) for batch in batches for index in batch[half:])
     assert set(balanced.values()) == {172}, "every class once in every cycle"
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,9 +24,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from timm.data import Mixup
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms import v2
 
 from lpt_peft.errors import ConfigError, InputError, LPTError
+from lpt_peft.losses import AGCLLoss, LPTLoss
 from lpt_peft.samplers import ClassBalancedSampler, DualSampler
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +59,7 @@ def draws(draw):
     return build
 
 
-batch_sizes, worlds = st.integers(1, 9), st.integers(1, 4)
+half_sizes, worlds = st.integers(1, 9), st.integers(1, 4)
 
 
 def halves(batches):
@@ -82,19 +86,19 @@ def check_class_balanced(rows, labels, run):
 
 
 @quick
-@given(draws(), batch_sizes)
-def test_instance_half_takes_every_image_once_per_pass(build, batch_size):
+@given(draws(), half_sizes)
+def test_instance_half_takes_every_image_once_per_pass(build, half):
     size = len(build.labels)
-    rows, _ = halves(list(build(DualSampler, batch_size, num_batches=-(-3 * size // batch_size))))
+    rows, _ = halves(list(build(DualSampler, 2 * half, num_batches=-(-3 * size // half))))
     for start in range(0, 3 * size, size):
         assert sorted(rows[start : start + size]) == list(range(size))
 
 
 @quick
-@given(draws(), batch_sizes)
-def test_class_half_holds_the_rules_of_a_slow_reading(build, batch_size):
-    batches = -(-4 * build.run * len(set(build.labels)) // batch_size)
-    _, rows = halves(list(build(DualSampler, batch_size, num_batches=batches)))
+@given(draws(), half_sizes)
+def test_class_half_holds_the_rules_of_a_slow_reading(build, half):
+    batches = -(-4 * build.run * len(set(build.labels)) // half)
+    _, rows = halves(list(build(DualSampler, 2 * half, num_batches=batches)))
     check_class_balanced(rows, build.labels, build.run)
 
 
@@ -110,8 +114,8 @@ def test_rules_hold_across_many_blocks_and_classes():
     """Draws longer than one internal block, of data larger and smaller than one."""
     for images, classes in ((40_000, 5_000), (300, 7)):
         labels = np.concatenate([np.arange(classes), np.random.default_rng(0).integers(0, classes, images - classes)])
-        batch_size = 999
-        sampler = DualSampler(labels, batch_size, samples_per_class=4, num_batches=90)
+        half = 999
+        sampler = DualSampler(labels, 2 * half, samples_per_class=4, num_batches=90)
         instance, balanced = halves(list(sampler))
         for start in range(0, len(instance) - images + 1, images):
             assert np.array_equal(np.sort(instance[start : start + images]), np.arange(images))
@@ -123,35 +127,35 @@ def test_rules_hold_across_many_blocks_and_classes():
 
 def test_halves_are_drawn_apart_from_each_other():
     """With one image per class both halves are permutations; they must not be the same one."""
-    instance, balanced = halves(list(DualSampler(range(30), 30, num_batches=5)))
+    instance, balanced = halves(list(DualSampler(range(30), 60, num_batches=5)))
     assert sorted(instance) == sorted(balanced)
     assert all(instance[start : start + 30] != balanced[start : start + 30] for start in range(0, 150, 30))
 
 
 @quick
-@given(draws(), batch_sizes, worlds)
-def test_ranks_together_draw_what_one_process_draws(build, batch_size, world):
+@given(draws(), half_sizes, worlds)
+def test_ranks_together_draw_what_one_process_draws(build, half, world):
     def batches(size, num_replicas, rank):
         return list(build(DualSampler, size, num_batches=5, num_replicas=num_replicas, rank=rank))
 
-    parts = [batches(batch_size, world, rank) for rank in range(world)]
-    for step, batch in enumerate(batches(world * batch_size, 1, 0)):
-        assert batch == [row for half in (0, 1) for part in parts for row in halves([part[step]])[half]]
+    parts = [batches(2 * half, world, rank) for rank in range(world)]
+    for step, batch in enumerate(batches(world * 2 * half, 1, 0)):
+        assert batch == [row for which in (0, 1) for part in parts for row in halves([part[step]])[which]]
 
 
 @quick
-@given(draws(), batch_sizes, st.integers(2, 4))
-def test_instance_halves_of_ranks_are_disjoint_within_a_pass(build, batch_size, world):
+@given(draws(), half_sizes, st.integers(2, 4))
+def test_instance_halves_of_ranks_are_disjoint_within_a_pass(build, half, world):
     size = len(build.labels)
     assume(size >= world)
-    batch_size = min(batch_size, size // world)
-    steps = size // (batch_size * world)
+    half = min(half, size // world)
+    steps = size // (half * world)
     ranks = [
-        halves(list(build(DualSampler, batch_size, num_batches=steps, num_replicas=world, rank=rank)))[0]
+        halves(list(build(DualSampler, 2 * half, num_batches=steps, num_replicas=world, rank=rank)))[0]
         for rank in range(world)
     ]
     together = list(itertools.chain(*ranks))
-    assert len(together) == len(set(together)) == steps * batch_size * world
+    assert len(together) == len(set(together)) == steps * half * world
 
 
 @quick
@@ -205,7 +209,7 @@ def test_class_order_and_instance_order_are_uniform():
     labels = [0, 1, 2, 2]
     classes, images = Counter(), Counter()
     for seed in range(900):
-        (batch,) = DualSampler(labels, 4, num_batches=1, seed=seed)
+        (batch,) = DualSampler(labels, 8, num_batches=1, seed=seed)
         images[tuple(batch[:4])] += 1
         classes[tuple(labels[row] for row in batch[4:7])] += 1
     assert (len(classes), len(images)) == (6, 24)
@@ -214,7 +218,7 @@ def test_class_order_and_instance_order_are_uniform():
 
 
 def make_dual(**changes):
-    return DualSampler(**{"labels": LONG_TAIL, "batch_size": 7, "samples_per_class": 4, "seed": 3, **changes})
+    return DualSampler(**{"labels": LONG_TAIL, "batch_size": 14, "samples_per_class": 4, "seed": 3, **changes})
 
 
 def make_single(**changes):
@@ -275,10 +279,10 @@ def test_global_random_state_is_neither_read_nor_changed(make):
 
 
 @quick
-@given(draws(), batch_sizes, worlds, st.data())
-def test_resume_from_any_place_gives_the_identical_remainder(build, batch_size, world, data):
+@given(draws(), half_sizes, worlds, st.data())
+def test_resume_from_any_place_gives_the_identical_remainder(build, half, world, data):
     ranks = {"num_replicas": world, "rank": data.draw(st.integers(0, world - 1))}
-    for make in (lambda: build(DualSampler, batch_size, **ranks), lambda: build(ClassBalancedSampler, **ranks)):
+    for make in (lambda: build(DualSampler, 2 * half, **ranks), lambda: build(ClassBalancedSampler, **ranks)):
         sampler = make()
         whole = list(sampler)
         used = data.draw(st.integers(0, len(whole)))
@@ -395,16 +399,16 @@ def test_data_loader(workers):
 
 
 @quick
-@given(label_lists(), batch_sizes, worlds)
-def test_lengths(labels, batch_size, world):
+@given(label_lists(), half_sizes, worlds)
+def test_lengths(labels, half, world):
     for rank in range(world):
         ranks = {"num_replicas": world, "rank": rank}
-        dual = DualSampler(labels, batch_size, **ranks)
-        assert len(list(dual)) == len(dual) == len(labels) // (batch_size * world) + 1
-        assert {len(batch) for batch in dual} == {2 * batch_size}
+        dual = DualSampler(labels, 2 * half, **ranks)
+        assert len(list(dual)) == len(dual) == len(labels) // (half * world) + 1
+        assert {len(batch) for batch in dual} == {2 * half}
         single = ClassBalancedSampler(labels, **ranks)
         assert len(list(single)) == len(single) == int(np.ceil(len(labels) / world))
-        assert len(list(DualSampler(labels, batch_size, num_batches=3, **ranks))) == 3
+        assert len(list(DualSampler(labels, 2 * half, num_batches=3, **ranks))) == 3
         assert len(list(ClassBalancedSampler(labels, 11, **ranks))) == int(np.ceil(11 / world))
 
 
@@ -427,17 +431,25 @@ def test_a_million_draws_are_lazy():
 
 WORKER = """
 import json, sys, torch.distributed as dist
+from lpt_peft.losses import AGCLLoss, LPTLoss
 from lpt_peft.samplers import ClassBalancedSampler, DualSampler
 rank, store, labels = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+early, single = DualSampler(labels, 8, samples_per_class=2), ClassBalancedSampler(labels, 40, samples_per_class=2)
+before = [len(early), len(single), early.state_dict()["num_replicas"], repr(early)]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-dual, single = DualSampler(labels, 4, samples_per_class=2), ClassBalancedSampler(labels, 40, samples_per_class=2)
-dual.set_epoch(5)
-print(json.dumps([list(dual), list(single)]))
+late = DualSampler(labels, 8, samples_per_class=2)
+for dual in (early, late):
+    dual.set_epoch(5)
+assert list(early) == list(late)
+after = [len(early), len(single), early.state_dict()["num_replicas"], repr(early)]
+fixed = DualSampler(labels, 8, num_replicas=4, rank=3)
+assert fixed.state_dict()["num_replicas"] == 4
+print(json.dumps([list(early), list(single), before, after]))
 dist.destroy_process_group()
 """
 
 
-def test_two_processes_find_their_rank_and_share_one_draw(tmp_path):
+def test_two_processes_share_one_draw_by_samplers_made_before_the_process_group(tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store"), json.dumps(LONG_TAIL)],
@@ -453,11 +465,16 @@ def test_two_processes_find_their_rank_and_share_one_draw(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    (dual0, single0), (dual1, single1) = map(json.loads, outputs)
+    (dual0, single0, before0, after0), (dual1, single1, before1, after1) = map(json.loads, outputs)
+    assert before0 == before1
+    assert before0[:3] == [len(LONG_TAIL) // 4 + 1, 40, 1]
+    assert after0[:3] == after1[:3] == [len(LONG_TAIL) // 8 + 1, 20, 2]
+    assert before0[3].endswith("num_replicas=1, rank=0)")
+    assert after1[3].endswith("num_replicas=2, rank=1)")
     instance0, instance1 = (halves(batches)[0][: len(LONG_TAIL) // 8 * 4] for batches in (dual0, dual1))
     assert len(set(instance0) | set(instance1)) == len(instance0) + len(instance1) == len(LONG_TAIL) // 8 * 8
 
-    whole = DualSampler(LONG_TAIL, 8, samples_per_class=2)
+    whole = DualSampler(LONG_TAIL, 16, samples_per_class=2)
     whole.set_epoch(5)
     assert [a[:4] + b[:4] + a[4:] + b[4:] for a, b in zip(dual0, dual1, strict=True)] == list(whole)
     dealt = np.stack([np.reshape(single0, (-1, 2)), np.reshape(single1, (-1, 2))], 1).ravel().tolist()
@@ -502,7 +519,9 @@ def test_bad_arguments_are_refused_by_name(make, changes, error, words):
 @pytest.mark.parametrize(
     ("make", "changes", "words"),
     [
-        (make_dual, {"batch_size": 0}, "batch_size=0.*at least 1"),
+        (make_dual, {"batch_size": 0}, "batch_size=0.*at least 2"),
+        (make_dual, {"batch_size": 1}, "batch_size=1.*at least 2"),
+        (make_dual, {"batch_size": 7}, "batch_size=7 must be even.*use 6 or 8"),
         (make_dual, {"batch_size": True}, "batch_size=True"),
         (make_dual, {"batch_size": "8"}, "batch_size='8'"),
         (make_dual, {"num_batches": 0}, "num_batches=0.*at least 1"),
@@ -569,12 +588,66 @@ def test_a_broken_state_is_refused_and_changes_nothing(make):
 
 
 def test_a_state_of_another_size_is_refused():
-    with pytest.raises(InputError, match="batch_size is 7 here and 8 in the state"):
-        make_dual().load_state_dict(make_dual(batch_size=8).state_dict())
+    with pytest.raises(InputError, match="batch_size is 14 here and 16 in the state"):
+        make_dual().load_state_dict(make_dual(batch_size=16).state_dict())
     with pytest.raises(InputError, match="num_batches is 15 here and 4 in the state"):
         make_dual().load_state_dict(make_dual(num_batches=4).state_dict())
     with pytest.raises(InputError, match="num_samples is 70 here and 71 in the state"):
         make_single().load_state_dict(make_single(num_samples=71).state_dict())
+
+
+@makers
+def test_repr_shows_sizes_and_epoch(make):
+    sampler = make(num_replicas=2, rank=1)
+    sampler.set_epoch(4)
+    sizes = "batch_size=14, num_batches=8" if make is make_dual else "num_samples=70"
+    assert repr(sampler) == (
+        f"{type(sampler).__name__}(images=101, classes=6, {sizes}, samples_per_class=4, seed=3, epoch=4, "
+        "num_replicas=2, rank=1)"
+    )
+
+
+# --- Mixup and CutMix -----------------------------------------------------------------------------------------------
+
+
+def dual_batch():
+    """Images and labels of a batch of 8; the image of row i is 1 in channel i and 0 elsewhere."""
+    rows = next(iter(DualSampler(LONG_TAIL, 8)))
+    images = torch.eye(8)[:, :, None, None].expand(8, 8, 16, 16).clone()
+    return images, torch.tensor([LONG_TAIL[row] for row in rows])
+
+
+def partners(mixed):
+    """For each row the one other row that is mixed into it."""
+    found = []
+    for row, channels in enumerate(mixed.amax((2, 3))):
+        (other,) = {channel for channel in range(8) if channels[channel] > 0} - {row}
+        found.append(other)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("kind", [{"mixup_alpha": 1.0}, {"mixup_alpha": 0.0, "cutmix_minmax": (0.4, 0.6)}])
+def test_timm_mixes_every_instance_balanced_row_with_a_class_balanced_one(kind, mode):
+    images, target = dual_batch()
+    mixed, soft = Mixup(mode=mode, num_classes=10, **kind)(images, target)
+    assert partners(mixed) == [7, 6, 5, 4, 3, 2, 1, 0]
+    with pytest.raises(InputError, match="Mixup and CutMix.*class indices only"):
+        LPTLoss([1] * 10, epochs=1)(SimpleNamespace(logits=torch.zeros(8, 10), similarity=torch.zeros(8, 0)), soft)
+
+
+@pytest.mark.parametrize("kind", [v2.MixUp, v2.CutMix])
+def test_torchvision_mixes_within_the_halves_except_for_their_first_rows(kind):
+    images, target = dual_batch()
+    with torch.random.fork_rng():
+        torch.manual_seed(2)  # a CutMix box that is not empty
+        mix = kind(num_classes=10)
+        mixed, soft = mix(images, target)
+        assert partners(mixed) == [7, 0, 1, 2, 3, 4, 5, 6]
+        halves_alone = [mix(images[rows], target[rows])[0] for rows in (slice(4), slice(4, 8))]
+    assert partners(torch.cat(halves_alone)) == [3, 0, 1, 2, 7, 4, 5, 6]
+    with pytest.raises(InputError, match="Mixup and CutMix.*class indices only"):
+        AGCLLoss([1] * 10)(torch.zeros(8, 10), soft)
 
 
 def test_benchmark_runs(capsys):

@@ -85,7 +85,7 @@ def measure(kind: str, folder: Path, results: Any) -> None:
     else:
         data = image_folder(folder / "folders")
     built, most, now = time.perf_counter() - start, peak(), resident()
-    next(iter(DualSampler(data.labels, 128)))
+    next(iter(DualSampler(data.labels, 256)))
     drawn = time.perf_counter() - start - built
     results.put((len(data), len(data.class_names), built, drawn, now - before, most - before))
 
@@ -115,7 +115,7 @@ def write_images(folder: Path, batch_size: int) -> None:
     data = image_list(folder / "list.txt", folder)
     names = [line.rsplit(" ", 1)[0] for line in (folder / "list.txt").read_text().splitlines()]
     settings = TrainSettings(batch_size=batch_size)
-    sampler = DualSampler(data.labels, batch_size, samples_per_class=settings.samples_per_class)
+    sampler = DualSampler(data.labels, 2 * batch_size, samples_per_class=settings.samples_per_class)
     pixels = np.random.default_rng(0).integers(0, 255, (600, 800, 3), dtype=np.uint8)
     for index in {0, *next(iter(sampler))}:  # the first image is tried before
         (folder / names[index]).parent.mkdir(parents=True, exist_ok=True)

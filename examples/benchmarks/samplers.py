@@ -51,9 +51,9 @@ def main(num_images: int = 500_000, num_classes: int = 8_142, num_draws: int = 1
     print(f"{'sampler':40}{'build s':>10}{'draw s':>10}{'peak MB':>10}")
     for run in (1, 4):
         single = partial(ClassBalancedSampler, labels, num_draws, samples_per_class=run)
-        dual = partial(DualSampler, labels, 256, num_batches=-(-num_draws // 512), samples_per_class=run)
+        dual = partial(DualSampler, labels, 512, num_batches=-(-num_draws // 512), samples_per_class=run)
         measure(f"ClassBalancedSampler, runs of {run}", single)
-        measure(f"DualSampler, batch_size=256, runs of {run}", dual)
+        measure(f"DualSampler, batch_size=512, runs of {run}", dual)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""What the losses refuse, and in which precision they compute."""
+"""Input validation for the losses, and the dtype they compute in."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lpt_peft.errors import ConfigError, InputError
+from lpt_peft.losses.rows import functorch_is_active
+
+Reduction = Literal["mean", "sum", "none"]
 
 
 def loss_dtype(tensor: Tensor) -> torch.dtype:
@@ -17,17 +21,15 @@ def loss_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def checked_class_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
-    """`(C,)` int64. Under torch.compile the values, which an AGCLLoss has checked when built, are not read."""
+    """`(C,)` int64. Reads the values, except under torch.compile."""
     try:
         given = torch.as_tensor(class_counts)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"class_counts must be one whole number per class, not {class_counts!r:.50}: {error}."
-        ) from error
+        raise InputError(f"class_counts must be one integer per class, not {class_counts!r:.50}: {error}.") from error
     if given.ndim != 1 or len(given) == 0 or given.dtype == torch.bool or given.is_complex():
         raise InputError(
-            f"class_counts must be one whole number per class, not {given.dtype} of shape {tuple(given.shape)}: "
-            "take torch.bincount(labels, minlength=num_classes)."
+            f"class_counts must be one integer per class, not {given.dtype} of shape {tuple(given.shape)}: "
+            "use torch.bincount(labels, minlength=num_classes)."
         )
     counts = given.detach().long()
     if not torch.compiler.is_compiling():
@@ -35,14 +37,17 @@ def checked_class_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
         if wrong.any():
             index = int(wrong.nonzero()[0])
             raise InputError(
-                f"class_counts[{index}]={given[index].item()} must be a whole number of at least 1, as the loss takes "
+                f"class_counts[{index}]={given[index].item()} must be an integer of at least 1, as the loss takes "
                 "its logarithm: leave a class without training images out of the labels and the head."
             )
     return counts
 
 
 def check_batch(logits: Tensor, target: Tensor, noise: Tensor | None, num_classes: int) -> None:
-    """Logits (B, C), labels (B,) in 0 to C - 1, noise (B, C) or None; the range is not read while compiling."""
+    """Logits (B, C), labels (B,) from 0 to C - 1, noise (B, C) or None.
+
+    The range of the labels is checked where reading them is free: on a CPU, outside torch.compile and torch.func.
+    """
     if logits.ndim != 2 or not logits.is_floating_point() or logits.shape[0] == 0:
         raise InputError(
             f"logits must be floating (B, C) with B > 0, not {logits.dtype} of shape {tuple(logits.shape)}."
@@ -51,13 +56,20 @@ def check_batch(logits: Tensor, target: Tensor, noise: Tensor | None, num_classe
         raise InputError(
             f"logits have {logits.shape[1]} columns but class_counts {num_classes} classes: give one per class."
         )
+    if target.is_floating_point() and target.ndim == 2:
+        raise InputError(
+            f"target is {target.dtype} of shape {tuple(target.shape)}, as Mixup and CutMix make it, but A-GCL is "
+            "defined for class indices only: use torch.nn.functional.cross_entropy for soft targets, or do not mix."
+        )
     if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
         raise InputError(f"target must be class indices of an integer dtype, not {target.dtype}: convert by .long().")
     if target.shape != logits.shape[:1]:
         raise InputError(f"target must have shape (B,) = {tuple(logits.shape[:1])}, not {tuple(target.shape)}.")
     if noise is not None and noise.shape != logits.shape:
         raise InputError(f"noise must have the shape of logits, {tuple(logits.shape)}, not {tuple(noise.shape)}.")
-    if not torch.compiler.is_compiling():  # reading values would break the graph
+    if noise is not None and noise.requires_grad:
+        raise InputError("noise requires a gradient, but the loss has none with respect to it: pass noise.detach().")
+    if _values_are_free(target):
         labels = target.long()
         outside = (labels < 0) | (labels >= num_classes)
         if outside.any():
@@ -65,6 +77,11 @@ def check_batch(logits: Tensor, target: Tensor, noise: Tensor | None, num_classe
                 f"target holds the label {labels[outside][0].item()}, but class_counts has the classes 0 to "
                 f"{num_classes - 1}: drop the rows of ignored labels, or count all classes."
             )
+
+
+def _values_are_free(tensor: Tensor) -> bool:
+    """Whether reading values neither waits for a device nor breaks a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not functorch_is_active()
 
 
 def check_settings(reduction: str = "mean", normalize: bool = True, **numbers: float) -> None:

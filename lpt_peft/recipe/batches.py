@@ -82,7 +82,7 @@ class _Rows(Sampler[list[Row]]):
         if settings.sampling == "dual":
             self._dual = DualSampler(
                 labels,
-                self._share,
+                2 * self._share,
                 samples_per_class=settings.samples_per_class,
                 num_batches=self._steps,
                 seed=settings.seed,

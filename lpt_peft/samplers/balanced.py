@@ -21,16 +21,17 @@ class ClassBalancedSampler(EpochSampler[int]):
     The draw is the same for any number of ranks: together they draw what one process would.
 
     Args:
-        labels: Class of every image, (N,) whole numbers of at least 0: a list, an array or an integer tensor.
+        labels: Class of every image, (N,) integers of at least 0: a list, an array or an integer tensor.
         num_samples: Indices per epoch of all ranks together; None means N. A rank yields `len(self)`, this divided by
             `num_replicas` and rounded up, and its last run may be cut short.
         samples_per_class: Images of a class in a row.
-        seed: Whole number of at least 0, the same on all ranks.
-        num_replicas: Number of ranks. None: from torch.distributed if it is initialised by now, else 1.
+        seed: Integer of at least 0, the same on all ranks.
+        num_replicas: Number of ranks. None: that of torch.distributed at each use (iteration, length, state), and 1
+            while it is not initialised, so the sampler may be made before the process group.
         rank: This rank; given exactly if `num_replicas` is.
 
     Raises:
-        InputError: The labels are empty, negative, not whole, not one-dimensional, of one class, or a dataset.
+        InputError: The labels are empty, negative, not integers, not one-dimensional, of one class, or a dataset.
         ConfigError: A setting is out of its range; the message names it.
 
     Example:
@@ -51,19 +52,23 @@ class ClassBalancedSampler(EpochSampler[int]):
         rank: int | None = None,
     ) -> None:
         super().__init__(labels, samples_per_class, seed, num_replicas, rank)
-        total = len(self._class_of) if num_samples is None else whole("num_samples", num_samples, 1)
-        self._length = -(-total // self._num_replicas)
-        self._settings["num_samples"] = total
+        self._num_samples = len(self._class_of) if num_samples is None else whole("num_samples", num_samples, 1)
 
-    def _draw(self, epoch: int, start: int) -> Iterator[int]:
+    def _sizes(self, num_replicas: int) -> dict[str, int]:
+        return {"num_samples": self._num_samples}
+
+    def _length(self, num_replicas: int) -> int:
+        return -(-self._num_samples // num_replicas)
+
+    def _draw(self, epoch: int, start: int, num_replicas: int, rank: int) -> Iterator[int]:
         run = self._samples_per_class
-        deal = run * self._num_replicas  # rows of one run for every rank
+        deal = run * num_replicas  # rows of one run for every rank
         deals = max(1, BLOCK_ROWS // deal)
         skip = start % run
-        left = self._length - start
+        left = self._length(num_replicas) - start
         for rows in class_balanced(self._class_of, run, (self._seed, epoch), start // run * deal, deals * deal):
-            mine = rows.reshape(deals, self._num_replicas, run)[:, self._rank].ravel()[skip:][:left]
-            yield from mine.tolist()
-            left, skip = left - len(mine), 0
+            own = rows.reshape(deals, num_replicas, run)[:, rank].ravel()[skip:][:left]
+            yield from own.tolist()
+            left, skip = left - len(own), 0
             if left == 0:
                 return

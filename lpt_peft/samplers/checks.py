@@ -1,4 +1,4 @@
-"""What the samplers refuse: labels, numbers and ranks that are none."""
+"""Input validation for the samplers, and the rank of this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Rows = npt.NDArray[np.int64]
 
 
 def checked_labels(labels: Labels) -> Rows:
-    """Labels (N,) as int64 of at least 0."""
+    """Labels (N,) as int64, all at least 0."""
     if isinstance(labels, Dataset):
         raise InputError(f"labels is a dataset ({type(labels).__name__}); pass its labels, often dataset.targets.")
     try:
@@ -54,15 +54,20 @@ def whole(name: str, value: Any, low: int, high: int | None = None, error: type[
     return number
 
 
-def replica(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
-    """World size and rank, as given or as torch.distributed has them."""
+def checked_replica(num_replicas: int | None, rank: int | None) -> tuple[int, int] | None:
+    """World size and rank as given; None if both are to come from torch.distributed."""
     if (num_replicas is None) != (rank is None):
         raise ConfigError(
             f"num_replicas={num_replicas} and rank={rank}: give both, or neither to take them from torch.distributed."
         )
-    if num_replicas is not None:
-        num_replicas = whole("num_replicas", num_replicas, 1)
-        return num_replicas, whole("rank", rank, 0, num_replicas - 1)
+    if num_replicas is None:
+        return None
+    num_replicas = whole("num_replicas", num_replicas, 1)
+    return num_replicas, whole("rank", rank, 0, num_replicas - 1)
+
+
+def current_replica() -> tuple[int, int]:
+    """World size and rank of torch.distributed; (1, 0) while it is not initialised."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size(), dist.get_rank()
     return 1, 0

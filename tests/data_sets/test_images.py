@@ -99,7 +99,7 @@ def test_16_bits_of_grey_are_not_cut_off(tmp_path):
 def test_samplers_and_metrics_take_its_labels_and_counts():
     data = LabelledImages(Fake(30), [0] * 20 + [1] * 8 + [2] * 2)
     assert all(type(value) is int for value in data.labels + data.class_counts)
-    loader = DataLoader(data, batch_sampler=DualSampler(data.labels, batch_size=6))
+    loader = DataLoader(data, batch_sampler=DualSampler(data.labels, batch_size=12))
     for images, labels in loader:
         assert labels.tolist() == [data.labels[index] for index in images.tolist()]
         assert Counter(labels[6:].tolist()) == {0: 2, 1: 2, 2: 2}

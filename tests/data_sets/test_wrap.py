@@ -30,7 +30,7 @@ def test_tensors_and_own_transforms_go_through():
     part = data.subset(make_long_tailed(data.labels, 3))
     assert part.class_counts == [3, 1]
     assert all(any(torch.equal(image, -row) for row in images) for image, _ in part)
-    assert len(list(DualSampler(part.labels, 2))) == 3
+    assert len(list(DualSampler(part.labels, 4))) == 3
 
 
 def test_labels_attribute_and_given_names():

@@ -26,7 +26,7 @@ def by_hand(adapter, names, *, clip=None, decay=0.01, selected=False, average=No
     """One phase as method.md tells it, in plain arithmetic; the learnt values and the rate of every step."""
     dataset, labels = striped_data(dtype=torch.float64)
     images = torch.stack([image for image, _ in dataset])
-    sampler, loss_of = DualSampler(labels, 8, samples_per_class=4), QuietLoss(PHASE.epochs)
+    sampler, loss_of = DualSampler(labels, 16, samples_per_class=4), QuietLoss(PHASE.epochs)
     total = PHASE.epochs * PER_EPOCH
     rising = round(warmup * total)
     values = {name: adapter.get_parameter(name) for name in names}
