@@ -7,38 +7,30 @@ block takes prompts (`lpt_peft.prompting`).
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from importlib import import_module
-from os import PathLike
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lpt_peft._tensors import gather_full, read_value, refusal, write_value
 from lpt_peft.backbones import Backbone, find_backbone
-from lpt_peft.backbones.base import execution_device, refuse_offloaded
+from lpt_peft.backbones.base import execution_device
 from lpt_peft.backbones.fingerprint import fingerprint, versions
 from lpt_peft.backbones.frozen import Standstill
+from lpt_peft.call import CallMixin
 from lpt_peft.config import PromptConfig, PromptMetadata
+from lpt_peft.delegates import DelegateMixin
 from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.heads import CosineClassifier
-from lpt_peft.output import AdapterOutput
+from lpt_peft.phase import PHASES, Phase
+from lpt_peft.pretrained import PretrainedMixin
 from lpt_peft.prompting import find_gradient_gap
 from lpt_peft.prompts import PromptPool, SharedPrompt
 
-Phase = Literal["shared", "group"]
-Source = str | PathLike[str]
-PHASES: tuple[Phase, ...] = ("shared", "group")
-
-_NOTHING_LEARNT = (
-    "Prompts and head are all frozen while training; peft.get_peft_model(adapter) does that. Assign adapter.phase once "
-    "more to open what the phase learns, or give PEFT the ViT alone: wrap(get_peft_model(vit, ...))."
-)
+__all__ = ["PHASES", "LongTailPromptAdapter", "Phase"]
 
 
-class LongTailPromptAdapter(nn.Module):
+class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
     """Long-tailed Prompt Tuning on a ViT that stays as it is. Build one with `wrap`.
 
     Source: LPT, Dong et al., ICLR 2023, arXiv 2210.01033.
@@ -48,8 +40,10 @@ class LongTailPromptAdapter(nn.Module):
         shared: `SharedPrompt`, prompts (L, n, d).
         pool: `PromptPool`, prompts (m, L-K, n, d) and keys (m, d).
         head: `CosineClassifier`, weight (C, d).
-        config: `PromptConfig`.
-        metadata: `PromptMetadata` for prompt files; empty unless loaded from one.
+        prompt_config: `PromptConfig`.
+        metadata: `PromptMetadata` for prompt files: of the file it was loaded from, else the class names that the
+            wrapped model has for as many classes.
+        criterion: Loss of a call with `labels=`; see `lpt_peft.call.CallMixin`, as for `forward`.
         backbone: How the adapter drives `vit`.
 
     Example:
@@ -66,8 +60,6 @@ class LongTailPromptAdapter(nn.Module):
         True
     """
 
-    vit: nn.Module
-
     def __init__(self, backbone: Backbone, config: PromptConfig, *, head_dropout: float = 0.1) -> None:
         super().__init__()
         if not 0.0 <= head_dropout < 1.0:
@@ -80,28 +72,31 @@ class LongTailPromptAdapter(nn.Module):
                 f"{backbone.feature_dim}. Load the prompts on the backbone they were learnt on."
             )
         self.backbone = backbone
-        self.config = config
+        self.prompt_config = config
         self.vit = backbone.model
         self.shared = SharedPrompt(config.depth, config.prompt_length, config.dim)
         self.pool = PromptPool.from_config(config)
         self.head_drop = nn.Dropout(head_dropout)
         self.head = CosineClassifier(backbone.feature_dim, config.num_classes, config.logit_scale)
         # Learnt in float32 or wider, also on a bfloat16 backbone; attention casts the prompts.
-        reference = next(self.vit.parameters())
-        dtype = torch.promote_types(reference.dtype, torch.float32)
+        device = execution_device(self.vit)
+        dtype = torch.promote_types(next(self.vit.parameters()).dtype, torch.float32)
         for learnt in (self.shared, self.pool, self.head):
-            learnt.to(device=execution_device(self.vit), dtype=dtype)
+            learnt.to(device=device, dtype=dtype)
         # The ViT's own modes stay as they are, module by module; what is new follows its top.
         self.training = self.vit.training
         for module in (self.shared, self.pool, self.head_drop, self.head):
             module.train(self.training)
         self._standstill = Standstill(self.vit)
         self._fingerprint: tuple[Any, str] | None = None
-        self.metadata = PromptMetadata()
+        self.metadata = PromptMetadata(label_names=_label_names(self.vit, config.num_classes))
+        self._init_call()
+        self._pooling = getattr(backbone, "pooling", None)
+        self._init_state()
         backbone.attach()  # last of what can fail: until here the model is untouched
         self._gradient_gap = find_gradient_gap(backbone.blocks, backbone.dim)
         self._standstill.begin(self.vit)
-        self.phase = "shared"
+        self._init_phase(device)
 
     @classmethod
     def wrap(
@@ -150,28 +145,6 @@ class LongTailPromptAdapter(nn.Module):
         )
         return cls(backbone, config, head_dropout=head_dropout)
 
-    @property
-    def phase(self) -> Phase:
-        """What is trained besides the head: the shared prompt ("shared"), or the pool on a frozen shared one ("group").
-
-        Assignment opens what the phase trains, freezes the other prompts and drops their gradients. A head that you
-        have frozen stays frozen, unless shared prompt, pool and head are all frozen: then it is opened, too.
-        """
-        return self._phase
-
-    @phase.setter
-    def phase(self, phase: Phase) -> None:
-        if phase not in PHASES:
-            raise ConfigError(f'phase={phase!r} must be "shared" or "group".')
-        if not any(parameter.requires_grad for parameter in self._learned_parameters()):
-            self.head.requires_grad_(True)  # a call that froze everything, PEFT's for example, was not about the head
-        self._phase: Phase = phase
-        for module, trained in ((self.shared, phase == "shared"), (self.pool, phase == "group")):
-            module.requires_grad_(trained)
-            if not trained:
-                for parameter in module.parameters():
-                    parameter.grad = None
-
     def train(self, mode: bool = True) -> LongTailPromptAdapter:
         """Set the mode; batch norms of the ViT stay in eval mode, for their running statistics are frozen, too."""
         super().train(mode)
@@ -179,46 +152,31 @@ class LongTailPromptAdapter(nn.Module):
             self._standstill.follow(vit)
         return self
 
-    def forward(
-        self, images: Any = None, *args: Any, return_output: bool = False, **kwargs: Any
-    ) -> Tensor | AdapterOutput:
-        """Classify images.
-
-        Args:
-            images: What the wrapped model's own forward takes first: (B, 3, H, W) for most, a dict of padded
-                patches for NaFlex; left out where the model takes keywords, as `pixel_values=`.
-            *args: The rest of what the wrapped model takes.
-            return_output: Return an `AdapterOutput` instead of the logits alone.
-            **kwargs: The rest of what the wrapped model takes.
-
-        Returns:
-            Logits (B, C) float32 or float64, or `AdapterOutput`.
-        """
-        if self.training and torch.is_grad_enabled():
-            if self._gradient_gap is not None:
-                raise StateError(
-                    f"Prompts cannot be trained on this ViT: no gradient passes its {self._gradient_gap}. Use it for "
-                    "inference (eval()), or train on the ViT before quantization, or with weight-only quantization "
-                    "(torchao's Int8WeightOnlyConfig), and load the prompts here."
-                )
-            flags = [parameter.requires_grad for parameter in self._learned_parameters()]
-            if flags and not any(flags):  # FSDP1 may hold them all in a tensor of its own
-                warnings.warn(_NOTHING_LEARNT, UserWarning, stacklevel=2)
-        features, query, similarity, groups = self._features(images, *args, **kwargs)
-        logits = self.head(self.head_drop(features))
-        return AdapterOutput(logits, features, query, similarity, groups) if return_output else logits
-
     def features(self, images: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """What the head sees, (B, d), in the present phase; arguments as in `forward`."""
+        """What the head sees, (B, d), in the present phase; arguments as the wrapped model takes them.
+
+        Raises:
+            StateError: As `forward`; also inside `disable_adapter()`, for the plain model has its own way to features.
+        """
+        self._check_wrapped()
+        if self._is_disabled():
+            raise StateError("features() is the adapter's: call it outside disable_adapter().")
         return self._features(images, *args, **kwargs)[0]
 
     def _features(self, images: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        self._check_wrapped()
+        if not self.training:
+            self._follow_phase_index()
+        if self._pooling != getattr(self.backbone, "pooling", None):
+            raise StateError(
+                f"The wrapped model pooled by {self._pooling!r} when it was wrapped, and by {self.backbone.pooling!r} "  # type: ignore[attr-defined]
+                "now, which changes the features that prompts and head were made for. Set the pooling back, or wrap "
+                "the model anew."
+            )
         if torch.onnx.is_in_onnx_export() and not torch.compiler.is_compiling():
             # The TorchScript exporter passes defaults of keyword-only parameters by position, as scalar tensors.
             args = tuple(value for value in args if isinstance(value, Tensor) and value.ndim)
         args = () if images is None else (images, *args)
-        shared, split = self.shared(), self.config.first_group_layer
+        shared, split = self.shared(), self.prompt_config.first_group_layer
         kept = self.backbone.run(self.backbone.embed(*args, **kwargs), 0, shared[:split].unbind())
         if self._phase == "shared":
             features = self.backbone.pool(self.backbone.run(kept, split, shared[split:].unbind()))
@@ -230,44 +188,10 @@ class LongTailPromptAdapter(nn.Module):
         own = shared[split:].to(match.prompts.dtype).unsqueeze(1).expand(-1, query.shape[0], -1, -1)
         both = [torch.cat(pair, dim=1) for pair in zip(own.unbind(), match.prompts.unbind(1), strict=True)]
         features = self.backbone.pool(self.backbone.run(kept, split, both))
+        if self.training:
+            # Adds 0: a loss on the logits alone then gives the keys a gradient, of 0, which DDP waits for.
+            features = features + 0 * match.similarity.sum(-1, keepdim=True).to(features.dtype)
         return features, query, match.similarity, match.groups
-
-    def _learned_parameters(self) -> Iterator[nn.Parameter]:
-        for module in (self.shared, self.pool, self.head):
-            yield from module.parameters()
-
-    def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Copies of prompts, keys and head, and nothing of the backbone; under FSDP2, gathered: all processes call it.
-
-        Of parametrized or pruned tensors, their present value.
-
-        Returns:
-            `shared.prompts` (L, n, d), `pool.prompts` (m, L-K, n, d), `pool.keys` (m, d), `head.weight` (C, d).
-        """
-        # FSDP2 frees the buffers that parameters lie in between passes: an alias would not outlive them.
-        owners = {name: self._owner(name) for name in self.config.tensor_shapes}
-        return {name: gather_full(read_value(*owner).detach()).clone() for name, owner in owners.items()}
-
-    def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy tensors as given by `adapter_state_dict` into the adapter; all or nothing.
-
-        Under FSDP2 every process gives the same full tensors (or DTensors) and keeps its own part of them.
-
-        Raises:
-            InputError: A name, a shape or a value (NaN, infinity) is wrong; nothing was loaded.
-            StateError: A tensor is parametrized or pruned and cannot take its value; nothing was loaded.
-        """
-        self.config.check_tensors(tensors)
-        for name in self.config.tensor_shapes:
-            if (why := refusal(*self._owner(name), tensors[name])) is not None:
-                raise StateError(f"{name} cannot be loaded: {why}")
-        for name in self.config.tensor_shapes:
-            write_value(*self._owner(name), tensors[name])
-
-    def _owner(self, name: str) -> tuple[nn.Module, str]:
-        """The module that holds the tensor of this name, and its name there."""
-        owner, _, leaf = name.partition(".")
-        return self.get_submodule(owner), leaf
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that the present phase learns: give these to the optimizer, anew for each phase."""
@@ -296,28 +220,11 @@ class LongTailPromptAdapter(nn.Module):
         del self.vit
         return vit
 
-    def _check_wrapped(self) -> None:
-        if "vit" not in self._modules:
-            raise StateError("This adapter was unwrapped; call LongTailPromptAdapter.wrap(vit) for a new one.")
-        if not self.backbone.runs_own_forward and hasattr(self.vit, "_hf_hook"):
-            refuse_offloaded(self.vit)
 
-    def save_pretrained(self, folder: str | PathLike[str], **options: Any) -> None:
-        """Write a prompt file: see `lpt_peft.checkpoint.save_prompts` for the options."""
-        from lpt_peft.checkpoint import save_prompts  # noqa: PLC0415 - a storey above, by contract a method here
-
-        save_prompts(self, folder, **options)
-
-    @classmethod
-    def from_pretrained(cls, source: Source, vit: nn.Module | None = None, **options: Any) -> LongTailPromptAdapter:
-        """Read a prompt file, of a folder or the Hub, onto a ViT: see `lpt_peft.hub.from_pretrained`."""
-        adapter: LongTailPromptAdapter = import_module("lpt_peft.hub").from_pretrained(source, vit, kind=cls, **options)
-        return adapter
-
-    def load_prompts(self, source: Source, **options: Any) -> None:
-        """Take the prompts of another prompt file instead of one's own: see `lpt_peft.hub.swap_from`."""
-        import_module("lpt_peft.hub").swap_from(self, source, **options)  # a storey above, by contract a method here
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Push the prompts, and nothing of the backbone, to the Hub: see `lpt_peft.hub.push_to_hub`."""
-        return import_module("lpt_peft.hub").push_to_hub(self, repo_id, **options)
+def _label_names(vit: nn.Module, num_classes: int) -> tuple[str, ...] | None:
+    """The class names in the model's config, if they are for as many classes and not the generic ones."""
+    names: Any = getattr(getattr(vit, "config", None), "id2label", None)
+    if not isinstance(names, dict) or sorted(names) != list(range(num_classes)):
+        return None
+    found = tuple(str(names[index]) for index in range(num_classes))
+    return None if found == tuple(f"LABEL_{index}" for index in range(num_classes)) else found

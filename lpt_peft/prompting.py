@@ -18,6 +18,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -56,12 +57,11 @@ class Prompted:
 
 
 class _Notes:
-    """The prompt of one call of a block, normed (1 or B, n, d), once for each of its attentions."""
+    """The prompt of one call of a block: `normed` (1 or B, n, d) for each of its attentions."""
 
     def __init__(self, sites: int) -> None:
         self.sites = sites
-        self.normed: list[Tensor] = []
-        self.used = 0
+        self.normed: list[tuple[nn.Module, Tensor]] = []
         self.capturing = True
         self.length = 0
 
@@ -149,6 +149,8 @@ def run_block(block: nn.Module, tokens: Tensor, prompt: Tensor, *, checkpointing
     """
     prompt = batched(prompt).to(tokens.dtype)
     if checkpointing and torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            return _checkpoint_in_graph(block, tokens, prompt, context)
         out: Tensor = checkpoint(block, tokens, prompt=prompt, use_reentrant=False, **context)
         return out
     result: Tensor = block(tokens, prompt=prompt, **context)
@@ -234,15 +236,33 @@ def _block_forward(self: Any, tokens: Tensor, *args: Any, prompt: Tensor | None 
         count = tokens.shape[1]
         context = _extended(self, args, kwargs, tokens, prompt.shape[1])
         return original.forward(self, _append(tokens, prompt), **context)[:, :count]
-    notes = _local.notes = None if prompt is None else _Notes(self.sites)
+    _local.notes = None
     try:
-        if notes is not None:
-            with suppress(_CapturedError):
-                original.forward(self, prompt, *args, **kwargs)
-            notes.capturing = False
+        if prompt is not None:
+            _take_notes(self, prompt, args, kwargs)
         return original.forward(self, tokens, *args, **kwargs)
     finally:
         _local.notes = outer
+
+
+def _take_notes(block: Any, prompt: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run a block on the prompt (1 or B, n, d) as far as its attentions, and leave to them what they have seen."""
+    notes = _local.notes = _Notes(block.sites)
+    with suppress(_CapturedError):
+        type(block).original.forward(block, prompt, *args, **kwargs)
+    notes.capturing = False
+
+
+def _checkpoint_in_graph(block: Any, tokens: Tensor, prompt: Tensor, context: dict[str, Any]) -> Tensor:
+    """A checkpointed block for a compiler, which recomputes in its graph and lets nothing be noted in there."""
+    if not block.sites:
+        inline: Tensor = checkpoint(block, tokens, prompt=prompt, use_reentrant=False, **context)
+        return inline
+    outer = _local.notes
+    _take_notes(block, prompt, (), context)
+    out: Tensor = checkpoint(partial(type(block).original.forward, block), tokens, use_reentrant=False, **context)
+    _local.notes = outer
+    return out
 
 
 def _attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -254,7 +274,7 @@ def _attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     tokens = args[0] if args else kwargs.pop(first)
     if notes.capturing:
         return _capture(self, notes, tokens)
-    joined = _next_joined(notes, tokens, 1)
+    joined = _join(self, notes, tokens, 1)
     count = tokens.shape[1]
     context = _extended(self, args[1:], kwargs, tokens, notes.length)
     out = original.forward(self, joined, **context)
@@ -275,11 +295,11 @@ def _multihead_forward(
         captured: tuple[Tensor, Tensor | None] = _capture(self, notes, query)
         return captured
     axis = 1 if self.batch_first else 0
-    joined = _next_joined(notes, query, axis)
+    joined = _join(self, notes, query, axis)
     kwargs |= dict(zip(self.arguments[3:], args, strict=False))
     for name in ("key_padding_mask", "attn_mask"):  # here True means masked, and 0 is added
         if kwargs.get(name) is not None:
-            kwargs[name] = F.pad(kwargs[name], (0, notes.length))
+            kwargs[name] = F.pad(kwargs[name], (0, joined.shape[axis] - query.shape[axis]))
     kwargs["is_causal"] = False  # a hint that `attn_mask` is causal, which the padded one is not
     # One tensor as key and value: both projections are then one product.
     attended: tuple[Tensor, Tensor | None] = original.forward(self, query, joined, joined, **kwargs)
@@ -294,7 +314,8 @@ def _head_forward(self: Any, features: Tensor, *args: Any, **kwargs: Any) -> Any
 
 def _capture(attention: Any, notes: _Notes, prompt: Tensor) -> Any:
     """Note the normed prompt, and leave the block once all its attentions have seen theirs."""
-    notes.normed.append(prompt)
+    notes.normed.append((attention, prompt))
+    notes.length = prompt.shape[1]
     if len(notes.normed) == notes.sites and not _must_finish(attention):
         raise _CapturedError
     outputs = type(attention).outputs
@@ -311,11 +332,9 @@ def _must_finish(attention: nn.Module) -> bool:
     return bool(attention._forward_hooks) or _has_any_global_hook()
 
 
-def _next_joined(notes: _Notes, tokens: Tensor, axis: int) -> Tensor:
-    """Tokens with what this attention's capture noted, along `axis`, in the dtype that autocast is about to use."""
-    normed = notes.normed[notes.used]
-    notes.used += 1
-    notes.length = normed.shape[axis]
+def _join(attention: nn.Module, notes: _Notes, tokens: Tensor, axis: int) -> Tensor:
+    """Tokens and, along `axis`, the prompt that was noted, in the dtype that autocast is about to use."""
+    normed = next(prompt for owner, prompt in notes.normed if owner is attention)
     kind = tokens.device.type
     if tokens.dtype == torch.float32 and torch.is_autocast_enabled(kind):
         tokens = tokens.to(torch.get_autocast_dtype(kind))

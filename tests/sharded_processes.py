@@ -1,6 +1,7 @@
-"""What processes with FSDP do to an adapter's tensors; run by test_adapter_state.py, one kind per call.
+"""What FSDP and DDP do with an adapter; run by test_adapter_state.py, one kind per call.
 
-`python -m tests.sharded_processes fsdp2 FOLDER` starts two gloo processes, `fsdp1` one. Rank 0 writes its results into
+`python -m tests.sharded_processes fsdp2 FOLDER` and `ddp` start two gloo processes, `fsdp1` one. Rank 0 writes its
+results into
 FOLDER/results.pt.
 """
 
@@ -13,8 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from lpt_peft import LongTailPromptAdapter
+from lpt_peft.errors import StateError
 from tests.conftest import tiny_vit
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -62,10 +65,46 @@ def fsdp1() -> dict[str, Any]:
     return {"gradients": found, "tensors": tensors}
 
 
+def ddp() -> dict[str, Any]:
+    """Cross-entropy on the logits alone under DDP, and wrappers that outlive their phase."""
+    half = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    found: dict[str, Any] = {}
+    for phase in ("shared", "group"):
+        adapter = build(0).train()
+        adapter.phase = phase
+        model = DistributedDataParallel(adapter)
+        for _ in range(2):  # an unused parameter is noticed in the second step
+            model.zero_grad()
+            torch.nn.functional.cross_entropy(model(IMAGES[half]), TARGET[half]).backward()
+        found[phase] = {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
+        with torch.no_grad():
+            model.eval()(IMAGES[half])
+        model.train()
+        adapter.phase = {"shared": "group", "group": "shared"}[phase]
+        found[f"used in {phase}"] = refusal(model, IMAGES[half])
+        with torch.no_grad():
+            found[f"evaluates after {phase}"] = model.eval()(IMAGES[half]).shape == (2, 7)
+        unused = DistributedDataParallel(adapter.train(), find_unused_parameters=True)
+        adapter.phase = phase
+        found[f"built before {phase}"] = refusal(unused, IMAGES[half])
+        new = DistributedDataParallel(adapter)
+        found[f"new in {phase}"] = refusal(new, IMAGES[half])
+    return found
+
+
+def refusal(model: Any, images: Tensor) -> str:
+    """The message of a refused training step, or nothing."""
+    try:
+        model(images).sum().backward()
+    except StateError as error:
+        return str(error)
+    return ""
+
+
 def work(rank: int, kind: str, folder: str, size: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-    results = {"fsdp1": fsdp1, "fsdp2": fsdp2}[kind]()
+    results = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2}[kind]()
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     dist.barrier()
@@ -73,5 +112,5 @@ def work(rank: int, kind: str, folder: str, size: int) -> None:
 
 
 if __name__ == "__main__":
-    size = {"fsdp1": 1, "fsdp2": 2}[sys.argv[1]]
+    size = {"ddp": 2, "fsdp1": 1, "fsdp2": 2}[sys.argv[1]]
     torch.multiprocessing.spawn(work, args=(sys.argv[1], sys.argv[2], size), nprocs=size)

@@ -25,7 +25,7 @@ def tiny_adapter(phase="shared", dtype=torch.float64, seed=0, **options):
     adapter = LongTailPromptAdapter.wrap(vit, prompt_length=4, pool_size=6, top_k=2, shared_layers=1)
     generator = torch.Generator().manual_seed(seed)
     adapter.load_adapter_state_dict(
-        {name: torch.randn(shape, generator=generator) for name, shape in adapter.config.tensor_shapes.items()}
+        {name: torch.randn(shape, generator=generator) for name, shape in adapter.prompt_config.tensor_shapes.items()}
     )
     adapter.phase = phase
     return adapter.eval()
@@ -118,7 +118,7 @@ def test_vit_base_counts_neutrality_and_unwrap():
         adapter.phase = phase
         learnt |= {name for name, p in adapter.named_parameters() if p.requires_grad}
     assert sum(adapter.get_parameter(name).numel() for name in learnt if name != "head.weight") == 1_029_120
-    assert adapter.config.num_prompt_parameters == 1_029_120
+    assert adapter.prompt_config.num_prompt_parameters == 1_029_120
     with torch.no_grad():
         assert adapter(images).shape == (1, 365)
     unchanged()
@@ -228,7 +228,10 @@ def test_standard_habits():
     assert adapter.train().vit.training
     assert adapter.double().pool.prompts.dtype == torch.float64
     state = adapter.state_dict()
-    assert {name for name in state if not name.startswith("vit.")} == {*adapter.config.tensor_shapes, "pool.usage"}
+    assert {name for name in state if not name.startswith("vit.")} == {
+        *adapter.prompt_config.tensor_shapes,
+        *("pool.usage", "phase_index"),
+    }
     twin = tiny_adapter("group", seed=1).double().eval()
     twin.load_state_dict(state)
     assert torch.equal(twin(IMAGES.double()), adapter.eval()(IMAGES.double()))

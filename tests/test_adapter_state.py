@@ -181,7 +181,7 @@ def test_a_parametrization_without_a_way_back_is_refused_before_anything_is_load
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.adapter_state_dict().items())
 
 
-# FSDP
+# FSDP and DDP
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +212,23 @@ def test_fsdp2_loads_full_tensors_into_shards(sharded):
     assert got["sharded"]
     assert all(torch.equal(tensor, got["tensors"][name]) for name, tensor in wanted.adapter_state_dict().items())
     torch.testing.assert_close(got["logits"], wanted(IMAGES).detach())
+
+
+@pytest.mark.slow
+def test_ddp_without_unused_parameters_and_one_wrapper_for_each_phase(sharded):
+    got = sharded("ddp")
+    for phase, other in (("shared", "group"), ("group", "shared")):
+        adapter = build().train()
+        adapter.phase = phase
+        nn.functional.cross_entropy(adapter(IMAGES), TARGET).backward()
+        wanted = {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
+        torch.testing.assert_close(got[phase], wanted, rtol=1e-4, atol=1e-6)
+        sentence = f'built before adapter.phase became "{other}"'
+        assert sentence in got[f"used in {phase}"]
+        assert "new wrapper for each phase" in got[f"used in {phase}"]
+        assert got[f"evaluates after {phase}"]
+        assert f'built before adapter.phase became "{phase}"' in got[f"built before {phase}"]
+        assert got[f"new in {phase}"] == ""
 
 
 def test_distributed_tensors_are_not_imported():

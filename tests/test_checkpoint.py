@@ -69,7 +69,7 @@ def tiny_adapter(phase="group", seed=0, dtype=torch.float32, **options):
         learnt.to(dtype)
     generator = torch.Generator().manual_seed(seed)
     adapter.load_adapter_state_dict(
-        {name: torch.randn(shape, generator=generator) for name, shape in adapter.config.tensor_shapes.items()}
+        {name: torch.randn(shape, generator=generator) for name, shape in adapter.prompt_config.tensor_shapes.items()}
     )
     adapter.phase = phase
     return adapter.eval()

@@ -43,7 +43,7 @@ def good(seed=0):
     adapter = LongTailPromptAdapter.wrap(tiny_vit(), prompt_length=1, pool_size=3)
     generator = torch.Generator().manual_seed(seed)
     adapter.load_adapter_state_dict(
-        {name: torch.randn(shape, generator=generator) for name, shape in adapter.config.tensor_shapes.items()}
+        {name: torch.randn(shape, generator=generator) for name, shape in adapter.prompt_config.tensor_shapes.items()}
     )
     return encode(
         adapter, class_counts=range(7), label_names=list("abcdefg"), training={"seed": seed, "deep": [{"x": 0.5}]}

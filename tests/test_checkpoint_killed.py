@@ -28,7 +28,7 @@ def pair(seed):
     adapter = LongTailPromptAdapter.wrap(tiny_vit(), prompt_length=2, pool_size=3)
     generator = torch.Generator().manual_seed(seed)
     adapter.load_adapter_state_dict(
-        {name: torch.randn(shape, generator=generator) for name, shape in adapter.config.tensor_shapes.items()}
+        {name: torch.randn(shape, generator=generator) for name, shape in adapter.prompt_config.tensor_shapes.items()}
     )
     return encode(adapter, training={"seed": seed, "of another length": "x" * (50 * seed)})
 

@@ -18,7 +18,7 @@ def adapter_of(seed, phase="group", num_classes=7, vit=None, **options):
     adapter = LongTailPromptAdapter.wrap(vit or tiny_vit(), num_classes, **sizes)
     generator = torch.Generator().manual_seed(seed)
     adapter.load_adapter_state_dict(
-        {name: torch.randn(shape, generator=generator) for name, shape in adapter.config.tensor_shapes.items()}
+        {name: torch.randn(shape, generator=generator) for name, shape in adapter.prompt_config.tensor_shapes.items()}
     )
     adapter.phase = phase
     return adapter.eval()
@@ -27,7 +27,7 @@ def adapter_of(seed, phase="group", num_classes=7, vit=None, **options):
 def state_of(adapter):
     learnt = {name: tensor.clone() for name, tensor in adapter.adapter_state_dict().items()}
     backbone = {name: tensor.clone() for name, tensor in adapter.vit.state_dict().items()}
-    return learnt, backbone, adapter.phase, adapter.config, adapter.metadata
+    return learnt, backbone, adapter.phase, adapter.prompt_config, adapter.metadata
 
 
 def same(left, right):

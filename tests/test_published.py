@@ -194,7 +194,7 @@ def test_a_width_that_does_not_tell_the_heads(tmp_path):
         read_published(tmp_path / "a.pth")
     with pytest.raises(BackboneError, match="give num_heads="):
         read_published(tmp_path / "a.pth", num_heads=5)
-    assert read_published(tmp_path / "a.pth", num_heads=4).adapter.config.dim == 48
+    assert read_published(tmp_path / "a.pth", num_heads=4).adapter.prompt_config.dim == 48
 
 
 def test_missing_and_arguments(tmp_path):

@@ -171,6 +171,11 @@ class TimmTower(_Tower):
         """The transformer blocks of the trunk, in order."""
         return self.trunk.blocks
 
+    @property
+    def pooling(self) -> str:
+        """How the trunk pools its tokens."""
+        return getattr(self.trunk, "pooling", "")
+
     def attach(self) -> None:
         """Let the trunk's blocks take prompts."""
         self.trunk.attach()

@@ -54,6 +54,11 @@ class TimmBackbone:
         """The transformer blocks, in order."""
         return tuple(self.vit.blocks)
 
+    @property
+    def pooling(self) -> str:
+        """How tokens become the feature; `reset_classifier(n, pooling)` changes it."""
+        return getattr(self.classifier, "global_pool", "")
+
     def attach(self) -> None:
         """Swap the classes of blocks and attentions, then check one block of each kind."""
         attach_blocks(self.blocks, self.dim, hint="Build the ViT with timm's own classes (block_fn=, attn_layer=).")

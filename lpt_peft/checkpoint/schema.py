@@ -101,15 +101,15 @@ def build_content(
     Raises:
         BrokenRule: A value, or all of them together, does not fit the format.
     """
-    sizes = adapter.config.to_dict()
+    sizes = adapter.prompt_config.to_dict()
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "prompt": {**{name: sizes[name] for name in _PROMPT_SIZES}, "phase": adapter.phase},
         "head": {
-            "num_classes": adapter.config.num_classes,
-            "logit_scale": adapter.config.logit_scale,
+            "num_classes": adapter.prompt_config.num_classes,
+            "logit_scale": adapter.prompt_config.logit_scale,
             "label_names": metadata.label_names,
         },
         "class_counts": metadata.class_counts,

@@ -93,6 +93,6 @@ def _replace(adapter: LongTailPromptAdapter, prompts: PromptFile) -> None:
         parameter.data = tensor.to(parameter.device, copy=True)
     for name, module in learnt.items():
         setattr(adapter, name, module)
-    adapter.config = config
+    adapter.prompt_config = config
     adapter.metadata = prompts.metadata
     adapter.phase = prompts.phase

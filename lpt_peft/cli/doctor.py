@@ -82,16 +82,16 @@ def examine(name: str, num_classes: int, **options: int) -> dict[str, Any]:
         adapter.phase = phase
         learnt[phase] = {n: p.numel() for n, p in adapter.named_parameters() if p.requires_grad}
     info = find_backbone(vit).info()
-    prompts = adapter.config.num_prompt_parameters
+    prompts = adapter.prompt_config.num_prompt_parameters
     return {
         "backbone": name,
         "supported": True,
         "library": f"{info.library} {info.library_version}",
         "attached": attached,
         "blocks": info.depth,
-        "shared_layers": adapter.config.first_group_layer,
+        "shared_layers": adapter.prompt_config.first_group_layer,
         "width": info.embed_dim,
-        "feature_width": adapter.config.feature_dim,
+        "feature_width": adapter.prompt_config.feature_dim,
         "frozen_parameters": info.num_parameters,
         "learnt_parameters": learnt,
         "prompt_parameters": prompts,

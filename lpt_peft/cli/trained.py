@@ -44,7 +44,7 @@ def open_trained(folder: Path) -> Trained:
     else:
         adapter = LongTailPromptAdapter.from_pretrained(folder / PROMPTS, build_backbone(run))
     adapter.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    names = adapter.metadata.label_names or [str(label) for label in range(adapter.config.num_classes)]
+    names = adapter.metadata.label_names or [str(label) for label in range(adapter.prompt_config.num_classes)]
     return Trained(
         adapter=adapter.eval(),
         class_names=list(names),

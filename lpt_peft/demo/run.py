@@ -143,5 +143,5 @@ def _prove(adapter: LongTailPromptAdapter, folder: Path, test_set: DigitsLT) -> 
 def _groups_per_class(adapter: LongTailPromptAdapter, test_set: DigitsLT) -> list[list[float]]:
     """Share of each class's images (row) that chose each group (column)."""
     output, labels = predict(adapter, test_set)
-    chosen = torch.zeros(len(labels), adapter.config.pool_size).scatter_(1, output.groups, 1.0)
+    chosen = torch.zeros(len(labels), adapter.prompt_config.pool_size).scatter_(1, output.groups, 1.0)
     return [chosen[labels == digit].mean(0).tolist() for digit in range(NUM_CLASSES)]

@@ -42,7 +42,7 @@ def begin_phase(
         adapter.load_adapter_state_dict(saved)
     elif name != "shared":
         if settings.init_groups == "shared":
-            adapter.pool.init_prompts(adapter.shared.prompts[adapter.config.first_group_layer :])
+            adapter.pool.init_prompts(adapter.shared.prompts[adapter.prompt_config.first_group_layer :])
         if settings.init_keys == "kmeans":
             adapter.phase = "shared"
             adapter.pool.init_keys(_queries(adapter, dataset, settings), seed=settings.seed)

@@ -131,7 +131,7 @@ def about_run(
         **{f"settings.{name}": value for name, value in told.items() if name not in BYSTANDERS},
         **{f"settings.shared.{name}": value for name, value in shared.items()},
         **{f"settings.group.{name}": value for name, value in group.items()},
-        **{f"prompts.{name}": value for name, value in adapter.config.to_dict().items()},
+        **{f"prompts.{name}": value for name, value in adapter.prompt_config.to_dict().items()},
         "prompts.head_dropout": adapter.head_drop.p,
         "images": len(labels),
         "labels_crc32": _crc32(labels),

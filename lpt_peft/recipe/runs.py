@@ -96,7 +96,7 @@ def train(
         saved = store.open(resume)
     history: History = list(saved.history) if saved else []
     names = list(settings.plan)
-    counts = torch.bincount(torch.as_tensor(labels), minlength=adapter.config.num_classes)
+    counts = torch.bincount(torch.as_tensor(labels), minlength=adapter.prompt_config.num_classes)
 
     def validate() -> ShotResult:
         assert validation is not None  # noqa: S101 - narrows the type

@@ -51,7 +51,7 @@ def lpt(adapter: Any, blocks: Sequence[nn.Module], feature: Feature, images: Ten
     vit: Any = SimpleNamespace(blocks=blocks, forward_features=lambda x: x, forward_head=lambda x, **_: feature(x))
     learnt = {name: tensor.clone().requires_grad_() for name, tensor in adapter.adapter_state_dict().items()}
     shared, groups, keys, weight = learnt.values()
-    out = lpt_by_concatenation(vit, images, shared, groups, keys, weight, adapter.config.top_k, 20.0)
+    out = lpt_by_concatenation(vit, images, shared, groups, keys, weight, adapter.prompt_config.top_k, 20.0)
     gradients = torch.autograd.grad((out["logits"] ** 2).sum(), [groups, weight])
     return {**out, "pool.prompts": gradients[0], "head.weight": gradients[1]}
 

@@ -197,7 +197,7 @@ def test_every_timm_trunk_wraps_or_is_refused(name):
             find_backbone(tower)
         return
     adapter = LongTailPromptAdapter.wrap(tower, 5)
-    assert adapter.config.feature_dim == config["embed_dim"]
+    assert adapter.prompt_config.feature_dim == config["embed_dim"]
     assert all(isinstance(block, Prompted) for block in tower.trunk.blocks)
 
 

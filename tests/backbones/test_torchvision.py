@@ -188,7 +188,7 @@ def test_every_name_wraps_and_is_known_by_its_sizes(name):
     assert info.num_heads == vit.encoder.layers[0].self_attention.num_heads
     assert info.num_parameters == sum(p.numel() for n, p in vit.named_parameters() if not n.startswith("heads."))
     adapter = LongTailPromptAdapter.wrap(vit)
-    assert adapter.config.num_classes == 1000
+    assert adapter.prompt_config.num_classes == 1000
     assert all(isinstance(block, Prompted) for block in vit.encoder.layers)
 
 

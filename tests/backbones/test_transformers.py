@@ -14,7 +14,6 @@ import transformers as hf
 
 from lpt_peft import LongTailPromptAdapter, prompting
 from lpt_peft.backbones import find_backbone
-from lpt_peft.errors import InputError
 from lpt_peft.prompting import Prompted
 from tests.backbones.transformers_oracle import concatenated_prompts, layers_of
 from tests.backbones.transformers_zoo import ENCODERS, SIZES, VIDEO, build, encoder, inputs
@@ -245,7 +244,7 @@ def test_models_for_other_tasks_lend_their_encoder(name):
     assert all(isinstance(block, Prompted) for block in adapter.backbone.blocks)
     assert sum(isinstance(module, Prompted) for module in model.modules()) == 4, "two layers with their attentions"
     assert adapter.backbone.num_classes == 0
-    assert adapter(**inputs("ViT")).shape == (2, 5)  # MAE masks three quarters of the patches, anew in each run
+    assert adapter(**inputs("ViT")).logits.shape == (2, 5)  # MAE masks three quarters of the patches, anew in each run
 
 
 @pytest.mark.parametrize("name", ["ViT", "DINOv3ViT"])
@@ -285,13 +284,13 @@ def test_copies_of_an_adapter_answer_alike(copies, monkeypatch):
     adapter = LongTailPromptAdapter.wrap(encoder("DINOv3ViT"), 5).eval()
     adapter.phase = "group"
     given = inputs("DINOv3ViT")
-    answer = adapter(**given)
+    answer = adapter(**given).logits
     monkeypatch.setattr(prompting, "_made", {})  # as in a process that has met no layer class yet
     twin = copies(adapter)
-    assert torch.equal(twin(**given), answer)
+    assert torch.equal(twin(**given).logits, answer)
     assert twin.backbone.model is twin.vit
     twin.unwrap()
-    assert torch.equal(adapter(**given), answer), "the copy shares modules with the original"
+    assert torch.equal(adapter(**given).logits, answer), "the copy shares modules with the original"
 
 
 # Seen on 2.7.1, 2.8.0 and 2.9.1: dynamo cannot read an attribute that was deleted and set again, by which layer and
@@ -332,7 +331,9 @@ def test_classifiers_compile_too():
     adapter = LongTailPromptAdapter.wrap(build(CLASSIFIERS["Dinov2"][1])).eval()
     torch._dynamo.reset()
     compiled = torch.compile(adapter, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(**inputs("Dinov2")), adapter(**inputs("Dinov2")), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        compiled(**inputs("Dinov2")).logits, adapter(**inputs("Dinov2")).logits, rtol=1e-12, atol=1e-12
+    )
     assert isinstance(adapter.vit.classifier, torch.nn.Linear)
 
 
@@ -446,7 +447,7 @@ def test_peft_models_of_several_kinds_of_adapters():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj"], r=2)
     model = peft.get_peft_model(encoder("ViT"), config, mixed=True)
-    assert LongTailPromptAdapter.wrap(model, 5).eval()(**inputs("ViT")).shape == (2, 5)
+    assert LongTailPromptAdapter.wrap(model, 5).eval()(**inputs("ViT")).logits.shape == (2, 5)
 
 
 def test_another_model_of_the_same_config_object_answers_as_always():
@@ -459,26 +460,27 @@ def test_another_model_of_the_same_config_object_answers_as_always():
     seen = []
     hook = partial(lambda *_: seen.append(other(**inputs("ViT")).last_hidden_state))
     handle = vit.layers[0].attention.register_forward_pre_hook(hook)
-    logits = adapter(**inputs("ViT"))
+    logits = adapter(**inputs("ViT")).logits
     handle.remove()
     assert len(seen) == 2, "once for the prompt, once for the tokens"
     assert all(torch.equal(answer, wanted) for answer in seen)
-    assert torch.equal(adapter(**inputs("ViT")), logits)
+    assert torch.equal(adapter(**inputs("ViT")).logits, logits)
 
 
 @pytest.mark.parametrize("part", ["Model", "ForImageClassification"])
 def test_tuples_instead_of_outputs_change_nothing(part):
     vit = encoder("ViT") if part == "Model" else classifier("ViT")
     adapter = LongTailPromptAdapter.wrap(vit, 5).eval()
-    wanted = adapter(**inputs("ViT"))
-    assert torch.equal(adapter(**inputs("ViT"), return_dict=False), wanted)
+    wanted = adapter(**inputs("ViT")).logits
+    assert torch.equal(adapter(**inputs("ViT"), return_dict=False).logits, wanted)
     if part == "Model":  # classifiers of transformers 5.23 do not run so by themselves
         vit.config.return_dict = False
-        assert torch.equal(adapter(**inputs("ViT")), wanted)
+        assert torch.equal(adapter(**inputs("ViT")).logits, wanted)
         assert isinstance(vit(**inputs("ViT")), tuple)
 
 
-def test_labels_are_refused():
-    adapter = LongTailPromptAdapter.wrap(classifier("ViT"), 9)
-    with pytest.raises(InputError, match="labels= is for the loss of the model's own head"):
-        adapter(**inputs("ViT"), labels=torch.tensor([0, 8]))
+def test_labels_give_a_loss_by_the_adapters_own_head():
+    adapter = LongTailPromptAdapter.wrap(classifier("ViT"), 9).eval()
+    labels = torch.tensor([0, 8])
+    out = adapter(**inputs("ViT"), labels=labels)
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, labels))

@@ -51,7 +51,7 @@ def adapter_of(seed: int = 0, phase: str = "group", **options: int) -> LongTailP
     adapter = LongTailPromptAdapter.wrap(tiny_vit(), **sizes)
     generator = torch.Generator().manual_seed(seed)
     adapter.load_adapter_state_dict(
-        {name: torch.randn(shape, generator=generator) for name, shape in adapter.config.tensor_shapes.items()}
+        {name: torch.randn(shape, generator=generator) for name, shape in adapter.prompt_config.tensor_shapes.items()}
     )
     adapter.phase = phase
     return adapter.eval()

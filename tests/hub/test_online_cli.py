@@ -98,7 +98,7 @@ def test_convert_compares_with_the_pretrained_weights(local, tmp_path, capsys):
     assert "is the pretrained vit_tiny_patch16_224.augreg_in21k" in capsys.readouterr().out
     adapter = LongTailPromptAdapter.from_pretrained(tmp_path / "same")
     assert {m.eps for m in adapter.vit.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
-    assert adapter.config.num_classes == 4
+    assert adapter.prompt_config.num_classes == 4
 
     state["module.norm.weight"] += 1
     torch.save({"state_dict": state}, tmp_path / "b.pth")

@@ -42,7 +42,7 @@ def test_push_then_a_fresh_process_gives_the_same_logits(local, tmp_path):
     with contextlib.suppress(ImportError):  # said by the test below
         adapters["transformers"] = transformers_adapter()
     for name, adapter in adapters.items():
-        info = adapter.push_to_hub(f"me/{name}", label_names=list("abcdefg")[: adapter.config.num_classes])
+        info = adapter.push_to_hub(f"me/{name}", label_names=list("abcdefg")[: adapter.prompt_config.num_classes])
         assert info.oid == local.hub.repositories[f"me/{name}"].refs["main"]
     program = (
         "import sys, torch\n"
@@ -77,7 +77,7 @@ def test_only_prompts_travel_and_the_bytes_are_counted(local):
     backbone = sum(p.numel() * 4 for p in tiny_vit().parameters())
     assert len(weights) < backbone
     names = set(json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])) - {"__metadata__"}
-    assert names == set(adapter.config.tensor_shapes)
+    assert names == set(adapter.prompt_config.tensor_shapes)
 
     before = local.sent
     LongTailPromptAdapter.from_pretrained(REPO, tiny_vit())
@@ -159,7 +159,7 @@ def test_several_prompt_files_in_one_repository(local, tmp_path):
         twin = LongTailPromptAdapter.from_pretrained(REPO, tiny_vit(), subfolder=subfolder)
         assert torch.equal(twin(IMAGES), adapter(IMAGES))
     adapters["a"].save_pretrained(tmp_path / "x" / "a")
-    assert read_prompts(tmp_path / "x", subfolder="a").prompt_config == adapters["a"].config
+    assert read_prompts(tmp_path / "x", subfolder="a").prompt_config == adapters["a"].prompt_config
     for wrong in ("/a", "a/", "../a", "a//b", "a/./b", "a\\b", ""):
         with pytest.raises(ConfigError, match="inside the repository"):
             read_prompts(REPO, subfolder=wrong)
@@ -272,7 +272,7 @@ def test_old_downloads_are_of_the_content_they_say(local, tmp_path):
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.resolve().write_bytes(data)
-        assert read_prompts(REPO, cache_dir=tmp_path / "mine").prompt_config == adapter.config
+        assert read_prompts(REPO, cache_dir=tmp_path / "mine").prompt_config == adapter.prompt_config
         assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(files_of(local)[name]).digest()
 
 

@@ -1,0 +1,159 @@
+"""Attributes of the wrapped model that tools of timm, transformers and PEFT look for on an adapter.
+
+A fixed list: what would answer without prompts, such as `forward_features`, is not on it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lpt_peft.backbones import Backbone
+from lpt_peft.config import PromptConfig, PromptMetadata
+from lpt_peft.heads import CosineClassifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_DELEGATED = frozenset(
+    (
+        "set_grad_checkpointing",
+        *("gradient_checkpointing_enable", "gradient_checkpointing_disable"),
+        *("activation_checkpointing_enable", "activation_checkpointing_disable"),
+        *("is_gradient_checkpointing", "is_activation_checkpointing", "supports_gradient_checkpointing"),
+        *("main_input_name", "input_modalities", "name_or_path", "get_input_embeddings"),
+    )
+)
+_COMPUTED = frozenset(("config", "pretrained_cfg", "default_cfg", "device", "dtype"))
+_NOT_HERE = {
+    "forward_features": "it would answer without prompts; adapter.features(images) answers with them",
+    "forward_head": "it would use the model's own head; adapter(images) uses the adapter's",
+}
+
+
+class DelegateMixin(nn.Module):
+    """The part of an adapter that looks like the model it wraps. `hasattr` is True where that model has the attribute.
+
+    Attributes:
+        accepts_loss_kwargs: False: transformers' Trainer does not hand `num_items_in_batch` to `forward`.
+    """
+
+    vit: nn.Module
+    head: CosineClassifier
+    backbone: Backbone
+    prompt_config: PromptConfig
+    metadata: PromptMetadata
+
+    accepts_loss_kwargs = False
+    _keys_to_ignore_on_save = None  # Trainer reads it of every model whose checkpoint lacks a key
+
+    if TYPE_CHECKING:
+        set_grad_checkpointing: Callable[..., None]
+        gradient_checkpointing_enable: Callable[..., None]
+        gradient_checkpointing_disable: Callable[[], None]
+        activation_checkpointing_enable: Callable[..., None]
+        activation_checkpointing_disable: Callable[[], None]
+        is_gradient_checkpointing: bool
+        is_activation_checkpointing: bool
+        supports_gradient_checkpointing: bool
+        main_input_name: str
+        input_modalities: tuple[str, ...]
+        name_or_path: str
+        get_input_embeddings: Callable[[], nn.Module]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes `C` of the adapter's own head."""
+        return self.prompt_config.num_classes
+
+    @property
+    def num_features(self) -> int:
+        """Width of what `features` returns."""
+        return self.prompt_config.feature_dim or self.prompt_config.dim
+
+    def get_classifier(self) -> CosineClassifier:
+        """The adapter's own head."""
+        return self.head
+
+    @property
+    def device(self) -> torch.device:
+        """Where images should be: the device of the wrapped model's first parameter."""
+        return self._reference.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What images should be cast to: the dtype of the wrapped model's first floating point parameter."""
+        return self._reference.dtype
+
+    @property
+    def _reference(self) -> nn.Parameter:
+        return next(parameter for parameter in self.vit.parameters() if parameter.is_floating_point())
+
+    @property
+    def pretrained_cfg(self) -> dict[str, object]:
+        """The record that timm keeps of the wrapped model; for other libraries, their preprocessing in timm's words.
+
+        `timm.data.resolve_data_config(model=adapter)` reads this.
+        """
+        own = getattr(self.vit, "pretrained_cfg", None)
+        return own if isinstance(own, dict) else {**self.backbone.preprocess(), "num_classes": self.num_classes}
+
+    @property
+    def default_cfg(self) -> dict[str, object]:
+        """An older name of `pretrained_cfg`."""
+        return self.pretrained_cfg
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The config of a wrapped transformers model.
+
+        The model's own object where its classes are those of the adapter's head; else a copy of it with the head's
+        number of classes and the names in `metadata.label_names`, so that a pipeline names classes right.
+        """
+        own: Any = self.vit.config
+        names = self.metadata.label_names
+        labels = dict(enumerate(names or [f"LABEL_{index}" for index in range(self.num_classes)]))
+        if own.id2label == labels or (names is None and len(own.id2label) == self.num_classes):
+            return cast("PreTrainedConfig", own)
+        known: Any = self.__dict__.get("_config_copy")
+        if known is None or known[0] is not own or known[1].id2label != labels:
+            changed = copy.deepcopy(own)
+            changed.id2label, changed.label2id = labels, {name: index for index, name in labels.items()}
+            changed.problem_type = None
+            self._config_copy = known = (own, changed)
+        return cast("PreTrainedConfig", known[1])
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that timm's optimizer factories should not decay: those that the wrapped model names.
+
+        Prompts, keys and head are decayed: weight decay on them is a part of the method.
+        """
+        names: Callable[[], set[str]] | None = getattr(self.vit, "no_weight_decay", None)
+        return {f"vit.{name}" for name in names()} if names else set()
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable parameters and of all parameters, the wrapped model's included."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Print these two numbers and their ratio, as PEFT does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")  # noqa: T201
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """Attributes of the list that the wrapped model has, and a message where it has not."""
+        if name in _DELEGATED or name in _COMPUTED:
+            vit = self.__dict__.get("_modules", {}).get("vit")
+            if name in _DELEGATED and hasattr(vit, name):
+                return cast("Tensor | nn.Module", getattr(vit, name))
+            owner = "adapter was unwrapped" if vit is None else f"wrapped model, a {type(vit).__name__}, has no {name}"
+            raise AttributeError(f"{type(self).__name__}.{name} is the wrapped model's; this {owner}.")
+        if name in _NOT_HERE:
+            raise AttributeError(f"{type(self).__name__} has no {name}: {_NOT_HERE[name]}.")
+        return super().__getattr__(name)
