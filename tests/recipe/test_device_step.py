@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import shutil
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.amp import GradScaler
 
 from lpt_peft.errors import StateError
 from lpt_peft.prompts import decay_selected
-from lpt_peft.recipe import make_accelerator
+from lpt_peft.recipe import make_accelerator, train
 from lpt_peft.recipe.divergence import DivergenceFlag
 from lpt_peft.recipe.phase import PhaseRun
+from lpt_peft.recipe.saves import checkpoints
 from tests.host_reads import count_host_reads
-from tests.recipe.tiny import PHASE, SETTINGS, QuietLoss, result_of, same, striped_data, tiny_adapter
+from tests.recipe.tiny import PHASE, SETTINGS, QuietLoss, in_ranks, result_of, same, striped_data, tiny_adapter
 
 EVERYTHING = replace(SETTINGS, decay="selected", clip_norm=0.5, average=0.9, accumulate=2)
 IMAGES, LABELS = (tensor[:16] for tensor in striped_data()[0].tensors)
@@ -211,3 +217,55 @@ def test_decay_of_selected_groups_by_boolean_indexing(shape):
         decay_selected(parameter, 0.1)
     assert torch.equal(parameter.grad, expected)
     assert not reads
+
+
+@pytest.fixture
+def checked_every_third_step(monkeypatch):
+    """As on a GPU, where reading costs time; epochs have eight steps."""
+    original = PhaseRun.__init__
+    monkeypatch.setattr(PhaseRun, "__init__", functools.partialmethod(original, check_every=3))
+
+
+def ranks(tmp_path, loss):
+    """Two processes of one run; what the last checkpoint is called."""
+    dataset, labels = striped_data()
+    phase = replace(PHASE, epochs=2)
+    settings = replace(SETTINGS, batch_size=4, shared=phase, group=replace(PHASE, epochs=0), save_every=1000)
+
+    def one():
+        rank = int(os.environ["RANK"])
+        adapter = tiny_adapter(head_dropout=0.0)
+        train(adapter, dataset, labels, settings, criterion=loss(rank), checkpoints=tmp_path / "run", progress=False)
+        save_file(result_of(adapter), tmp_path / f"{rank}.safetensors")
+
+    return in_ranks(one)
+
+
+def test_processes_read_a_stop_at_the_same_later_step(tmp_path, checked_every_third_step):
+    class Asking(QuietLoss):
+        left = 5
+
+        def __init__(self, rank):
+            super().__init__(2)
+            self.rank = rank
+
+        def forward(self, output, target, epoch):
+            Asking.left -= 1
+            if Asking.left == 0 and self.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(output, target, epoch)
+
+    assert ranks(tmp_path, Asking) == [130, 130]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["1-shared-00000006"], "asked for in step 5"
+    Asking.left = -1
+    assert ranks(tmp_path, Asking) == [0, 0]
+    resumed = load_file(tmp_path / "0.safetensors")
+    shutil.rmtree(tmp_path / "run")
+    assert ranks(tmp_path, Asking) == [0, 0]
+    assert same(resumed, load_file(tmp_path / "1.safetensors"))
+
+
+def test_processes_read_a_nan_of_one_of_them_at_the_same_later_step(tmp_path, checked_every_third_step, capfd):
+    assert ranks(tmp_path, lambda rank: Scripted(value={4: math.nan} if rank == 1 else {})) == [1, 1]
+    assert capfd.readouterr().out.count("StateError: The loss became nan in step 4 (epoch 0) of phase shared") == 2
+    assert not checkpoints(tmp_path / "run")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -269,6 +271,17 @@ def test_loading_draws_nothing_from_the_callers_generators():
         list(image_loader(images, batch_size=4, num_workers=workers))
     assert torch.equal(torch.get_rng_state(), state[0])
     assert (np.random.get_state()[1].tolist(), random.getstate()) == state[1:]
+
+
+def test_the_benchmark_of_the_loader_runs(capsys):
+    module = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "benchmarks" / "loader.py"))
+    small = module["Settings"](num_images=12, pixels=64, img_size=32, batch_size=4, workers=(0, 1), rounds=1)
+    with torch.random.fork_rng(devices=[]):
+        module["main"](small)
+    lines = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines[0].startswith("12 JPEGs of 64 px, ")
+    assert lines[3:6] == ["Pillow, decoding alone", "loader, 0 workers", "loader, 1 workers"]
+    assert lines[7:] == ["lpt-peft train", "0 workers", "1 workers"]
 
 
 def test_the_default_is_automatic():
