@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lpt_peft.backbones import Backbone, find_backbone
-from lpt_peft.backbones.casting import Cast, cast_frozen
+from lpt_peft.backbones.casting import Cast, cast_frozen, cast_inputs
 from lpt_peft.backbones.fingerprint import fingerprint, versions, whole
 from lpt_peft.backbones.frozen import Standstill
 from lpt_peft.config import PromptConfig, PromptMetadata
@@ -199,7 +199,7 @@ class LongTailPromptAdapter(nn.Module):
         self._check_wrapped()
         args = () if images is None else (images, *args)
         if self._cast is not None:
-            args, kwargs = self._cast.inputs((args, kwargs))
+            args, kwargs = cast_inputs((args, kwargs), self.vit)
         shared, split = self.shared(), self.config.first_group_layer
         kept = self.backbone.run(self.backbone.embed(*args, **kwargs), 0, shared[:split].unbind())
         if self._phase == "shared":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lpt_peft.backbones.base import Backbone
@@ -14,20 +14,18 @@ from lpt_peft.errors import ConfigError
 
 
 class Cast(NamedTuple):
-    """What was cast, and how to recognise it."""
+    """How to recognise cast weights, and what they were before."""
 
-    dtype: torch.dtype
     original: str
     """Fingerprint before."""
     fingerprint: str
     """Fingerprint of the cast weights, wherever they are moved."""
 
-    def inputs(self, arguments: Any) -> Any:
-        """Arguments of a forward, nested in tuples, lists and dictionaries, with floating point tensors cast."""
-        return tree_map_only(Tensor, self._input, arguments)
 
-    def _input(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+def cast_inputs(arguments: Any, vit: nn.Module) -> Any:
+    """Cast floating point tensors among the arguments of a forward, however nested, to the frozen weights' dtype."""
+    dtype = next(parameter.dtype for parameter in vit.parameters() if not parameter.requires_grad)
+    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, arguments)
 
 
 @torch.no_grad()
@@ -51,4 +49,4 @@ def cast_frozen(backbone: Backbone, dtype: torch.dtype, original: str) -> Cast:
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():
                 setattr(module, name, buffer.to(dtype))
-    return Cast(dtype, original, fingerprint(backbone.frozen_tensors()))
+    return Cast(original, fingerprint(backbone.frozen_tensors()))

@@ -21,6 +21,7 @@ class Evaluation:
     """Shot metrics on one dataset, any number of times with the same worker processes.
 
     Args:
+        model: Called as `model(images, return_output=True)`: an adapter, or anything alike. On its device.
         dataset: Yields (image, label).
         batch_size: Images at a time.
         num_workers: Processes that load images; None chooses, see `TrainSettings.num_workers`.
@@ -32,6 +33,7 @@ class Evaluation:
 
     def __init__(
         self,
+        model: nn.Module,
         dataset: Dataset[Any],
         *,
         batch_size: int = 128,
@@ -43,18 +45,17 @@ class Evaluation:
         if distributed:
             rank, processes = place()
             dataset = Subset(dataset, range(rank, len(dataset), processes))  # type: ignore[arg-type]
-        self._distributed, self._accelerator = distributed, accelerator
-        self._loader = _loader(dataset, batch_size, num_workers, persistent)
+        self._model, self._distributed, self._accelerator = model, distributed, accelerator
+        self._loader = _loader(model, dataset, batch_size, num_workers, persistent)
 
-    def __call__(self, model: nn.Module, metrics: ShotMetrics) -> ShotResult:
+    def __call__(self, metrics: ShotMetrics) -> ShotResult:
         """Reset `metrics`, feed them and compute; the model's mode is left as it was.
 
         Args:
-            model: Called as `model(images, return_output=True)`: an adapter, or anything alike.
             metrics: Carries the class counts of training and the rule of the shot groups.
         """
         metrics.reset()
-        for output, labels in _batches(model, self._loader, self._accelerator):
+        for output, labels in _batches(self._model, self._loader, self._accelerator):
             metrics.update(output[0], labels)
         return (metrics.sync() if self._distributed else metrics).compute()
 
@@ -83,9 +84,14 @@ def evaluate(
         accelerator: Its mixed precision is used.
     """
     evaluation = Evaluation(
-        dataset, batch_size=batch_size, num_workers=num_workers, distributed=distributed, accelerator=accelerator
+        model,
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        distributed=distributed,
+        accelerator=accelerator,
     )
-    return evaluation(model, metrics)
+    return evaluation(metrics)
 
 
 def predict(
@@ -114,7 +120,7 @@ def predict(
     if not len(dataset):  # type: ignore[arg-type]
         raise InputError("The dataset is empty: there is nothing to predict.")
     outputs, labels = [], []
-    for output, target in _batches(model, _loader(dataset, batch_size, num_workers), accelerator):
+    for output, target in _batches(model, _loader(model, dataset, batch_size, num_workers), accelerator):
         outputs.append(type(output)(*(tensor.cpu() for tensor in output)))
         labels.append(target)
     joined = (torch.cat(parts) for parts in zip(*outputs, strict=True))
@@ -122,10 +128,10 @@ def predict(
 
 
 def _loader(
-    dataset: Dataset[Any], batch_size: int, num_workers: int | None, persistent: bool = False
+    model: nn.Module, dataset: Dataset[Any], batch_size: int, num_workers: int | None, persistent: bool = False
 ) -> DataLoader[Any]:
     workers = resolve_workers(num_workers, dataset, batch_size)
-    pin = torch.cuda.is_available()
+    pin = next(model.parameters()).device.type == "cuda"
     return image_loader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin, persistent=persistent)
 
 

@@ -102,12 +102,12 @@ def train(
     if validation is not None:
         workers = settings.num_workers
         evaluation = Evaluation(
-            validation, num_workers=workers, distributed=True, accelerator=accelerator, persistent=True
+            adapter, validation, num_workers=workers, distributed=True, accelerator=accelerator, persistent=True
         )
 
     def validate() -> ShotResult:
         assert evaluation is not None  # noqa: S101 - narrows the type
-        return evaluation(adapter, ShotMetrics.from_rule(shot_rule, counts))
+        return evaluation(ShotMetrics.from_rule(shot_rule, counts))
 
     def save(run: PhaseRun) -> Path:
         assert store is not None  # noqa: S101 - narrows the type

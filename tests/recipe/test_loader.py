@@ -247,8 +247,8 @@ def test_an_evaluation_may_keep_its_workers(persistent, processes):
             seen.update(images[:, 0, 0, 0].tolist())
             return (torch.zeros(len(images), 3),)
 
-    evaluation = Evaluation(Workers(), batch_size=8, num_workers=2, persistent=persistent)
-    results = [evaluation(Model(), ShotMetrics(COUNTS)) for _ in range(3)]
+    evaluation = Evaluation(Model(), Workers(), batch_size=8, num_workers=2, persistent=persistent)
+    results = [evaluation(ShotMetrics(COUNTS)) for _ in range(3)]
     assert results[0] == results[1] == results[2]
     assert len(seen) == processes
     assert os.getpid() not in seen
