@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lpt_peft.backbones import Backbone, find_backbone
-from lpt_peft.backbones.casting import Cast, cast_frozen, cast_inputs
-from lpt_peft.backbones.fingerprint import fingerprint, versions, whole
+from lpt_peft.backbones.fingerprint import whole
 from lpt_peft.backbones.frozen import Standstill
+from lpt_peft.backbones.weights import FrozenWeights
 from lpt_peft.config import PromptConfig, PromptMetadata
 from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.heads import CosineClassifier
@@ -94,8 +94,7 @@ class LongTailPromptAdapter(nn.Module):
         for module in (self.shared, self.pool, self.head_drop, self.head):
             module.train(self.training)
         self._standstill = Standstill(self.vit)
-        self._fingerprint: tuple[Any, str] | None = None
-        self._cast: Cast | None = None
+        self.frozen_weights = FrozenWeights(backbone)
         self.metadata = PromptMetadata()
         backbone.attach()  # last of what can fail: until here the model is untouched
         self._standstill.begin(self.vit)
@@ -198,8 +197,7 @@ class LongTailPromptAdapter(nn.Module):
     def _features(self, images: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         self._check_wrapped()
         args = () if images is None else (images, *args)
-        if self._cast is not None:
-            args, kwargs = cast_inputs((args, kwargs), self.vit)
+        args, kwargs = self.frozen_weights.cast_inputs((args, kwargs))
         shared, split = self.shared(), self.config.first_group_layer
         kept = self.backbone.run(self.backbone.embed(*args, **kwargs), 0, shared[:split].unbind())
         if self._phase == "shared":
@@ -239,46 +237,18 @@ class LongTailPromptAdapter(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """`sha256-tensors-v1` of the backbone without its head; computed once, and again when a tensor has changed.
-
-        After `cast_backbone` it is still that of the weights as they were before.
-        """
+        """`sha256-tensors-v1` of the backbone without its head; computed once, and again when a tensor has changed."""
         self._check_wrapped()
-        seen = versions(list(self.backbone.frozen_tensors()))
-        if self._fingerprint is None or seen is None or self._fingerprint[0] != seen:
-            self._fingerprint = seen, self.compute_fingerprint()
-        return self._fingerprint[1]
-
-    def compute_fingerprint(self) -> str:
-        """`fingerprint` from the weights as they are now: it also notices changes through `.data`."""
-        self._check_wrapped()
-        found = fingerprint(self.backbone.frozen_tensors())
-        return self._cast.original if self._cast is not None and self._cast.fingerprint == found else found
+        return self.frozen_weights.fingerprint()
 
     def cast_backbone(self, dtype: torch.dtype) -> None:
-        """Cast the frozen weights of the ViT, once, for less memory and no cast in each forward.
+        """Cast the frozen weights of the ViT to float32, bfloat16 or float16, and from now on its inputs.
 
-        Prompts, keys and head keep their dtype, as do layers of the ViT that are trained, such as LoRA's. Images and
-        all other floating point inputs are cast from now on. The cast loses precision for good: `unwrap` gives the
-        cast model back. The fingerprint stays that of the original weights, for which the prompts are meant.
-
-        Args:
-            dtype: torch.float32, torch.bfloat16 or torch.float16.
-
-        Raises:
-            ConfigError: It is none of these.
-
-        Example:
-            >>> import timm
-            >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval()
-            >>> adapter = LongTailPromptAdapter.wrap(vit, num_classes=5)
-            >>> before = adapter.fingerprint
-            >>> adapter.cast_backbone(torch.bfloat16)
-            >>> vit.norm.weight.dtype, adapter(torch.randn(2, 3, 32, 32)).dtype, adapter.fingerprint == before
-            (torch.bfloat16, torch.float32, True)
+        Prompts, keys and head keep their dtype, and the fingerprint stays that of the original weights. What the cast
+        loses is lost: `unwrap` gives the cast model back.
         """
-        self._cast = cast_frozen(self.backbone, dtype, self.fingerprint)
-        self._fingerprint = None
+        self._check_wrapped()
+        self.frozen_weights.cast(dtype)
 
     def unwrap(self) -> nn.Module:
         """Take the prompts out and give back the very model that was wrapped; the adapter is of no use after that.

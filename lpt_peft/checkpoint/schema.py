@@ -117,7 +117,7 @@ def build_content(
         "backbone": {
             **asdict(backbone),
             # Not adapter.fingerprint, which changes through `.data` (PEFT merges so) would leave as it was.
-            "fingerprint": adapter.compute_fingerprint(),
+            "fingerprint": adapter.frozen_weights.compute_fingerprint(),
             "fingerprint_algorithm": ALGORITHM,
         },
         "tensors": tensors,
