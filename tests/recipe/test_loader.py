@@ -27,6 +27,7 @@ from lpt_peft.data.wrap import from_dataset
 from lpt_peft.errors import InputError
 from lpt_peft.recipe import Parts, TrainSettings, evaluate, fit, predict, train
 from lpt_peft.recipe import loader as loaders
+from lpt_peft.recipe.batches import batches
 from lpt_peft.recipe.evaluate import Evaluation
 from lpt_peft.recipe.loader import image_loader, resolve_workers
 from lpt_peft.recipe.saves import checkpoints
@@ -286,3 +287,10 @@ def test_the_benchmark_of_the_loader_runs(capsys):
 
 def test_the_default_is_automatic():
     assert TrainSettings().num_workers is None
+
+
+@pytest.mark.parametrize("pin", [False, True])
+def test_batches_are_pinned_where_asked(pin):
+    dataset, labels = striped_data()
+    loader = batches(dataset, labels, SETTINGS, "shared", epochs=1, pin_memory=pin)
+    assert loader.pin_memory is pin
