@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lpt_peft.backbones import Backbone, find_backbone
 from lpt_peft.backbones.base import execution_device
-from lpt_peft.backbones.fingerprint import fingerprint, versions
 from lpt_peft.backbones.frozen import Standstill
+from lpt_peft.backbones.weights import FrozenWeights
 from lpt_peft.call import CallMixin
 from lpt_peft.config import PromptConfig, PromptMetadata
 from lpt_peft.delegates import DelegateMixin
@@ -88,7 +88,7 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
         for module in (self.shared, self.pool, self.head_drop, self.head):
             module.train(self.training)
         self._standstill = Standstill(self.vit)
-        self._fingerprint: tuple[Any, str] | None = None
+        self.frozen_weights = FrozenWeights(backbone)
         self.metadata = PromptMetadata(label_names=_label_names(self.vit, config.num_classes))
         self._init_call()
         self._pooling = getattr(backbone, "pooling", None)
@@ -176,6 +176,7 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
             # The TorchScript exporter passes defaults of keyword-only parameters by position, as scalar tensors.
             args = tuple(value for value in args if isinstance(value, Tensor) and value.ndim)
         args = () if images is None else (images, *args)
+        args, kwargs = self.frozen_weights.cast_inputs((args, kwargs))
         shared, split = self.shared(), self.prompt_config.first_group_layer
         kept = self.backbone.run(self.backbone.embed(*args, **kwargs), 0, shared[:split].unbind())
         if self._phase == "shared":
@@ -201,11 +202,16 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
     def fingerprint(self) -> str:
         """`sha256-tensors-v1` of the backbone without its head; computed once, and again when a tensor has changed."""
         self._check_wrapped()
-        tensors = list(self.backbone.frozen_tensors())
-        seen = versions(tensors)
-        if self._fingerprint is None or seen is None or self._fingerprint[0] != seen:
-            self._fingerprint = seen, fingerprint(tensors)
-        return self._fingerprint[1]
+        return self.frozen_weights.fingerprint()
+
+    def cast_backbone(self, dtype: torch.dtype) -> None:
+        """Cast the frozen weights of the ViT to float32, bfloat16 or float16, and from now on its inputs.
+
+        Prompts, keys and head keep their dtype, and the fingerprint stays that of the original weights. What the cast
+        loses is lost: `unwrap` gives the cast model back.
+        """
+        self._check_wrapped()
+        self.frozen_weights.cast(dtype)
 
     def unwrap(self) -> nn.Module:
         """Take the prompts out and give back the very model that was wrapped; the adapter is of no use after that.

@@ -220,8 +220,8 @@ def decay_selected(parameter: nn.Parameter, weight_decay: float) -> None:
     """
     if parameter.grad is None:
         return
-    selected = parameter.grad.flatten(1).ne(0).any(1)
-    parameter.grad[selected] += weight_decay * parameter[selected]
+    selected = parameter.grad.flatten(1).ne(0).any(1).view(-1, *[1] * (parameter.ndim - 1))
+    parameter.grad += torch.where(selected, weight_decay * parameter, 0.0)
 
 
 def _spherical_kmeans(points: Tensor, size: int, generator: torch.Generator, iterations: int) -> Tensor:

@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from lpt_peft.errors import ConfigError, InputError, LPTError
 from lpt_peft.metrics import SHOT_RULES, ShotMetrics, ShotRule, shot_groups, shot_metrics
+from tests.host_reads import count_host_reads
 
 COUNTS = [500, 150, 101, 100, 60, 21, 20, 19, 3, 0]
 SIZE = len(COUNTS)
@@ -599,3 +600,60 @@ def test_two_processes_give_the_result_of_one_exactly(tmp_path):
 def test_a_state_that_is_none_is_refused(state):
     with pytest.raises(InputError, match="state must hold"):
         ShotMetrics([3, 2]).load_state_dict(state)
+
+
+@pytest.fixture
+def deferred(monkeypatch):
+    """Logits of the CPU are treated as those of an accelerator."""
+    monkeypatch.setattr("lpt_peft.metrics.accumulator._on_host", lambda tensor: False)
+
+
+def test_logits_on_a_device_are_fetched_once_and_give_the_same_figures(deferred):
+    logits, target = draw(300, dtype=torch.float32)
+    metrics = ShotMetrics(COUNTS)
+    with count_host_reads() as reads:
+        for start in range(0, 300, 70):
+            metrics.update(logits[start : start + 70], target[start : start + 70])
+    assert all("metrics/checks.py" in place for place in reads.locations), "labels are checked on the CPU"
+    metrics.update(target[:5], target[:5])  # predicted labels in between
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lpt_peft.metrics.accumulator._on_host", lambda tensor: True)
+        wanted = filled(logits, target)
+        wanted.update(target[:5], target[:5])
+    assert metrics.compute() == wanted.compute() == metrics.compute()
+    assert torch.equal(metrics.state_dict()["counters"], wanted.state_dict()["counters"])
+
+
+@pytest.mark.parametrize("ask", ["compute", "state_dict", "merge", "merged"])
+def test_pending_batches_are_counted_by_whatever_asks_for_them(deferred, ask):
+    logits, target = draw(20)
+    metrics, other = filled(logits, target), ShotMetrics(COUNTS)
+    if ask == "merged":
+        counters = other.merge(metrics).state_dict()["counters"]
+    elif ask == "merge":
+        counters = metrics.merge(other).state_dict()["counters"]
+    else:
+        getattr(metrics, ask)()
+        counters = metrics._counters
+    assert int(counters[SIZE : 2 * SIZE].sum()) == 20
+
+
+@pytest.mark.parametrize("forget", ["reset", "load_state_dict"])
+def test_pending_batches_are_forgotten_with_the_others(deferred, forget):
+    metrics = filled(*draw(20))
+    if forget == "reset":
+        metrics.reset()
+    else:
+        metrics.load_state_dict(ShotMetrics(COUNTS).state_dict())
+    assert metrics.compute().num_images == 0
+
+
+def test_pending_logits_without_softmax_are_refused_when_asked_for(deferred):
+    metrics = ShotMetrics(COUNTS)
+    for number in range(3):
+        logits, target = draw(10, seed=number)
+        logits[4, 2] = math.nan if number == 1 else 0.0
+        metrics.update(logits, target)
+    with pytest.raises(InputError, match=r"logits\[14\] holds NaN or \+inf"):
+        metrics.compute()
+    assert metrics.compute().num_images == 0

@@ -129,7 +129,7 @@ def measure_start(folder: Path, batch_size: int, results: Any) -> None:
         backbone="vit_small_patch16_224",
         pretrained=False,
         images=ImageSettings(root=folder),
-        training=TrainSettings(batch_size=batch_size),
+        training=TrainSettings(batch_size=batch_size, num_workers=0),  # decoding is measured in this process
     )
     parts = open_parts(str(folder / "list.txt"), run.images, 0)
     marks.append(("list read", time.perf_counter(), resident()))

@@ -15,7 +15,7 @@ from lpt_peft._version import __version__
 from lpt_peft.adapter import PHASES, LongTailPromptAdapter
 from lpt_peft.backbones import BackboneInfo
 from lpt_peft.backbones.build import NORM_EPS
-from lpt_peft.backbones.fingerprint import ALGORITHM, fingerprint
+from lpt_peft.backbones.fingerprint import ALGORITHM
 from lpt_peft.checkpoint.rules import (
     BrokenRule,
     items,
@@ -117,7 +117,7 @@ def build_content(
         "backbone": {
             **asdict(backbone),
             # Not adapter.fingerprint, which changes through `.data` (PEFT merges so) would leave as it was.
-            "fingerprint": fingerprint(adapter.backbone.frozen_tensors()),
+            "fingerprint": adapter.frozen_weights.compute_fingerprint(),
             "fingerprint_algorithm": ALGORITHM,
         },
         "tensors": tensors,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 import tyro
 
 from lpt_peft.cli.options import Json
@@ -13,6 +16,8 @@ from lpt_peft.cli.trained import open_trained
 from lpt_peft.errors import ConfigError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.recipe.evaluate import evaluate as measure
+from lpt_peft.recipe.runs import make_accelerator
+from lpt_peft.recipe.settings import TrainSettings
 
 
 def evaluate(
@@ -35,15 +40,28 @@ def evaluate(
             f"{folder} does not tell what it was trained on; name the images: lpt-peft evaluate DIR DATA."
         )
     if data is None:
-        parts = open_parts(str(trained.data), trained.images, trained.seed)
+        parts = open_parts(str(trained.data), trained.images, trained.training.seed)
         parts.pop("train")
     else:
-        parts = open_test_parts(data, trained.images, trained.seed, trained.class_names)
+        parts = open_test_parts(data, trained.images, trained.training.seed, trained.class_names)
     set_transforms(parts, adapter.backbone.preprocess(), trained.images)
     metrics = ShotMetrics.from_rule(trained.shot_rule, counts)
+    accelerator = make_accelerator(_settings_here(trained.training))
     results: dict[str, ShotResult] = {
-        name: measure(adapter, parts[name], metrics, num_workers=trained.num_workers)
+        name: measure(adapter, parts[name], metrics, num_workers=trained.training.num_workers, accelerator=accelerator)
         for name in ("validation", "test")
         if name in parts
     }
     print_results(results, as_json=as_json)
+
+
+def _settings_here(training: TrainSettings) -> TrainSettings:
+    """The run's settings, in a precision that this machine has."""
+    if training.mixed_precision != "fp16" or torch.accelerator.is_available():
+        return training
+    warnings.warn(
+        "The run was measured in fp16, which needs a GPU. Without one the model answers in float32, and figures may "
+        "differ from the run's own in the last digits.",
+        stacklevel=2,
+    )
+    return replace(training, mixed_precision="no")

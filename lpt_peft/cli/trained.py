@@ -11,6 +11,7 @@ from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.cli.run_settings import SETTINGS, ImageSettings, RunSettings, build_backbone, read_settings
 from lpt_peft.errors import StateError
 from lpt_peft.recipe.fit import PROMPTS
+from lpt_peft.recipe.settings import BACKBONE_DTYPES, TrainSettings
 
 
 class Trained(NamedTuple):
@@ -19,9 +20,9 @@ class Trained(NamedTuple):
     adapter: LongTailPromptAdapter
     class_names: list[str]
     images: ImageSettings
-    seed: int
     shot_rule: str
-    num_workers: int
+    training: TrainSettings
+    """Settings of the run; the defaults for a prompt file alone."""
     data: str | None
 
 
@@ -43,14 +44,15 @@ def open_trained(folder: Path) -> Trained:
         adapter = LongTailPromptAdapter.from_pretrained(folder)
     else:
         adapter = LongTailPromptAdapter.from_pretrained(folder / PROMPTS, build_backbone(run))
+        if dtype := BACKBONE_DTYPES[run.training.backbone_dtype]:
+            adapter.cast_backbone(dtype)
     adapter.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     names = adapter.metadata.label_names or [str(label) for label in range(adapter.prompt_config.num_classes)]
     return Trained(
         adapter=adapter.eval(),
         class_names=list(names),
         images=ImageSettings() if run is None else run.images,
-        seed=0 if run is None else run.training.seed,
         shot_rule="lift" if run is None else run.shot_rule,
-        num_workers=0 if run is None else run.training.num_workers,
+        training=TrainSettings() if run is None else run.training,
         data=data,
     )

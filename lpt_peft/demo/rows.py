@@ -20,7 +20,7 @@ from lpt_peft.output import AdapterOutput
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 
 EPOCHS = 20
-_BASE = TrainSettings(batch_size=16, samples_per_class=1, clip_norm=5.0)
+_BASE = TrainSettings(batch_size=16, samples_per_class=1, clip_norm=5.0, num_workers=0)  # digits are in memory
 
 
 class LinearProbe(nn.Module):

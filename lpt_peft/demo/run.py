@@ -115,7 +115,7 @@ def train_row(
         parts = Parts(train=train_images, test=test_set)
         return model, fit(model, parts, settings, folder, resume=resume, progress=bar)["test"]
     run_phase(model, train_set, train_set.labels, settings, settings.shared, name="head", progress=bar)
-    return model, evaluate(model, test_set, ShotMetrics(digits_counts()))
+    return model, evaluate(model, test_set, ShotMetrics(digits_counts()), num_workers=0)
 
 
 def _trained_parameters(model: nn.Module, row: Row) -> int:
@@ -131,7 +131,7 @@ def _trained_parameters(model: nn.Module, row: Row) -> int:
 def _prove(adapter: LongTailPromptAdapter, folder: Path, test_set: DigitsLT) -> int:
     """Read the prompt file onto a fresh backbone and compare the predictions; its size in bytes."""
     twin = LongTailPromptAdapter.from_pretrained(folder, glyph_vit())
-    ours, theirs = (predict(model, test_set)[0].logits for model in (adapter, twin))
+    ours, theirs = (predict(model, test_set, num_workers=0)[0].logits for model in (adapter, twin))
     if not torch.equal(ours, theirs):
         raise DemoError(
             f"The prompt file in {folder} gives other predictions than the adapter it was written from: largest "
@@ -142,6 +142,6 @@ def _prove(adapter: LongTailPromptAdapter, folder: Path, test_set: DigitsLT) -> 
 
 def _groups_per_class(adapter: LongTailPromptAdapter, test_set: DigitsLT) -> list[list[float]]:
     """Share of each class's images (row) that chose each group (column)."""
-    output, labels = predict(adapter, test_set)
+    output, labels = predict(adapter, test_set, num_workers=0)
     chosen = torch.zeros(len(labels), adapter.prompt_config.pool_size).scatter_(1, output.groups, 1.0)
     return [chosen[labels == digit].mean(0).tolist() for digit in range(NUM_CLASSES)]

@@ -22,7 +22,8 @@ class ShotMetrics:
     """Counts a test set batch by batch; `compute()` gives a `ShotResult` at any time.
 
     All counters are int64 and stay on the CPU: results are the same to the last digit however the images are batched,
-    ordered or sharded. `update` fetches B predictions and confidences from the logits' device, never the logits.
+    ordered or sharded. Of logits on another device only predictions and confidences are kept, and they are fetched and
+    checked all at once, when the figures are asked for: so `update` does not wait for the device.
 
     Args:
         class_counts: Training images per class, (C,) integers of at least 0.
@@ -73,6 +74,7 @@ class ShotMetrics:
         # One vector holds all: correct (C), total (C), and per confidence bin images, correct, sum of confidences.
         self._counters = torch.zeros(2 * len(self.class_counts) + 3 * _BINS, dtype=torch.int64, device="cpu")
         self._synced = False
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
 
     @torch.no_grad()
     def update(self, logits: Tensor | Sequence[int], target: Tensor | Sequence[int]) -> None:
@@ -84,7 +86,9 @@ class ShotMetrics:
             target: True labels, (B,) integers from 0 to C - 1.
 
         Raises:
-            InputError: A shape or dtype is another, a label is out of range, or a row of logits has no softmax.
+            InputError: A shape or dtype is another, a label is out of range, or a row of logits has no softmax. For
+                logits on another device than the CPU the last of these is raised when the figures are asked for, and
+                none of the batches since then is counted.
         """
         size = len(self.class_counts)
         truth = as_integers("target", target, size)
@@ -95,6 +99,25 @@ class ShotMetrics:
             predicted = as_integers("logits", logits, size)
         if len(predicted) != len(truth):
             raise InputError(f"logits has {len(predicted)} rows, target {len(truth)} labels; pass one label per row.")
+        if confidence is not None and not _on_host(confidence):
+            self._pending.append((predicted, confidence, truth))
+            return
+        self._count(predicted, confidence, truth)
+
+    def _settle(self) -> None:
+        """Fetch, check and count the batches that are still on their device."""
+        if self._pending:
+            predicted, confidence, truth = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
+            self._pending = []
+            self._count(predicted.cpu(), confidence.cpu(), truth)
+
+    def _count(self, predicted: Tensor, confidence: Tensor | None, truth: Tensor) -> None:
+        size = len(self.class_counts)
+        if confidence is not None and confidence.isnan().any():
+            raise InputError(
+                f"logits[{first_true(confidence.isnan())}] holds NaN or +inf, or nothing but -inf, so it has no "
+                "softmax. Look for overflow in the model (float16?), or pass only finite rows."
+            )
         hit = predicted == truth
         bins = 0 if confidence is None else _calibration_counters(confidence, hit)
         self._counters[:size] += torch.bincount(truth[hit], minlength=size)
@@ -107,6 +130,7 @@ class ShotMetrics:
 
     def compute(self) -> ShotResult:
         """The figures of all images that this process has counted, or that all have, after `sync`."""
+        self._settle()
         size = len(self.class_counts)
         correct, total, bins = self._counters[:size], self._counters[size : 2 * size], self._counters[2 * size :]
         result = shot_metrics(correct, total, self.class_counts, self.rule, self.average)
@@ -124,6 +148,8 @@ class ShotMetrics:
         """
         if not isinstance(other, ShotMetrics) or not torch.equal(self.class_counts, other.class_counts):
             raise InputError("other must be a ShotMetrics with the same class_counts; build both from the same counts.")
+        self._settle()
+        other._settle()
         self._counters = self._counters + other._counters
         self._synced = self._synced or other._synced
         return self
@@ -141,6 +167,7 @@ class ShotMetrics:
             return self
         if self._synced:
             raise StateError("sync() was called on these counters already; call reset() before the next evaluation.")
+        self._settle()
         backend = dist.get_backend(group)
         device = "cuda" if "nccl" in backend and "gloo" not in backend else "cpu"  # NCCL reduces no CPU tensors
         counters = self._counters.to(device, copy=True)
@@ -150,6 +177,7 @@ class ShotMetrics:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of `class_counts` and `counters` (int64) and of `synced` (bool)."""
+        self._settle()
         state = {"class_counts": self.class_counts, "counters": self._counters, "synced": torch.tensor(self._synced)}
         return {name: tensor.clone() for name, tensor in state.items()}
 
@@ -168,23 +196,22 @@ class ShotMetrics:
         if not torch.equal(state["class_counts"].cpu(), self.class_counts):
             raise InputError("state has other class_counts; build this ShotMetrics with those of the saved one.")
         self._counters, self._synced = state["counters"].to("cpu", copy=True), bool(state["synced"])
+        self._pending = []
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _predict(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Predicted labels (B,) int64 and confidences (B,) float on the CPU."""
+    """Predicted labels (B,) int64 and confidences (B,) float, NaN where a row has no softmax; on the logits' device."""
     if logits.ndim != 2 or logits.shape[1] != size:
         raise InputError(
             f"logits must be (B, {size}), a column per entry of class_counts, not {tuple(logits.shape)}. "
             f"Pass the model's raw output, or predicted labels as integers (B,)."
         )
     probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
-    confidence = probabilities.amax(dim=1).cpu()
-    if confidence.isnan().any():
-        raise InputError(
-            f"logits[{first_true(confidence.isnan())}] holds NaN or +inf, or nothing but -inf, so it has no softmax. "
-            f"Look for overflow in the model (float16?), or pass only finite rows."
-        )
-    return logits.argmax(dim=1).cpu(), confidence
+    return logits.argmax(dim=1), probabilities.amax(dim=1)
 
 
 def _calibration_counters(confidence: Tensor, hit: Tensor) -> Tensor:

@@ -6,14 +6,15 @@ Both follow from (seed, phase, step) alone, so a phase can begin at any step. No
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lpt_peft.recipe.checks import collate
+from lpt_peft.recipe.loader import image_loader, resolve_workers
 from lpt_peft.recipe.randomness import kept_random_state, seed_of, start_at
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.samplers import DualSampler
@@ -37,6 +38,7 @@ def batches(
     start: int = 0,
     num_replicas: int = 1,
     rank: int = 0,
+    pin_memory: bool = False,
 ) -> DataLoader[Any]:
     """This process's share of every step of a phase, from step `start` on: images (2 B / R, ...), labels (2 B / R,).
 
@@ -49,16 +51,21 @@ def batches(
         start: Step to begin with, counted from the beginning of the phase.
         num_replicas: Processes.
         rank: This one.
+        pin_memory: For copies to an accelerator that the host does not wait for.
     """
     rows = _Rows(labels, settings, epochs=epochs, start=start, num_replicas=num_replicas, rank=rank)
-    # A generator of its own: the loader would draw a seed from the caller's.
-    return DataLoader(
-        Seeded(dataset, (settings.seed, phase)),
-        batch_sampler=rows,
-        num_workers=settings.num_workers,
-        collate_fn=collate,
-        generator=torch.Generator(),
-    )
+    workers = resolve_workers(settings.num_workers, dataset, 2 * settings.batch_size // num_replicas)
+    images = Seeded(dataset, (settings.seed, phase))
+    return image_loader(images, batch_sampler=rows, num_workers=workers, pin_memory=pin_memory)
+
+
+def cut_halves(images: Tensor, target: Tensor, number: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Cut a batch of two halves, (2 B, ...) and (2 B,), into `number` batches of two halves."""
+    if number == 1:
+        return [(images, target)]
+    pairs = zip(*(half.chunk(number) for half in images.chunk(2)), strict=True)
+    labels = zip(*(half.chunk(number) for half in target.chunk(2)), strict=True)
+    return ((torch.cat(pair), torch.cat(label)) for pair, label in zip(pairs, labels, strict=True))
 
 
 class _Rows(Sampler[list[Row]]):

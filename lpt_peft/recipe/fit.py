@@ -89,7 +89,9 @@ def fit(
         progress=progress,
     )
     results = {
-        name: evaluate(adapter, part, metrics, num_workers=settings.num_workers, distributed=True)
+        name: evaluate(
+            adapter, part, metrics, num_workers=settings.num_workers, distributed=True, accelerator=accelerator
+        )
         for name, part in (("validation", parts.validation), ("test", parts.test))
         if part is not None
     }

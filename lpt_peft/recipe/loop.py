@@ -5,6 +5,7 @@ Not here: a single step (`phase.py`), and which phases a run has (`runs.py`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,11 @@ class Loop:
             start=run.step,
             num_replicas=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
+            pin_memory=self.accelerator.device.type == "cuda",
         )
         run.model.train()
+        if self.settings.compile and self.progress and self.accelerator.is_main_process and not run.finished:
+            tqdm.write(f"{run.name}: compiling the model; the first step takes about a minute", file=sys.stderr)
         with self._bar(run) as bar, Interruption(watch=self.save is not None) as interruption:
             for images, target in () if run.finished else loader:
                 run.advance(images, target, lambda: interruption.asked)

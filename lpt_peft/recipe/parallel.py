@@ -7,7 +7,7 @@ sum over three processes or more, so a run could not go on exactly after a break
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from lpt_peft.errors import ConfigError
+from lpt_peft.recipe.settings import TrainSettings
 
 _REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -39,6 +40,26 @@ def check_accelerator(accelerator: Accelerator) -> None:
         )
 
 
+def check_precision(settings: TrainSettings, accelerator: Accelerator) -> None:
+    """Check that the backbone's dtype can be trained through.
+
+    Raises:
+        ConfigError: Gradients would pass through float16 without a scaled loss, where small ones vanish; or weights
+            and autocast have different 16-bit dtypes, which torch does not mix.
+    """
+    dtype, precision = settings.backbone_dtype, accelerator.mixed_precision
+    if dtype == "float16" and precision != "fp16":
+        raise ConfigError(
+            f'backbone_dtype="float16" needs mixed_precision="fp16", which scales the loss, not "{precision}": small '
+            'gradients would vanish on their way through float16. Or take backbone_dtype="bfloat16".'
+        )
+    if dtype == "bfloat16" and precision == "fp16":
+        raise ConfigError(
+            'backbone_dtype="bfloat16" and mixed_precision="fp16" are two 16-bit dtypes, which torch does not mix: '
+            'take mixed_precision="bf16" or "no", or backbone_dtype="float16".'
+        )
+
+
 @torch.no_grad()
 def copy_from_first(model: nn.Module) -> None:
     """Give every process the parameters and buffers of the first one; nothing where there is one process."""
@@ -48,26 +69,26 @@ def copy_from_first(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def mean_gradients(parameters: Iterable[nn.Parameter], numbers: Iterable[Tensor]) -> Tensor:
-    """Replace gradients by their mean over all processes, and tell that of a few numbers besides.
+def mean_gradients(gradients: Sequence[Tensor], numbers: Sequence[Tensor]) -> Tensor:
+    """Replace gradients, in place, by their mean over all processes, in one all-reduce with a few numbers.
+
+    Only where there are several processes.
 
     Args:
-        parameters: Those without a gradient are left alone; the same ones have one on every process.
-        numbers: Scalars.
+        gradients: The same ones on every process, (...,) each.
+        numbers: Scalars, at least one.
 
     Returns:
-        One vector: the means of the gradients, then those of the numbers.
+        The means of the numbers, (len(numbers),).
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([tensor.flatten() for tensor in (*gradients, *numbers)])
-    if several():
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        place = 0
-        for gradient in gradients:
-            gradient.copy_(flat[place : place + gradient.numel()].view_as(gradient))
-            place += gradient.numel()
-    return flat
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    means = flat.split([*(gradient.numel() for gradient in gradients), len(numbers)])
+    for gradient, mean in zip(gradients, means, strict=False):  # numbers come last
+        gradient.copy_(mean.view_as(gradient))
+    last: Tensor = means[-1]
+    return last
 
 
 def summed(tensor: Tensor) -> Tensor:

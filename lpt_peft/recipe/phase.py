@@ -6,7 +6,7 @@ Not here: which images a step sees (`batches.py`), when to save and when to stop
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +18,16 @@ from lpt_peft._random import seeded
 from lpt_peft.errors import StateError
 from lpt_peft.prompts import PromptPool, decay_selected
 from lpt_peft.recipe.average import Values, instead, move_average, put, values_of
+from lpt_peft.recipe.batches import cut_halves
 from lpt_peft.recipe.criteria import Criterion
-from lpt_peft.recipe.parallel import mean_gradients, summed
+from lpt_peft.recipe.divergence import DivergenceFlag
+from lpt_peft.recipe.optimizer import make_sgd
+from lpt_peft.recipe.parallel import mean_gradients, several, summed
 from lpt_peft.recipe.randomness import seed_of
 from lpt_peft.recipe.schedule import warmup_cosine
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
+
+_CHECK_EVERY = 16  # steps; a read makes the host wait for an accelerator, which then runs out of work for a moment
 
 
 class PhaseRun:
@@ -36,11 +41,12 @@ class PhaseRun:
         criterion: Called as `criterion(output, target, epoch)`.
         steps: Steps of an epoch.
         accelerator: Precision, device, processes.
+        check_every: Steps from one `check` to the next; None: 1 on a CPU, where it costs nothing, else 16.
 
     Attributes:
         step: Steps done, counted from the beginning of the phase.
         learning_rate: Of the step done last.
-        stopped: The last step was asked, by any process, to be the last for now.
+        stopped: A stop was requested, by any process; with several processes known from the next `check` on.
         stale: Validations since the best one.
     """
 
@@ -54,20 +60,28 @@ class PhaseRun:
         criterion: Criterion,
         steps: int,
         accelerator: Accelerator,
+        check_every: int | None = None,
     ) -> None:
         self.name, self.model, self.phase, self.steps = name, model, phase, steps
         self.step = self.stale = 0
-        self.loss = self.learning_rate = 0.0
+        self.learning_rate = 0.0
         self.stopped = False
         self.best: dict[str, Any] = {"score": -math.inf, "epoch": None}
         self._settings, self._criterion, self._accelerator = settings, criterion, accelerator
+        device = accelerator.device
+        self._check_every = check_every or (1 if device.type == "cpu" else _CHECK_EVERY)
+        self._forward: Any = torch.compile(model) if settings.compile else model
+        self._divergence = DivergenceFlag(device)
+        self._stop_requests = torch.zeros((), device=device)
+        wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self._loss_sum = torch.zeros((), dtype=wide, device=device)
         self._total, self._warmup = phase.epochs * steps, round(phase.warmup * phase.epochs * steps)
         self.learnt = {n: p for n, p in model.named_parameters() if p.requires_grad}
         pool = getattr(model, "pool", None)
         self._pool: PromptPool | None = pool if isinstance(pool, PromptPool) else None
         self._usage = None if self._pool is None else self._pool.usage.clone()
         self._apart = {n for n in self.learnt if n.startswith("pool.")} if settings.decay == "selected" else set()
-        self._optimizer = self._sgd()
+        self._optimizer = make_sgd(self.learnt, phase, without_decay=self._apart)
         self._average = values_of(self.learnt) if settings.average else None
         self._best_values: Values | None = None
 
@@ -82,45 +96,78 @@ class PhaseRun:
         patience = self._settings.patience
         return self.step >= self._total or (patience is not None and self.stale >= patience)
 
-    def advance(self, images: Any, target: Tensor, stop: Callable[[], bool] = lambda: False) -> None:
-        """One step on this process's share of a batch, (2 B / R, ...), instance-balanced half first.
+    def advance(self, images: Tensor, target: Tensor, stop: Callable[[], bool] = lambda: False) -> None:
+        """Do one training step, without waiting for the device: it is read by `check`, every `check_every` steps.
 
-        `stop` is asked at its end; what one process answers, all hear.
+        A step whose loss or gradient is not finite changes nothing, and neither does any step after it.
+
+        Args:
+            images: This process's share of a batch, (2 B / R, ...), instance-balanced half first.
+            target: Labels (2 B / R,).
+            stop: Called at the end of the step; True on any process requests all processes to stop.
 
         Raises:
-            StateError: The loss or a gradient is NaN or infinite; nothing was changed.
+            StateError: A loss or a gradient is NaN or infinite, in this step or since the last check.
         """
         device, settings = self._accelerator.device, self._settings
         key = (settings.seed, self.name, "step", self.step, self._accelerator.process_index)
+        usage = None if self._pool is None else self._pool.usage.clone()
+        images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
         loss = torch.zeros((), device=device)
         with seeded(seed_of(*key), device):
-            for part, labels in _parts(images, target, settings.accumulate):
+            for part, labels in cut_halves(images, target, settings.accumulate):
                 with self._accelerator.autocast():
-                    output = self.model(part.to(device), return_output=True)
-                share = self._criterion(output, labels.to(device), self.epoch) / settings.accumulate
+                    output = self._forward(part, return_output=True)
+                share = self._criterion(output, labels, self.epoch) / settings.accumulate
                 self._accelerator.backward(share)
                 loss = loss + share.detach()
-        asked = torch.tensor(float(stop()), device=device)
-        means = mean_gradients(self.learnt.values(), (loss, asked))
-        value = float(means[-2])
+        gradients = [parameter.grad for parameter in self.learnt.values() if parameter.grad is not None]
+        if several():
+            loss, requests = mean_gradients(gradients, (loss, torch.full_like(loss, float(stop())))).unbind()
+            self._stop_requests = torch.maximum(self._stop_requests, requests)
+        else:
+            self.stopped = stop()
         scaler = self._accelerator.scaler
-        sound = means[-2].isfinite() if scaler else means.isfinite().all()  # a scaler skips infinite gradients
-        if not bool(sound):
-            self._refuse(value)
-        self._update(scaler)
-        self.stopped = float(means[-1]) > 0
-        self.loss += value
+        # A scaler skips steps of infinite gradients by itself, and they are no fault: it tries another scale.
+        self._divergence.update(self.step, loss, () if scaler else gradients)
+        self._update(scaler, gradients)
+        bad = self._divergence.found_inf > 0
+        self._loss_sum += torch.where(bad, 0.0, loss)
+        if self._pool is not None and usage is not None:
+            self._pool.usage.copy_(torch.where(bad, usage, self._pool.usage))
         self.step += 1
+        if self.step % self._check_every == 0 or self.step % self.steps == 0:
+            self.check()
+
+    def check(self) -> None:
+        """Read what the steps left on the device: requests to stop, and whether training diverged.
+
+        All processes must call it after the same step.
+
+        Raises:
+            StateError: A loss or a gradient was NaN or infinite; the run is as it was before that step.
+        """
+        if several():
+            self.stopped = bool(self._stop_requests > 0)
+        if (first := self._divergence.first()) is not None:
+            self.step, loss = first
+            self._optimizer.zero_grad(set_to_none=True)
+            what = "The loss became" if not math.isfinite(loss) else "A gradient became infinite or NaN at a loss of"
+            raise StateError(
+                f"{what} {loss} in step {self.step} (epoch {self.epoch}) of phase {self.name}. The step was not taken, "
+                f"and what was saved before is whole. Lower learning_rate (now {self.phase.learning_rate:g}), set "
+                "clip_norm, or look for broken images."
+            )
 
     def end_epoch(self) -> dict[str, Any]:
         """The record of the epoch just done."""
         record = {
             "phase": self.name,
             "epoch": self.epoch - 1,
-            "loss": self.loss / self.steps,
+            "loss": float(self._loss_sum) / self.steps,
             "learning_rate": self.learning_rate,
         }
-        self.loss = 0.0
+        self._loss_sum.zero_()
         return record
 
     def judge(self, score: float) -> None:
@@ -128,7 +175,7 @@ class PhaseRun:
         if score > self.best["score"]:
             self.best, self.stale = {"score": score, "epoch": self.epoch - 1}, 0
             if self._settings.keep == "best":
-                self._best_values = dict(values_of(self.learnt) if self._average is None else _copy(self._average))
+                self._best_values = values_of(self.learnt if self._average is None else self._average)
         else:
             self.stale += 1
 
@@ -147,7 +194,12 @@ class PhaseRun:
             self._pool.usage.copy_(self._used())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain JSON from which `restore` goes on, besides the model's; all processes must call it."""
+        """Tensors and plain JSON from which `restore` continues, besides the model's; all processes must call it.
+
+        Raises:
+            StateError: As `check`.
+        """
+        self.check()
         tensors = {}
         for name, parameter in self.learnt.items():
             if (momentum := self._optimizer.state[parameter].get("momentum_buffer")) is not None:
@@ -158,7 +210,8 @@ class PhaseRun:
             tensors["usage"] = self._used()
         scaler = self._accelerator.scaler
         best = self.best if self.best["epoch"] is not None else None
-        numbers = {"step": self.step, "loss": self.loss, "learning_rate": self.learning_rate, "stale": self.stale}
+        loss = float(self._loss_sum)
+        numbers = {"step": self.step, "loss": loss, "learning_rate": self.learning_rate, "stale": self.stale}
         return tensors, {**numbers, "best": best, "scaler": scaler.state_dict() if scaler else None}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
@@ -174,18 +227,19 @@ class PhaseRun:
         if self._pool is not None:
             self._usage = kinds["usage"][""]
             self._pool.usage.copy_(self._usage)
-        self.step, self.loss, self.stale = numbers["step"], numbers["loss"], numbers["stale"]
-        self.learning_rate = numbers["learning_rate"]
+        self.step, self.stale, self.learning_rate = numbers["step"], numbers["stale"], numbers["learning_rate"]
+        self._loss_sum.fill_(numbers["loss"])
         self.best = numbers["best"] or self.best
         if numbers["scaler"] and self._accelerator.scaler:
             self._accelerator.scaler.load_state_dict(numbers["scaler"])
 
-    def _update(self, scaler: Any) -> None:
+    def _update(self, scaler: Any, gradients: list[Tensor]) -> None:
         factor = self._settings.batch_size / 256 * warmup_cosine(self.step, self._total, self._warmup)
         self.learning_rate = self.phase.learning_rate * factor
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
         if scaler:
+            self._divergence.spoil(gradients)
             scaler.unscale_(self._optimizer)
         for name in self._apart:
             decay_selected(self.learnt[name], self.phase.weight_decay)
@@ -195,45 +249,14 @@ class PhaseRun:
             scaler.step(self._optimizer)
             scaler.update()
         else:
+            self._optimizer.found_inf = self._divergence.found_inf  # type: ignore[attr-defined]
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._average is not None and self._settings.average is not None:
-            move_average(self._average, self.learnt, self._settings.average, self.step)
-
-    def _sgd(self) -> torch.optim.SGD:
-        """Over all that is learnt; the pool without a decay of its own where only chosen groups shall decay."""
-        groups = [
-            {
-                "params": [p for n, p in self.learnt.items() if n not in self._apart],
-                "weight_decay": self.phase.weight_decay,
-            },
-            {"params": [p for n, p in self.learnt.items() if n in self._apart], "weight_decay": 0.0},
-        ]
-        return torch.optim.SGD([group for group in groups if group["params"]], lr=0.0, momentum=self.phase.momentum)
+            found_inf = self._divergence.found_inf
+            move_average(self._average, self.learnt, self._settings.average, self.step, found_inf)
 
     def _used(self) -> Tensor:
         """How often groups were chosen: before the phase, and in it by the images of all processes."""
         assert self._pool is not None and self._usage is not None  # noqa: S101, PT018 - narrows the types
         return self._usage + summed(self._pool.usage - self._usage)
-
-    def _refuse(self, loss: float) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
-        what = "The loss became" if not math.isfinite(loss) else "A gradient became infinite or NaN at a loss of"
-        raise StateError(
-            f"{what} {loss} in step {self.step} (epoch {self.epoch}) of phase {self.name}. The step was not taken, and "
-            f"what was saved before is whole. Lower learning_rate (now {self.phase.learning_rate:g}), set clip_norm, "
-            "or look for broken images."
-        )
-
-
-def _parts(images: Tensor, target: Tensor, number: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Cut a batch of two halves into `number` batches of two halves."""
-    if number == 1:
-        return [(images, target)]
-    pairs = zip(*(half.chunk(number) for half in images.chunk(2)), strict=True)
-    labels = zip(*(half.chunk(number) for half in target.chunk(2)), strict=True)
-    return [(torch.cat(pair), torch.cat(label)) for pair, label in zip(pairs, labels, strict=True)]
-
-
-def _copy(values: Values) -> Values:
-    return {name: tensor.clone() for name, tensor in values.items()}

@@ -20,14 +20,14 @@ from lpt_peft.errors import ConfigError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.recipe.checks import check_data, check_image
 from lpt_peft.recipe.criteria import Criterion
-from lpt_peft.recipe.evaluate import evaluate
+from lpt_peft.recipe.evaluate import Evaluation
 from lpt_peft.recipe.loop import History, Loop
 from lpt_peft.recipe.opening import begin_phase
-from lpt_peft.recipe.parallel import check_accelerator, copy_from_first
+from lpt_peft.recipe.parallel import check_accelerator, check_precision, copy_from_first
 from lpt_peft.recipe.phase import PhaseRun
 from lpt_peft.recipe.randomness import kept_random_state
 from lpt_peft.recipe.resume import Checkpoints, about_run
-from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
+from lpt_peft.recipe.settings import BACKBONE_DTYPES, PhaseSettings, TrainSettings
 
 
 def train(
@@ -98,10 +98,16 @@ def train(
     names = list(settings.plan)
     counts = torch.bincount(torch.as_tensor(labels), minlength=adapter.prompt_config.num_classes)
 
+    evaluation = None
+    if validation is not None:
+        workers = settings.num_workers
+        evaluation = Evaluation(
+            adapter, validation, num_workers=workers, distributed=True, accelerator=accelerator, persistent=True
+        )
+
     def validate() -> ShotResult:
-        assert validation is not None  # noqa: S101 - narrows the type
-        metrics = ShotMetrics.from_rule(shot_rule, counts)
-        return evaluate(adapter, validation, metrics, num_workers=settings.num_workers, distributed=True)
+        assert evaluation is not None  # noqa: S101 - narrows the type
+        return evaluation(ShotMetrics.from_rule(shot_rule, counts))
 
     def save(run: PhaseRun) -> Path:
         assert store is not None  # noqa: S101 - narrows the type
@@ -120,7 +126,8 @@ def train(
     )
     with kept_random_state():
         for name in names[names.index(saved.phase) if saved else 0 :]:
-            begin_phase(adapter, name, dataset, settings, saved.adapter if saved else None)
+            learnt = saved.adapter if saved else None
+            begin_phase(adapter, name, dataset, settings, accelerator=accelerator, saved=learnt)
             run = loop.begin(adapter, name, settings.plan[name])
             if saved:
                 run.restore(saved.tensors, saved.numbers)
@@ -195,6 +202,7 @@ def _prepare(
 ) -> list[int]:
     """Put the model in place, the same on every process, when all is checked that can be; the labels as numbers."""
     check_accelerator(accelerator)
+    check_precision(settings, accelerator)
     head: Any = model.get_submodule("head")
     plain = check_data(
         dataset,
@@ -204,6 +212,13 @@ def _prepare(
         num_processes=accelerator.num_processes,
         own_criterion=criterion is not None,
     )
+    if dtype := BACKBONE_DTYPES[settings.backbone_dtype]:
+        if not isinstance(model, LongTailPromptAdapter):
+            raise ConfigError(
+                f"backbone_dtype={settings.backbone_dtype!r} casts the frozen ViT of an adapter, and a "
+                f'{type(model).__name__} has none: leave it at "float32", and cast the model yourself.'
+            )
+        model.cast_backbone(dtype)
     model.to(accelerator.device)
     copy_from_first(model)
     check_image(model, dataset, plain, accelerator)

@@ -9,10 +9,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
+
 from lpt_peft.errors import ConfigError
 
 BYSTANDERS = frozenset({"num_workers", "save_every", "keep_checkpoints"})
 """Settings that may change when a run goes on: they have no say in what is learnt."""
+
+BACKBONE_DTYPES: Mapping[str, torch.dtype | None] = {
+    "float32": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""Choices of `TrainSettings.backbone_dtype`; None leaves the weights as they are."""
 
 _NONE = type(None)
 _TYPES: Mapping[str, tuple[type, ...]] = {
@@ -87,6 +96,11 @@ class TrainSettings:
     """Largest norm of the gradient; None does not clip."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Of the backbone's passes; None leaves it to Accelerate's configuration."""
+    backbone_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Frozen weights are cast to it once, before training, and stay so; "float32" leaves them as they are. Prompts,
+    keys and head stay float32."""
+    compile: bool = False
+    """Train through `torch.compile`: the first step of each phase takes about a minute, the others less time."""
     average: float | None = None
     """Decay of a moving average of what is learnt, 0.999 for example, which then is the result; None: no average."""
     keep: Literal["last", "best"] = "last"
@@ -98,8 +112,9 @@ class TrainSettings:
     save_every: int | None = None
     """Steps from one checkpoint to the next, besides those at the end of a phase; None: one for each epoch."""
     keep_checkpoints: int = 2
-    num_workers: int = 0
-    """Processes that load images, for each process that trains."""
+    num_workers: int | None = None
+    """Processes that load images, for each process that trains; None: one for each core, at most 8, and none for small
+    datasets."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -122,13 +137,14 @@ class TrainSettings:
                     self.mixed_precision in (None, "no", "bf16", "fp16"),
                     'None, "no", "bf16" or "fp16"',
                 ),
+                "backbone_dtype": (self.backbone_dtype in BACKBONE_DTYPES, " or ".join(map(repr, BACKBONE_DTYPES))),
                 "average": (self.average is None or 0 < self.average < 1, "None or above 0 and below 1"),
                 "keep": (self.keep in ("last", "best"), '"last" or "best"'),
                 "patience": (self.patience is None or self.patience >= 1, none_or_some),
                 "validate_every": (self.validate_every >= 1, some),
                 "save_every": (self.save_every is None or self.save_every >= 1, none_or_some),
                 "keep_checkpoints": (self.keep_checkpoints >= 1, some),
-                "num_workers": (self.num_workers >= 0, "at least 0"),
+                "num_workers": (self.num_workers is None or self.num_workers >= 0, "None or at least 0"),
                 "seed": (0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
             },
         )

@@ -184,7 +184,7 @@ def test_settings_survive_json():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"batchsize": 3}, "TrainSettings has no batchsize; known are accumulate, average, batch_size"),
+        ({"batchsize": 3}, "TrainSettings has no batchsize; known are accumulate, average, backbone_dtype"),
         ({"shared": {"lr": 3}}, "PhaseSettings has no lr"),
         ({"shared": 3}, "PhaseSettings needs names and values, not 3"),
         ({"batch_size": "eight"}, "batch_size='eight' must be int"),
@@ -197,6 +197,10 @@ def test_settings_survive_json():
         ({"phases": "both"}, "phases='both' must be one of decoupled, joint"),
         ({"keep": []}, "keep=[] must be one of last, best"),
         ({"seed": 2**63}, "seed=9223372036854775808 must be from 0 to 2**63 - 1"),
+        ({"num_workers": -1}, "num_workers=-1 must be None or at least 0"),
+        ({"num_workers": 1.5}, "num_workers=1.5 must be int | None"),
+        ({"compile": 1}, "compile=1 must be bool"),
+        ({"backbone_dtype": "float64"}, "backbone_dtype='float64' must be one of float32, bfloat16, float16"),
         ({"patience": 0}, "patience=0 must be None or at least 1"),
         ({"save_every": 0}, "save_every=0 must be None or"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8' must be None"),

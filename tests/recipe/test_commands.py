@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -20,6 +21,7 @@ from lpt_peft.checkpoint import load_prompts
 from lpt_peft.cli import main
 from lpt_peft.cli.run_settings import ImageSettings, RunSettings, build_backbone
 from lpt_peft.cli.sources import open_parts, open_test_parts
+from lpt_peft.cli.trained import open_trained
 from lpt_peft.errors import BackboneError, ConfigError, InputError
 from lpt_peft.recipe.phase import PhaseRun
 from lpt_peft.recipe.split import split_validation
@@ -107,6 +109,34 @@ def test_evaluate_reprints_the_numbers(done, data, capsys):
     out = capsys.readouterr().out
     assert f"{100 * wanted['test']['overall']:.2f}" in out
     assert "many: n > 100" in out
+
+
+def test_evaluate_repeats_the_precision_of_the_run(data, tmp_path, capsys):
+    options = ["--backbone-dtype", "bfloat16", "--mixed-precision", "bf16", "--num-workers", "None"]
+    AcceleratorState._reset_state()
+    try:
+        assert main(["train", str(data), "--output", str(tmp_path), *BACKBONE, *SMALL, *options]) == 0
+        capsys.readouterr()
+        assert main(["evaluate", str(tmp_path), "--json"]) == 0
+    finally:
+        AcceleratorState._reset_state()
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "results.json").read_text())
+    recipe = json.loads((tmp_path / "prompts" / "config.json").read_text())["training"]["recipe"]
+    assert (recipe["backbone_dtype"], recipe["mixed_precision"], recipe["num_workers"]) == ("bfloat16", "bf16", None)
+    adapter = open_trained(tmp_path).adapter
+    assert {parameter.dtype for parameter in adapter.vit.parameters()} == {torch.bfloat16}
+    assert adapter.head.weight.dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without a GPU")
+def test_a_run_in_fp16_is_measured_in_float32_without_a_gpu(done, tmp_path, capsys):
+    shutil.copytree(done, tmp_path / "run")
+    settings = json.loads((done / "settings.json").read_text())
+    settings["training"]["mixed_precision"] = "fp16"
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match="measured in fp16, which needs a GPU"):
+        assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((done / "results.json").read_text())
 
 
 def test_predict_names_classes(done, data, capsys):

@@ -1,0 +1,63 @@
+"""Detects losses and gradients that are not finite, on the device and without a host read in each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+
+class DivergenceFlag:
+    """Remembers the first step whose loss or gradient was NaN or infinite.
+
+    The flag stays set: whoever honours it skips that step and all later ones, so the state is the last good one
+    whenever the host gets to read the flag.
+
+    Args:
+        device: Where losses and gradients are.
+
+    Attributes:
+        found_inf: Scalar float32, 1 from the first bad step on, else 0: what torch's fused optimizers read.
+
+    Example:
+        >>> flag = DivergenceFlag(torch.device("cpu"))
+        >>> for step, loss in enumerate([0.5, float("nan"), 0.4]):
+        ...     flag.update(step, torch.tensor(loss), [])
+        >>> flag.found_inf, flag.first()
+        (tensor(1.), (1, nan))
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.found_inf = torch.zeros((), device=device)
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._loss = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def update(self, step: int, loss: Tensor, gradients: Sequence[Tensor]) -> None:
+        """Look at a step before its update.
+
+        Args:
+            step: Its number.
+            loss: Scalar.
+            gradients: All of them; none leaves them to somebody else, such as a gradient scaler.
+        """
+        finite = loss.isfinite()
+        if gradients:
+            finite = finite & get_total_norm(gradients, torch.inf).isfinite()  # squares of a 2-norm could overflow
+        first = ~finite & (self.found_inf == 0)
+        self._step.copy_(torch.where(first, step, self._step))
+        self._loss = torch.where(first, loss, self._loss)
+        self.found_inf.masked_fill_(first, 1.0)
+
+    @torch.no_grad()
+    def spoil(self, gradients: Iterable[Tensor]) -> None:
+        """Make gradients NaN where the flag is set, for optimizers that skip those by themselves."""
+        factor = torch.where(self.found_inf > 0, torch.nan, 1.0)
+        for gradient in gradients:
+            gradient.mul_(factor)
+
+    def first(self) -> tuple[int, float] | None:
+        """Number and loss of the first bad step; None where all were good. Waits for the device."""
+        return (int(self._step), float(self._loss)) if bool(self.found_inf) else None
