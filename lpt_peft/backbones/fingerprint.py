@@ -8,10 +8,13 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 ALGORITHM = "sha256-tensors-v1"
 
@@ -40,7 +43,7 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[object, ...], ...] | None
     """
     marks = []
     for tensor in tensors:
-        if isinstance(tensor, DTensor) or tensor.is_inference():
+        if _is_sharded(tensor) or tensor.is_inference():
             return None
         marks.append((tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape))
     return tuple(marks)
@@ -48,8 +51,14 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[object, ...], ...] | None
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or gathered from all processes where FSDP2 has sharded it."""
-    gathered: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    gathered: Tensor = tensor.full_tensor() if _is_sharded(tensor) else tensor
     return gathered
+
+
+def _is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor; its module is slow to import, and there are none before something else imports it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _digest(tensor: Tensor) -> str:

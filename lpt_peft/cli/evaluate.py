@@ -6,13 +6,9 @@ from pathlib import Path
 
 import tyro
 
+from lpt_peft.cli.extras import extra_needed
 from lpt_peft.cli.options import Json
-from lpt_peft.cli.sources import open_parts, open_test_parts, set_transforms
-from lpt_peft.cli.tables import print_results
-from lpt_peft.cli.trained import open_trained
 from lpt_peft.errors import ConfigError
-from lpt_peft.metrics import ShotMetrics, ShotResult
-from lpt_peft.recipe.evaluate import evaluate as measure
 
 
 def evaluate(
@@ -25,6 +21,13 @@ def evaluate(
         data: Images, as for `lpt-peft train`; a folder of class folders or a list is taken as a test part.
         as_json: Print one JSON object instead of the table.
     """
+    with extra_needed("lpt-peft evaluate", "train"):
+        from lpt_peft.cli.sources import open_parts, open_test_parts, set_transforms
+        from lpt_peft.cli.tables import print_results
+        from lpt_peft.cli.trained import open_trained
+        from lpt_peft.metrics import ShotMetrics, ShotResult
+        from lpt_peft.recipe.evaluate import evaluate as measure
+
     trained = open_trained(folder)
     adapter = trained.adapter
     counts = adapter.metadata.class_counts
