@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -240,9 +241,25 @@ def test_a_command_imports_only_its_own_libraries(folder):
     assert not modules & {"accelerate", "matplotlib", "open_clip", "sklearn", "transformers"}
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_shell_completion(shell):
     modules, script = modules_after("--tyro-print-completion", shell)
     assert all(command in script for command in COMMANDS)
     assert "--shot-rule" in script
     assert not modules & set(HEAVY)
+
+
+def test_bash_completes_commands_and_options(tmp_path):
+    if shutil.which("bash") is None:
+        pytest.skip("bash is not installed")
+    _, script = modules_after("--tyro-print-completion", "bash")
+    (tmp_path / "completion").write_text(script)
+    program = (
+        f"source {tmp_path / 'completion'}\n"
+        "function=$(complete -p lpt-peft | sed 's/.*-F \\([^ ]*\\).*/\\1/')\n"
+        'answer() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); $function; echo ${COMPREPLY[@]}; }\n'
+        "answer lpt-peft e\n"
+        "answer lpt-peft train --shot\n"
+    )
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["evaluate", "--shot-rule"]

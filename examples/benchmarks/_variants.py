@@ -11,10 +11,10 @@ from torch import Tensor, nn
 class FrozenWithHead(nn.Module):
     """A frozen ViT and a linear classifier on its features."""
 
-    def __init__(self, vit: nn.Module, num_classes: int) -> None:
+    def __init__(self, vit: Any, num_classes: int) -> None:
         super().__init__()
-        self.vit: Any = vit.requires_grad_(False)  # Any: the parts of timm's class are read below
-        self.head = nn.Linear(self.vit.num_features, num_classes, device=next(vit.parameters()).device)
+        self.vit: Any = vit.requires_grad_(False)
+        self.head = nn.Linear(vit.num_features, num_classes, device=next(vit.parameters()).device)
 
     def features(self, images: Tensor) -> Tensor:
         """(B, d), what the head sees."""
