@@ -1,15 +1,23 @@
-"""Long-tailed Prompt Tuning for frozen Vision Transformers."""
+"""Long-tailed Prompt Tuning for frozen Vision Transformers.
 
+Public names are imported on first use: `import lpt_peft` alone does not import torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from lpt_peft._lazy import import_on_first_use
 from lpt_peft._version import __version__
-from lpt_peft.adapter import LongTailPromptAdapter
-from lpt_peft.config import PromptConfig
-from lpt_peft.errors import LPTError
-from lpt_peft.heads import CosineClassifier, cosine_logits
-from lpt_peft.losses import AGCLLoss, LPTLoss, agcl_loss
-from lpt_peft.metrics import SHOT_RULES, ShotMetrics, ShotResult, ShotRule, shot_metrics
-from lpt_peft.output import AdapterOutput
-from lpt_peft.prompts import PoolMatch, PromptPool, SharedPrompt, decay_selected
-from lpt_peft.samplers import ClassBalancedSampler, DualSampler
+
+if TYPE_CHECKING:
+    from lpt_peft.adapter import LongTailPromptAdapter
+    from lpt_peft.config import PromptConfig
+    from lpt_peft.errors import LPTError
+    from lpt_peft.heads import CosineClassifier, cosine_logits
+    from lpt_peft.losses import AGCLLoss, LPTLoss, agcl_loss
+    from lpt_peft.metrics import SHOT_RULES, ShotMetrics, ShotResult, ShotRule, shot_metrics
+    from lpt_peft.output import AdapterOutput
+    from lpt_peft.prompts import PoolMatch, PromptPool, SharedPrompt, decay_selected
+    from lpt_peft.samplers import ClassBalancedSampler, DualSampler
 
 __all__ = [
     "SHOT_RULES",
@@ -34,3 +42,18 @@ __all__ = [
     "decay_selected",
     "shot_metrics",
 ]
+
+import_on_first_use(  # the imports above, for the interpreter: a test holds the two equal
+    __name__,
+    {
+        "adapter": ["LongTailPromptAdapter"],
+        "config": ["PromptConfig"],
+        "errors": ["LPTError"],
+        "heads": ["CosineClassifier", "cosine_logits"],
+        "losses": ["AGCLLoss", "LPTLoss", "agcl_loss"],
+        "metrics": ["SHOT_RULES", "ShotMetrics", "ShotResult", "ShotRule", "shot_metrics"],
+        "output": ["AdapterOutput"],
+        "prompts": ["PoolMatch", "PromptPool", "SharedPrompt", "decay_selected"],
+        "samplers": ["ClassBalancedSampler", "DualSampler"],
+    },
+)

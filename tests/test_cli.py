@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+import lpt_peft
 from lpt_peft import LongTailPromptAdapter
 from lpt_peft.backbones import catalog
 from lpt_peft.cli import main
@@ -187,3 +189,77 @@ def test_sources_that_no_system_opens(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LPTError):
         LongTailPromptAdapter.from_pretrained(source, tiny_vit())
+
+
+HEAVY = ("accelerate", "huggingface_hub", "matplotlib", "numpy", "open_clip", "PIL", "safetensors", "sklearn", "timm")
+HEAVY += ("torch", "torchvision", "transformers")
+COMMANDS = ("convert", "demo", "doctor", "evaluate", "inspect", "predict", "pull", "push", "train")
+
+
+def modules_after(*words):
+    """Top-level packages that a process has imported when the command has answered, and its output."""
+    program = (
+        "import sys\n"
+        "from lpt_peft.cli import main\n"
+        "try:\n"
+        f"    status = main({list(words)!r})\n"
+        "except SystemExit as stop:\n"
+        "    status = stop.code\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)\n"
+        "sys.exit(status)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines()[-1].split()), done.stdout
+
+
+def test_version_needs_no_library_at_all():
+    modules, out = modules_after("--version")
+    assert out == f"lpt-peft {lpt_peft.__version__}\n"
+    assert not modules & {*HEAVY, "rich", "tyro"}
+
+
+@pytest.mark.parametrize("words", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
+def test_help_imports_neither_torch_nor_what_needs_it(words):
+    modules, out = modules_after(*words)
+    assert not modules & set(HEAVY)
+    if words == ["--help"]:
+        assert all(command in out for command in (*COMMANDS, "--version"))
+    else:
+        assert f"usage: lpt-peft {words[0]}" in out
+
+
+def test_the_help_of_train_shows_defaults_of_a_preset():
+    modules, out = modules_after("train", "--preset", "inat2018", "--help")
+    assert "skips the phase. (default: 80)" in out
+    assert not modules & set(HEAVY)
+
+
+def test_a_command_imports_only_its_own_libraries(folder):
+    modules, out = modules_after("inspect", str(folder))
+    assert "All checks passed" in out
+    assert not modules & {"accelerate", "matplotlib", "open_clip", "sklearn", "transformers"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shell_completion(shell):
+    modules, script = modules_after("--tyro-print-completion", shell)
+    assert all(command in script for command in COMMANDS)
+    assert "--shot-rule" in script
+    assert not modules & set(HEAVY)
+
+
+def test_bash_completes_commands_and_options(tmp_path):
+    if shutil.which("bash") is None:
+        pytest.skip("bash is not installed")
+    _, script = modules_after("--tyro-print-completion", "bash")
+    (tmp_path / "completion").write_text(script)
+    program = (
+        f"source {tmp_path / 'completion'}\n"
+        "function=$(complete -p lpt-peft | sed 's/.*-F \\([^ ]*\\).*/\\1/')\n"
+        'answer() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); $function; echo ${COMPREPLY[@]}; }\n'
+        "answer lpt-peft e\n"
+        "answer lpt-peft train --shot\n"
+    )
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["evaluate", "--shot-rule"]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -20,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _measure import resident_bytes
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder  # noqa: F401 - imported so that it counts as an import
 
-from lpt_peft.cli.run_settings import ImageSettings, RunSettings, build_adapter
+from lpt_peft.cli.build_run import build_adapter
+from lpt_peft.cli.run_settings import ImageSettings, RunSettings
 from lpt_peft.cli.sources import open_parts, set_transforms
 from lpt_peft.data.folder import image_folder
 from lpt_peft.data.image_list import image_list
@@ -37,14 +38,12 @@ from lpt_peft.samplers import DualSampler
 
 def resident() -> float:
     """Megabytes resident in this process now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6
+    return resident_bytes() / 1e6
 
 
 def peak() -> float:
-    """The most megabytes that were ever resident here; getrusage would count those of the process that started this."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024 / 1e6
+    """The most megabytes that were ever resident in this process."""
+    return resident_bytes(peak=True) / 1e6
 
 
 def write_lists(folder: Path, num_images: int, num_classes: int) -> None:

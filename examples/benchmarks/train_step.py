@@ -1,8 +1,9 @@
 """What a step of training costs: LPT's two phases, full fine-tuning and PEFT's LoRA on the same ViT.
 
 Seconds as ratios, the least of several interleaved rounds, for what disturbs a step only ever adds to it. Memory: what
-autograd keeps for backward; gradients and optimizer state; and the peak of a process that has one variant alone and
+autograd saves for backward; gradients and optimizer state; and the peak of a process that has one variant alone and
 takes two steps, weights included: of the allocator on a GPU, else what is resident beyond the imports (Linux).
+More ways, precisions and torch.compile, on a GPU: `gpu.py`.
 
     python examples/benchmarks/train_step.py
     python examples/benchmarks/train_step.py --model vit_base_patch16_224 --batch-size 128 --dtype bfloat16
@@ -12,18 +13,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
 import torch.nn.functional as F
 import tyro
-from forward_cost import kept_bytes
+from _measure import device_name, interleaved, resident_bytes, saved_bytes
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -69,8 +68,8 @@ class Variant:
             return self.loss()
 
     @property
-    def learnt(self) -> list[nn.Parameter]:
-        """What the optimizer moves."""
+    def trained(self) -> list[nn.Parameter]:
+        """The optimizer's parameters."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
@@ -90,8 +89,8 @@ def build(name: str, settings: Settings, images: Tensor, target: Tensor) -> Vari
         lora = LoraConfig(r=8, target_modules=["qkv"], modules_to_save=["head"])
         model = (get_peft_model(vit, lora) if "LoRA" in name else vit).to(images.device)
         loss = lambda: criterion(model(images), target)  # noqa: E731
-    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(learnt, lr=1e-4, momentum=0.9)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-4, momentum=0.9)
     half = settings.dtype == "bfloat16"
     autocast = (lambda: torch.autocast(images.device.type, torch.bfloat16)) if half else nullcontext
     return Variant(model, loss, optimizer, autocast)
@@ -99,11 +98,11 @@ def build(name: str, settings: Settings, images: Tensor, target: Tensor) -> Vari
 
 def peak_bytes(name: str, settings: Settings) -> int:
     """The peak of two steps of one variant in this process; nothing else may have been built here."""
-    before = _status("VmRSS")
+    before = resident_bytes()
     variant = build(name, settings, *batch(settings))
     for _ in range(2):  # in the second one the momentum is there from the start
         variant.step()
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM") - before
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_bytes(peak=True) - before
 
 
 def peak_elsewhere(name: str, settings: Settings) -> int:
@@ -112,11 +111,6 @@ def peak_elsewhere(name: str, settings: Settings) -> int:
     words += [] if settings.img_size is None else ["--img-size", settings.img_size]
     command = [sys.executable, __file__, *map(str, words), "--peak-of", name]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def batch(settings: Settings) -> tuple[Tensor, Tensor]:
@@ -133,31 +127,22 @@ def main(settings: Settings) -> None:
         print(peak_bytes(settings.peak_of, settings))
         return
     images, target = batch(settings)
-    device, size = images.device.type, images.shape[-1]
     variants = {name: build(name, settings, images, target) for name in NAMES}
-    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
-    for turn in range(settings.rounds + 1):  # the first turn warms up
-        for name, variant in variants.items():
-            start = time.perf_counter()
-            variant.step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    seconds = interleaved({name: variant.step for name, variant in variants.items()}, settings.rounds, images.device)
     print(
-        f"{settings.model}, {size} px, batch {settings.batch_size}, {settings.dtype}, {where}, {settings.rounds} rounds"
+        f"{settings.model}, {images.shape[-1]} px, batch {settings.batch_size}, {settings.dtype}, "
+        f"{device_name(images.device)}, {settings.rounds} rounds"
     )
-    print(f"{'':22}{'s/step':>9}{'ratio':>8}{'learnt':>14}{'kept':>11}{'optimizer':>12}{'peak':>11}")
+    print(f"{'':22}{'s/step':>9}{'ratio':>8}{'trained':>14}{'saved':>11}{'optimizer':>12}{'peak':>11}")
     base = min(seconds[NAMES[0]])
     for name, variant in variants.items():
         least = min(seconds[name])
-        learnt = sum(parameter.numel() for parameter in variant.learnt)
-        state = 2 * sum(parameter.nbytes for parameter in variant.learnt)  # gradient and momentum
-        known = {parameter.untyped_storage().data_ptr() for parameter in variant.model.parameters()}
-        columns = ((kept_bytes(variant.run_loss, known), 7), (state, 8), (peak_elsewhere(name, settings), 7))
+        trained = sum(parameter.numel() for parameter in variant.trained)
+        state = 2 * sum(parameter.nbytes for parameter in variant.trained)  # gradient and momentum
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in variant.model.parameters()}
+        columns = ((saved_bytes(variant.run_loss, parameters), 7), (state, 8), (peak_elsewhere(name, settings), 7))
         sizes = "".join(f"{value / 2**20:{width}.0f} MiB" for value, width in columns)
-        print(f"{name:22}{least:9.3f}{least / base:8.2f}{learnt:14,}{sizes}")
+        print(f"{name:22}{least:9.3f}{least / base:8.2f}{trained:14,}{sizes}")
 
 
 if __name__ == "__main__":

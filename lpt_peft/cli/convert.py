@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
-from lpt_peft.backbones.build import build
-from lpt_peft.checkpoint.published import EPS, Published, read_published, write_published
 from lpt_peft.cli.options import Json
 from lpt_peft.errors import ConfigError, HubError
-from lpt_peft.hub.boundary import hub_errors
+
+if TYPE_CHECKING:
+    from lpt_peft.checkpoint.published import Published
 
 
 def convert(
@@ -34,6 +35,10 @@ def convert(
         num_heads: Heads of the backbone, where it is not one for each 64 of its width.
         as_json: Print one JSON object.
     """
+    from lpt_peft.backbones.build import build
+    from lpt_peft.checkpoint.published import EPS, read_published, write_published
+    from lpt_peft.hub.boundary import hub_errors
+
     published = read_published(checkpoint, num_heads=num_heads)
     pretrained, why = None, "nothing was compared"
     if compare:

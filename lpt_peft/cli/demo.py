@@ -6,10 +6,9 @@ import json
 import sys
 from pathlib import Path
 
+from lpt_peft.cli.extras import extra_needed
 from lpt_peft.cli.interrupted import telling_how_to_go_on
 from lpt_peft.cli.options import Json
-from lpt_peft.cli.tables import print_table
-from lpt_peft.errors import MissingExtraError
 
 
 def demo(
@@ -24,10 +23,10 @@ def demo(
         resume: Go on with a run that was broken off in that folder; --no-resume starts anew.
         as_json: Print the content of results.json instead of the table.
     """
-    try:
-        from lpt_peft.demo.run import run_demo  # noqa: PLC0415 - heavy, and an optional extra
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f'The demo needs {error.name}: pip install "lpt_peft[demo]".') from error
+    from lpt_peft.cli.tables import print_table
+
+    with extra_needed("The demo", "demo"):
+        from lpt_peft.demo.run import run_demo
 
     with telling_how_to_go_on():
         result = run_demo(output, seeds=seeds, epochs=epochs, resume=resume, progress=sys.stderr.isatty())

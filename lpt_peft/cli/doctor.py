@@ -8,13 +8,9 @@ from collections import Counter
 from difflib import get_close_matches
 from typing import Annotated, Any
 
-import timm
 import tyro
 
-from lpt_peft.adapter import PHASES, LongTailPromptAdapter
-from lpt_peft.backbones import catalog, find_backbone
 from lpt_peft.cli.options import Json
-from lpt_peft.cli.support import show_support
 from lpt_peft.errors import BackboneError, ConfigError, LPTError
 
 
@@ -41,6 +37,8 @@ def doctor(
         as_json: Print one JSON object.
     """
     if listing:
+        from lpt_peft.cli.support import show_support
+
         show_support(backbone, as_json=as_json)
         return
     if not backbone:
@@ -62,6 +60,11 @@ def examine(name: str, num_classes: int, **options: int) -> dict[str, Any]:
         BackboneError: No installed library has such a model, or it cannot take prompts.
         ConfigError: A number is out of range.
     """
+    import timm
+
+    from lpt_peft.adapter import PHASES, LongTailPromptAdapter
+    from lpt_peft.backbones import catalog, find_backbone
+
     entry = catalog.find(name)
     if entry is None:
         titles = [one.title for one in catalog.entries()]

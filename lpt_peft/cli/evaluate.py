@@ -5,19 +5,16 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import tyro
 
+from lpt_peft.cli.extras import extra_needed
 from lpt_peft.cli.options import Json
-from lpt_peft.cli.sources import open_parts, open_test_parts, set_transforms
-from lpt_peft.cli.tables import print_results
-from lpt_peft.cli.trained import open_trained
 from lpt_peft.errors import ConfigError
-from lpt_peft.metrics import ShotMetrics, ShotResult
-from lpt_peft.recipe.evaluate import evaluate as measure
-from lpt_peft.recipe.runs import make_accelerator
-from lpt_peft.recipe.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from lpt_peft.recipe.settings import TrainSettings
 
 
 def evaluate(
@@ -30,6 +27,14 @@ def evaluate(
         data: Images, as for `lpt-peft train`; a folder of class folders or a list is taken as a test part.
         as_json: Print one JSON object instead of the table.
     """
+    with extra_needed("lpt-peft evaluate", "train"):
+        from lpt_peft.cli.sources import open_parts, open_test_parts, set_transforms
+        from lpt_peft.cli.tables import print_results
+        from lpt_peft.cli.trained import open_trained
+        from lpt_peft.metrics import ShotMetrics, ShotResult
+        from lpt_peft.recipe.evaluate import evaluate as measure
+        from lpt_peft.recipe.runs import make_accelerator
+
     trained = open_trained(folder)
     adapter = trained.adapter
     counts = adapter.metadata.class_counts
@@ -57,6 +62,8 @@ def evaluate(
 
 def _settings_here(training: TrainSettings) -> TrainSettings:
     """The run's settings, in a precision that this machine has."""
+    import torch
+
     if training.mixed_precision != "fp16" or torch.accelerator.is_available():
         return training
     warnings.warn(

@@ -10,7 +10,6 @@ import tyro
 
 from lpt_peft.cli.options import Json
 from lpt_peft.errors import shown
-from lpt_peft.hub import read_prompts
 
 
 def inspect(
@@ -28,6 +27,8 @@ def inspect(
         subfolder: Where in the folder or repository.
         as_json: Print the content of config.json.
     """
+    from lpt_peft.hub import read_prompts
+
     config = read_prompts(source, revision=revision, subfolder=subfolder).config
     print(json.dumps(config, indent=2) if as_json else _text(source, config))
 

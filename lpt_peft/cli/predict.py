@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import tyro
-from PIL import Image
 
+from lpt_peft.cli.extras import extra_needed
 from lpt_peft.cli.options import Json
-from lpt_peft.cli.tables import print_table
-from lpt_peft.cli.trained import open_trained
-from lpt_peft.data.sources import read_rgb
-from lpt_peft.data.transforms import transforms
 from lpt_peft.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _BATCH = 64
 
@@ -35,6 +33,13 @@ def predict(
         top_k: Classes for each image, the likeliest first.
         as_json: Print a JSON list with an object for each image.
     """
+    with extra_needed("lpt-peft predict", "train"):
+        import torch
+
+        from lpt_peft.cli.tables import print_table
+        from lpt_peft.cli.trained import open_trained
+        from lpt_peft.data.transforms import transforms
+
     trained = open_trained(folder)
     adapter, names = trained.adapter, trained.class_names
     if not images:
@@ -60,6 +65,8 @@ def predict(
 
 
 def _read(path: Path) -> Image.Image:
+    from lpt_peft.data.sources import read_rgb
+
     try:
         return read_rgb(path)
     except Exception as error:  # decoders raise anything at all on broken bytes

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from lpt_peft.checkpoint import write_prompt_file
 from lpt_peft.cli.options import Json
-from lpt_peft.hub import Place
-from lpt_peft.hub import pull as pull_files
 
 
 def pull(
@@ -33,6 +30,10 @@ def pull(
         offline: Take what the cache holds, do not ask the Hub.
         as_json: Print one JSON object.
     """
+    from lpt_peft.checkpoint import write_prompt_file
+    from lpt_peft.hub import Place
+    from lpt_peft.hub import pull as pull_files
+
     pulled = pull_files(Place(repo_id=repo, revision=revision, subfolder=subfolder, local_files_only=offline))
     write_prompt_file(folder, pulled.config, pulled.weights)
     if as_json:

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from lpt_peft.checkpoint import read_pair
 from lpt_peft.cli.options import Json
-from lpt_peft.hub import push_files
 
 
 def push(
@@ -40,6 +38,9 @@ def push(
         dataset: Hub id of the training data, for the model card; may be given several times.
         as_json: Print one JSON object.
     """
+    from lpt_peft.checkpoint import read_pair
+    from lpt_peft.hub import push_files
+
     config, weights = read_pair(folder)
     info = push_files(
         config,

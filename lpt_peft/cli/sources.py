@@ -111,7 +111,7 @@ def set_transforms(parts: Mapping[str, LabelledImages], preprocess: Mapping[str,
 def _splits(data: str, images: ImageSettings) -> dict[str, LabelledImages]:
     """The splits of a data set of Hugging Face, as far as their names say what they are for."""
     try:
-        import datasets  # noqa: PLC0415 - an optional extra
+        import datasets
     except ImportError as error:
         raise MissingExtraError(f'{data} needs datasets: pip install "lpt_peft[hf]".') from error
     name = data.removeprefix(_SPLITS)

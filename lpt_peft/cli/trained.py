@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 from lpt_peft.adapter import LongTailPromptAdapter
-from lpt_peft.cli.run_settings import SETTINGS, ImageSettings, RunSettings, build_backbone, read_settings
+from lpt_peft.cli.build_run import build_backbone
+from lpt_peft.cli.run_settings import SETTINGS, ImageSettings, RunSettings, read_settings
 from lpt_peft.errors import StateError
 from lpt_peft.recipe.fit import PROMPTS
 from lpt_peft.recipe.settings import BACKBONE_DTYPES, TrainSettings

@@ -2,14 +2,20 @@
 
 A recipe, not a trainer: read `loop.py` and `phase.py`, copy them, change them. Losses, samplers and metrics are
 products of their own and know nothing of this package. Needs the extra `lpt_peft[train]`.
+Public names are imported on first use, so that reading settings (`settings.py`) imports neither torch nor Accelerate.
 """
 
-from lpt_peft.recipe.evaluate import evaluate, predict
-from lpt_peft.recipe.fit import Parts, fit
-from lpt_peft.recipe.presets import PRESETS, preset
-from lpt_peft.recipe.runs import make_accelerator, run_phase, train
-from lpt_peft.recipe.schedule import warmup_cosine
-from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
+from typing import TYPE_CHECKING
+
+from lpt_peft._lazy import import_on_first_use
+
+if TYPE_CHECKING:
+    from lpt_peft.recipe.evaluate import evaluate, predict
+    from lpt_peft.recipe.fit import Parts, fit
+    from lpt_peft.recipe.presets import PRESETS, preset
+    from lpt_peft.recipe.runs import make_accelerator, run_phase, train
+    from lpt_peft.recipe.schedule import warmup_cosine
+    from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 
 __all__ = [
     "PRESETS",
@@ -25,3 +31,15 @@ __all__ = [
     "train",
     "warmup_cosine",
 ]
+
+import_on_first_use(  # the imports above, for the interpreter: a test holds the two equal
+    __name__,
+    {
+        "evaluate": ["evaluate", "predict"],
+        "fit": ["Parts", "fit"],
+        "presets": ["PRESETS", "preset"],
+        "runs": ["make_accelerator", "run_phase", "train"],
+        "schedule": ["warmup_cosine"],
+        "settings": ["PhaseSettings", "TrainSettings"],
+    },
+)
