@@ -12,7 +12,7 @@ from lpt_peft.cli.build_run import build_backbone
 from lpt_peft.cli.run_settings import SETTINGS, ImageSettings, RunSettings, read_settings
 from lpt_peft.errors import StateError
 from lpt_peft.recipe.fit import PROMPTS
-from lpt_peft.recipe.settings import BACKBONE_DTYPES, TrainSettings
+from lpt_peft.recipe.settings import TrainSettings
 
 
 class Trained(NamedTuple):
@@ -45,8 +45,8 @@ def open_trained(folder: Path) -> Trained:
         adapter = LongTailPromptAdapter.from_pretrained(folder)
     else:
         adapter = LongTailPromptAdapter.from_pretrained(folder / PROMPTS, build_backbone(run))
-        if dtype := BACKBONE_DTYPES[run.training.backbone_dtype]:
-            adapter.cast_backbone(dtype)
+        if run.training.backbone_dtype != "float32":
+            adapter.cast_backbone(getattr(torch, run.training.backbone_dtype))
     adapter.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     names = adapter.metadata.label_names or [str(label) for label in range(adapter.prompt_config.num_classes)]
     return Trained(

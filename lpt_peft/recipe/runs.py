@@ -27,7 +27,7 @@ from lpt_peft.recipe.parallel import check_accelerator, check_precision, copy_fr
 from lpt_peft.recipe.phase import PhaseRun
 from lpt_peft.recipe.randomness import kept_random_state
 from lpt_peft.recipe.resume import Checkpoints, about_run
-from lpt_peft.recipe.settings import BACKBONE_DTYPES, PhaseSettings, TrainSettings
+from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 
 
 def train(
@@ -212,13 +212,13 @@ def _prepare(
         num_processes=accelerator.num_processes,
         own_criterion=criterion is not None,
     )
-    if dtype := BACKBONE_DTYPES[settings.backbone_dtype]:
+    if settings.backbone_dtype != "float32":
         if not isinstance(model, LongTailPromptAdapter):
             raise ConfigError(
                 f"backbone_dtype={settings.backbone_dtype!r} casts the frozen ViT of an adapter, and a "
                 f'{type(model).__name__} has none: leave it at "float32", and cast the model yourself.'
             )
-        model.cast_backbone(dtype)
+        model.cast_backbone(getattr(torch, settings.backbone_dtype))
     model.to(accelerator.device)
     copy_from_first(model)
     check_image(model, dataset, plain, accelerator)

@@ -9,19 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import torch
-
 from lpt_peft.errors import ConfigError
 
 BYSTANDERS = frozenset({"num_workers", "save_every", "keep_checkpoints"})
 """Settings that may change when a run goes on: they have no say in what is learnt."""
 
-BACKBONE_DTYPES: Mapping[str, torch.dtype | None] = {
-    "float32": None,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-"""Choices of `TrainSettings.backbone_dtype`; None leaves the weights as they are."""
+_BACKBONE_DTYPES = ("float32", "bfloat16", "float16")
 
 _NONE = type(None)
 _TYPES: Mapping[str, tuple[type, ...]] = {
@@ -137,7 +130,7 @@ class TrainSettings:
                     self.mixed_precision in (None, "no", "bf16", "fp16"),
                     'None, "no", "bf16" or "fp16"',
                 ),
-                "backbone_dtype": (self.backbone_dtype in BACKBONE_DTYPES, " or ".join(map(repr, BACKBONE_DTYPES))),
+                "backbone_dtype": (self.backbone_dtype in _BACKBONE_DTYPES, " or ".join(map(repr, _BACKBONE_DTYPES))),
                 "average": (self.average is None or 0 < self.average < 1, "None or above 0 and below 1"),
                 "keep": (self.keep in ("last", "best"), '"last" or "best"'),
                 "patience": (self.patience is None or self.patience >= 1, none_or_some),
