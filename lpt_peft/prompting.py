@@ -70,7 +70,7 @@ class _Local(threading.local):
     """What this thread's prompted block hands to its attentions, and who records its calls."""
 
     notes: _Notes | None = None
-    recorder: Recorder | None = None
+    recording: tuple[Sequence[nn.Module], Recorder] | None = None
 
 
 class _CapturedError(Exception):
@@ -163,13 +163,16 @@ def batched(prompt: Tensor) -> Tensor:
 
 
 @contextmanager
-def recording(recorder: Recorder) -> Iterator[None]:
-    """While open, this thread's prompted blocks answer `recorder(tokens, args, kwargs)` instead of running."""
-    outer, _local.recorder = _local.recorder, recorder
+def recording(modules: Sequence[nn.Module], recorder: Recorder) -> Iterator[None]:
+    """While open, on this thread, blocks among `modules` answer `recorder(tokens, args, kwargs)` instead of running.
+
+    Classifiers among them that were given to `pass_through` answer with their input.
+    """
+    outer, _local.recording = _local.recording, (modules, recorder)
     try:
         yield
     finally:
-        _local.recorder = outer
+        _local.recording = outer
 
 
 def find_gradient_gap(blocks: Sequence[nn.Module], dim: int) -> str | None:
@@ -178,7 +181,7 @@ def find_gradient_gap(blocks: Sequence[nn.Module], dim: int) -> str | None:
 
 
 def pass_through(head: nn.Module) -> None:
-    """Let a classifier answer with its input while this thread is `recording`, and as ever otherwise."""
+    """Let a classifier answer with its input while this thread is `recording` it, and as ever otherwise."""
     if not isinstance(head, Prompted):
         _check_attachable(head)
         head.__class__ = _prompted_class(type(head), "head", 0)
@@ -227,7 +230,7 @@ def _rebuild(original: type[nn.Module], kind: str, sites: int, outputs: int | No
 def _block_forward(self: Any, tokens: Tensor, *args: Any, prompt: Tensor | None = None, **kwargs: Any) -> Any:
     """The block's own forward; with `prompt` (1 or B, n, d), tokens (B, N, d) also attend to it."""
     original: Any = type(self).original
-    if (recorder := _local.recorder) is not None:
+    if (recorder := _recorder_of(self)) is not None:
         return recorder(tokens, args, kwargs)
     outer = _local.notes
     if prompt is None and outer is None:
@@ -307,9 +310,17 @@ def _multihead_forward(
 
 
 def _head_forward(self: Any, features: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The classifier's own forward, or its input while this thread is recording."""
+    """The classifier's own forward, or its input while this thread is recording it."""
     original: Any = type(self).original
-    return features if _local.recorder is not None else original.forward(self, features, *args, **kwargs)
+    return original.forward(self, features, *args, **kwargs) if _recorder_of(self) is None else features
+
+
+def _recorder_of(module: nn.Module) -> Recorder | None:
+    """Who records the calls of this very module, not of another one that a hook may run meanwhile."""
+    if (active := _local.recording) is None:
+        return None
+    modules, recorder = active
+    return recorder if any(recorded is module for recorded in modules) else None
 
 
 def _capture(attention: Any, notes: _Notes, prompt: Tensor) -> Any:

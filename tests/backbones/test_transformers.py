@@ -383,27 +383,36 @@ def test_lora_inside_the_layers_comes_along():
 
 
 def test_a_second_forward_in_the_middle_of_one_changes_neither():
-    """What two threads on one model do to each other, without the threads."""
-    vit = encoder("ViT")
+    """What two threads on one model do to each other, without the threads; and another wrapped model in a hook."""
+    vit, other = encoder("ViT"), encoder("ViT")
     adapter = LongTailPromptAdapter.wrap(vit, 5).eval()
+    LongTailPromptAdapter.wrap(other, 5)
     adapter.phase = "group"
-    prompted, plain = adapter(**inputs("ViT")), vit(**inputs("ViT")).last_hidden_state
+    calls = {
+        "prompted": lambda: adapter(**inputs("ViT")).logits,
+        "plain": lambda: vit(**inputs("ViT")).last_hidden_state,
+        "other": lambda: other(**inputs("ViT")).last_hidden_state,
+    }
+    expected = {name: call() for name, call in calls.items()}
     answers, busy = [], []
 
-    def interrupt(*_):
+    def interrupt(module, *_):
         if not busy:
             busy.append(True)
-            answers.append((adapter(**inputs("ViT")), vit(**inputs("ViT")).last_hidden_state))
+            # The model itself, called while it runs itself, would be taken for its own continuation.
+            names = ["prompted", "other"] if module is vit.embeddings else list(calls)
+            answers.extend((name, calls[name]()) for name in names)
             busy.clear()
 
     handles = [
+        vit.embeddings.register_forward_hook(interrupt),
         vit.layers[0].attention.register_forward_pre_hook(interrupt),
         vit.layers[1].mlp.register_forward_hook(interrupt),
     ]
-    assert torch.equal(adapter(**inputs("ViT")), prompted)
-    assert torch.equal(vit(**inputs("ViT")).last_hidden_state, plain)
-    assert len(answers) >= 4
-    assert all(torch.equal(one, prompted) and torch.equal(two, plain) for one, two in answers)
+    assert torch.equal(calls["prompted"](), expected["prompted"])
+    assert torch.equal(calls["plain"](), expected["plain"])
+    assert {name for name, _ in answers} == set(calls)
+    assert all(torch.equal(answer, expected[name]) for name, answer in answers)
     for handle in handles:
         handle.remove()
 

@@ -171,7 +171,7 @@ class TransformersViT:
         Of two classifiers (CLS and distillation token) the model's own average is what remains.
         """
         self._pass_through_heads()  # PEFT may have put a wrapper around one since attach()
-        with recording(record):
+        with recording([*self.blocks, *self._heads()], record):
             return self._parts.driven(*args, **kwargs)
 
     def _pass_through_heads(self) -> None:
