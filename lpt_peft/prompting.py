@@ -230,7 +230,7 @@ def _rebuild(original: type[nn.Module], kind: str, sites: int, outputs: int | No
 def _block_forward(self: Any, tokens: Tensor, *args: Any, prompt: Tensor | None = None, **kwargs: Any) -> Any:
     """The block's own forward; with `prompt` (1 or B, n, d), tokens (B, N, d) also attend to it."""
     original: Any = type(self).original
-    if (recorder := _recorder_of(self)) is not None:
+    if prompt is None and (recorder := _recorder_of(self)) is not None:
         return recorder(tokens, args, kwargs)
     outer = _local.notes
     if prompt is None and outer is None:
