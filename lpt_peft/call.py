@@ -151,7 +151,7 @@ class CallMixin(StateMixin):
         of_logits = isinstance(self.criterion, nn.modules.loss._Loss)
         return image_classifier_output(logits, self.criterion(logits if of_logits else output, labels))
 
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # torch's own __call__ returns Any
         __call__ = forward
 
     @contextmanager
