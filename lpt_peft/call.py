@@ -118,6 +118,8 @@ class CallMixin(StateMixin):
             StateError: The adapter was unwrapped, the model's pooling was changed, or DistributedDataParallel was
                 built in another phase.
         """
+        if args[-3:-1] == (None, None) and torch.onnx.is_in_onnx_export():
+            args = args[:-3]  # torch.onnx.export(dynamo=False) passes the defaults of the keywords by position
         if images is not None and pixel_values is not None:
             raise InputError("images and pixel_values= are the same argument: give one of them.")
         if return_output and labels is not None:
