@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lpt_peft import LongTailPromptAdapter
+from tests.backbones.models import images, open_clip_model
 from tests.conftest import tiny_vit
 
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -115,3 +116,25 @@ def test_lightning(tmp_path, slim):
     assert torch.equal(loaded.eval()(IMAGES), module.adapter.eval()(IMAGES))
     names = torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"]
     assert any(name.startswith("adapter.vit.") for name in names) != slim
+
+
+def test_an_adapter_in_the_place_of_an_open_clip_tower():
+    """The lines of docs/how-to/works-with.md: the host model trains prompts; with the bare tower it does not."""
+
+    class Prompted(nn.Module):
+        def __init__(self, adapter):
+            super().__init__()
+            self.adapter = adapter
+
+        def forward(self, batch):
+            return self.adapter.features(batch)
+
+    clip = open_clip_model()
+    plain = clip.encode_image(images())
+    adapter = LongTailPromptAdapter.wrap(clip.visual, 5)
+    assert torch.allclose(clip.encode_image(images()), plain, atol=1e-6), "the tower alone answers without prompts"
+    clip.visual = Prompted(adapter)
+    prompted = clip.encode_image(images(), normalize=True)
+    assert not torch.allclose(prompted, nn.functional.normalize(plain, dim=-1), atol=1e-3)
+    clip(images(), torch.zeros(2, 8, dtype=torch.long))[0].sum().backward()
+    assert adapter.shared.prompts.grad.any()
