@@ -228,6 +228,8 @@ def test_fsdp2_loads_full_tensors_into_shards(sharded):
     assert got["sharded"]
     assert all(torch.equal(tensor, got["tensors"][name]) for name, tensor in wanted.adapter_state_dict().items())
     torch.testing.assert_close(got["logits"], wanted(IMAGES).detach())
+    assert got["phase"] == "group"
+    assert torch.equal(got["again"], got["logits"])
 
 
 @pytest.mark.slow
