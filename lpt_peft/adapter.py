@@ -167,7 +167,7 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
         if pooling != self._pooling:
             raise StateError(
                 f"The wrapped model pooled by {self._pooling!r} when it was wrapped, and by {pooling!r} now, which "
-                "changes the features that prompts and head were made for. Set the pooling back, or wrap the model anew."
+                "changes the features that prompts and head were made for. Set it back, or wrap the model anew."
             )
         args = () if images is None else (images, *args)
         shared, split = self.shared(), self.prompt_config.first_group_layer
