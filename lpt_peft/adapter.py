@@ -166,15 +166,12 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
     def _features(self, images: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not self.training:
             self._follow_phase_index()
-        if self._pooling != getattr(self.backbone, "pooling", None):
+        pooling = getattr(self.backbone, "pooling", None)
+        if pooling != self._pooling:
             raise StateError(
-                f"The wrapped model pooled by {self._pooling!r} when it was wrapped, and by {self.backbone.pooling!r} "  # type: ignore[attr-defined]
-                "now, which changes the features that prompts and head were made for. Set the pooling back, or wrap "
-                "the model anew."
+                f"The wrapped model pooled by {self._pooling!r} when it was wrapped, and by {pooling!r} now, which "
+                "changes the features that prompts and head were made for. Set it back, or wrap the model anew."
             )
-        if torch.onnx.is_in_onnx_export() and not torch.compiler.is_compiling():
-            # The TorchScript exporter passes defaults of keyword-only parameters by position, as scalar tensors.
-            args = tuple(value for value in args if isinstance(value, Tensor) and value.ndim)
         args = () if images is None else (images, *args)
         args, kwargs = self.frozen_weights.cast_inputs((args, kwargs))
         shared, split = self.shared(), self.prompt_config.first_group_layer

@@ -122,6 +122,8 @@ class CallMixin(StateMixin):
                 in another phase, or the model is quantized so that no gradient passes it while training.
             BackboneError: accelerate offloads a model that cannot be offloaded.
         """
+        if args[-3:-1] == (None, None) and torch.onnx.is_in_onnx_export():
+            args = args[:-3]  # torch.onnx.export(dynamo=False) passes the defaults of the keywords by position
         if images is not None and pixel_values is not None:
             raise InputError("images and pixel_values= are the same argument: give one of them.")
         if return_output and labels is not None:
@@ -161,7 +163,7 @@ class CallMixin(StateMixin):
         of_logits = isinstance(self.criterion, nn.modules.loss._Loss)
         return image_classifier_output(logits, self.criterion(logits if of_logits else output, labels))
 
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # torch's own __call__ returns Any
         __call__ = forward
 
     @contextmanager

@@ -49,6 +49,7 @@ class DelegateMixin(nn.Module):
     metadata: PromptMetadata
 
     accepts_loss_kwargs = False
+    base_model_prefix = ""  # PEFT's get_peft_model reads it of every model with a config
     _keys_to_ignore_on_save = None  # Trainer reads it of every model whose checkpoint lacks a key
 
     if TYPE_CHECKING:

@@ -112,7 +112,9 @@ class PhaseMixin(nn.Module):
         It averages the gradients of the parameters that were trainable when it was built, and of no others.
         """
         module = sys.modules.get("torch.nn.parallel.distributed")
-        if torch.compiler.is_compiling() or module is None or not torch.distributed.is_initialized():
+        if torch.compiler.is_compiling() or module is None:
+            return
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return
         wrapper = getattr(module.DistributedDataParallel, "_active_ddp_module", None)
         if wrapper is None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,7 +53,14 @@ def fsdp2() -> dict[str, Any]:
     loaded = adapter.adapter_state_dict()
     with torch.no_grad():
         logits = adapter.eval()(IMAGES)
-    return {"tensors": loaded, "logits": logits, "sharded": sharded}
+    full = StateDictOptions(full_state_dict=True)
+    state = {name: tensor.clone() for name, tensor in get_model_state_dict(adapter, options=full).items()}
+    adapter.load_adapter_state_dict(build(2).adapter_state_dict())
+    adapter.phase = "shared"
+    set_model_state_dict(adapter, state, options=full)
+    with torch.no_grad():
+        again = adapter(IMAGES)
+    return {"tensors": loaded, "logits": logits, "sharded": sharded, "again": again, "phase": adapter.phase}
 
 
 def fsdp1() -> dict[str, Any]:

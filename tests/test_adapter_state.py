@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,21 @@ def test_tensorboard_graph(tmp_path):
     with tensorboard.SummaryWriter(str(tmp_path)) as writer:
         writer.add_graph(build().eval(), IMAGES)
     assert any(file.stat().st_size > 1000 for file in tmp_path.iterdir())
+
+
+@phases
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_by_torchscript(phase):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    adapter = build().eval()
+    adapter.phase = phase
+    file = io.BytesIO()
+    options = {"input_names": ["images"], "dynamic_axes": {"images": {0: "batch"}}}
+    torch.onnx.export(adapter, (IMAGES,), file, dynamo=False, **options)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    batch = torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    (got,) = session.run(None, {"images": batch.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), adapter(batch).detach(), rtol=1e-4, atol=1e-4)
 
 
 # Pruning and parametrization
@@ -212,6 +228,8 @@ def test_fsdp2_loads_full_tensors_into_shards(sharded):
     assert got["sharded"]
     assert all(torch.equal(tensor, got["tensors"][name]) for name, tensor in wanted.adapter_state_dict().items())
     torch.testing.assert_close(got["logits"], wanted(IMAGES).detach())
+    assert got["phase"] == "group"
+    assert torch.equal(got["again"], got["logits"])
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lpt_peft import LongTailPromptAdapter
 from tests.conftest import tiny_vit
@@ -139,6 +139,17 @@ def test_moving_averages_follow_the_phase(make):
     model.phase = "shared"
     update(model)
     assert averaged.module.eval().phase == "shared"
+
+
+@pytest.mark.parametrize("phase", ["shared", "group"])
+@pytest.mark.parametrize("options", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}], ids=["swa", "ema"])
+def test_an_average_of_the_buffers_too_keeps_its_phase(phase, options):
+    model = build(phase=phase)
+    averaged = AveragedModel(model, use_buffers=True, **options)
+    for _ in range(9):
+        averaged.update_parameters(model)
+    assert averaged.module.phase == phase
+    assert torch.equal(averaged.module.eval()(IMAGES), model(IMAGES))
 
 
 def test_casts_and_new_memory_keep_the_phase():

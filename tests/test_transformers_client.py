@@ -314,6 +314,19 @@ def test_trainer_with_a_vit_of_timm(tmp_path):
     assert np.isfinite(run.evaluate()["eval_loss"])
 
 
+@phases
+def test_get_peft_model_on_an_adapter_in_the_trainer(tmp_path, phase):
+    """PEFT freezes all but LoRA; the phase is assigned once more, and the Trainer trains both."""
+    peft = pytest.importorskip("peft")
+    adapter = wrap(phase)
+    model = peft.get_peft_model(adapter, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    adapter.phase = phase
+    head = adapter.head.weight.detach().clone()
+    trainer(model, tmp_path, max_steps=2, label_names=["labels"]).train()
+    assert not torch.equal(adapter.head.weight, head)
+    assert any(p.detach().any() for name, p in adapter.named_parameters() if "lora_B" in name)
+
+
 # pipeline
 
 
