@@ -147,7 +147,7 @@ def test_the_fingerprint_is_computed_once(tmp_path, monkeypatch):
     save_prompts(adapter_of(2), tmp_path)
     adapter = adapter_of(1)
     adapter.load_prompts(tmp_path)
-    monkeypatch.setattr("lpt_peft.adapter.fingerprint", lambda tensors: pytest.fail("computed again"))
+    monkeypatch.setattr("lpt_peft.backbones.weights.fingerprint", lambda tensors: pytest.fail("computed again"))
     monkeypatch.setattr("lpt_peft.checkpoint.pretrained.fingerprint", lambda tensors: pytest.fail("computed again"))
     adapter.load_prompts(tmp_path)
 

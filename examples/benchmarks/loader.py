@@ -30,7 +30,8 @@ import tyro
 from PIL import Image
 
 from lpt_peft.cli import main as lpt_peft
-from lpt_peft.cli.run_settings import RunSettings, build_adapter
+from lpt_peft.cli.build_run import build_adapter
+from lpt_peft.cli.run_settings import RunSettings
 from lpt_peft.cli.sources import open_parts, set_transforms
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.recipe import PhaseSettings, TrainSettings, make_accelerator
