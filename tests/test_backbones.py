@@ -55,10 +55,25 @@ def test_info_of_a_timm_model():
     assert (info.library, info.library_version) == ("timm", timm.__version__)
     assert info.architecture == "vit_tiny_patch16_224"
     assert info.hub_id == vit.pretrained_cfg["hf_hub_id"]
-    assert info.model_args == {"depth": 2, "img_size": 64}
+    read_off = {"global_pool": "token", "img_size": [64, 64]}  # before timm 1.0.31, which records the arguments
+    assert info.model_args == ({"depth": 2, "img_size": 64} if hasattr(vit, "_model_args") else read_off)
     assert (info.embed_dim, info.depth, info.num_heads) == (192, 2, 3)
     assert info.num_parameters == sum(p.numel() for n, p in vit.named_parameters() if not n.startswith("head."))
     assert find_backbone(tiny_vit()).info().architecture == "VisionTransformer"
+
+
+def test_arguments_are_read_off_a_model_that_timm_recorded_none_of():
+    """Before timm 1.0.31; all that `from_pretrained` cannot see from the weights."""
+    options = {"img_size": 64, "depth": 1, "in_chans": 1, "global_pool": "avg", "dynamic_img_size": True}
+    vit = timm.create_model("vit_tiny_patch16_224", **options)
+    vars(vit).pop("_model_args", None)
+    backbone = find_backbone(vit)
+    wanted = {"dynamic_img_size": True, "global_pool": "avg", "img_size": [64, 64], "in_chans": 1}
+    assert backbone.info().model_args == wanted
+    assert backbone.preprocess()["input_size"] == [1, 64, 64]
+    vit = timm.create_model("vit_base_patch16_siglip_224", depth=1)
+    vars(vit).pop("_model_args", None)
+    assert find_backbone(vit).info().model_args == {"img_size": [224, 224]}, "its pool has weights"
 
 
 def test_preprocess_is_the_models_own():

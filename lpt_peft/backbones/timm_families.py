@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +39,11 @@ def open_backbone(model: nn.Module) -> TimmBackbone:
                         f"{type(vit).__name__} {how}, so its way from image to feature is not known here. What works: "
                         f"{cls.__name__} itself and subclasses that keep that method."
                     )
+            if missing := [method for method in family.needs if not hasattr(vit, method)]:
+                raise BackboneError(
+                    f"{cls.__name__} of timm {timm.__version__} has no {missing[0]}, through which images reach its "
+                    "blocks in later versions. Upgrade timm (pip install -U timm)."
+                )
             backbone = family(vit)
             backbone.model = model
             return backbone
@@ -67,25 +73,8 @@ class DistilledViT(PlainViT):
         return self.vit.norm(stream.tokens)[:, :2].mean(1)
 
 
-class EvaViT(TimmBackbone):
-    """EVA-02, DINOv3, Perception Encoder, ViT with RoPE, Sapiens 2: `Eva`."""
-
-    def embed(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Stream:
-        """Images (B, 3, H, W) float to tokens and the rotary embedding, one a block where it is mixed."""
-        vit = self.vit
-        tokens, rope = vit._pos_embed(vit.patch_embed(images))
-        common = {"attn_mask": attn_mask, "is_causal": is_causal}
-        if getattr(vit, "rope_mixed", False) and rope is not None:
-            return Stream(vit.norm_pre(tokens), {"blocks": [{**common, "rope": one} for one in rope]})
-        return _same_for_all(self, vit.norm_pre(tokens), {**common, "rope": rope})
-
-    def feature(self, stream: Stream) -> Tensor:
-        """Norm, pool, norm of the pooled."""
-        return self.vit.fc_norm(self.vit.pool(self.vit.norm(stream.tokens)))
-
-
-class _BiasedViT(TimmBackbone):
-    """What BEiT and the relpos ViTs do alike behind the blocks."""
+class _TokenOrMeanViT(TimmBackbone):
+    """What BEiT, the relpos ViTs and early versions of Eva do alike behind the blocks."""
 
     def feature(self, stream: Stream) -> Tensor:
         """Norm, CLS or mean of the patches, norm of the pooled."""
@@ -95,7 +84,30 @@ class _BiasedViT(TimmBackbone):
         return vit.fc_norm(tokens)
 
 
-class BeitViT(_BiasedViT):
+class EvaViT(_TokenOrMeanViT):
+    """EVA-02, DINOv3, Perception Encoder, ViT with RoPE, Sapiens 2: `Eva`."""
+
+    def embed(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Stream:
+        """Images (B, 3, H, W) float to tokens and the rotary embedding, one a block where it is mixed."""
+        vit = self.vit
+        tokens, rope = vit._pos_embed(vit.patch_embed(images))
+        if hasattr(vit, "norm_pre"):  # timm 1.0.16
+            tokens = vit.norm_pre(tokens)
+        # Blocks of timm before 1.0.26 take no is_causal.
+        masked = attn_mask is not None or is_causal
+        common: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {}
+        if getattr(vit, "rope_mixed", False) and rope is not None:
+            return Stream(tokens, {"blocks": [{**common, "rope": one} for one in rope]})
+        return _same_for_all(self, tokens, {**common, "rope": rope})
+
+    def feature(self, stream: Stream) -> Tensor:
+        """Norm, pool, norm of the pooled."""
+        if not hasattr(self.vit, "pool"):  # before timm 1.0.16
+            return super().feature(stream)
+        return self.vit.fc_norm(self.vit.pool(self.vit.norm(stream.tokens)))
+
+
+class BeitViT(_TokenOrMeanViT):
     """BEiT and BEiT v2."""
 
     def embed(self, images: Tensor) -> Stream:
@@ -108,7 +120,7 @@ class BeitViT(_BiasedViT):
         return _same_for_all(self, tokens, {"shared_rel_pos_bias": bias})
 
 
-class RelPosViT(_BiasedViT):
+class RelPosViT(_TokenOrMeanViT):
     """ViT with relative position bias: `VisionTransformerRelPos`."""
 
     def embed(self, images: Tensor) -> Stream:
@@ -123,6 +135,8 @@ class RelPosViT(_BiasedViT):
 
 class NaFlexViT(TimmBackbone):
     """ViT on images of any size and shape, padded to one batch: `NaFlexVit`."""
+
+    needs = ("_forward_embeds",)  # timm 1.0.18
 
     def embed(
         self,

@@ -41,6 +41,8 @@ class TimmBackbone:
     runs_own_forward = False
     restated: ClassVar[tuple[str, ...]] = ("forward", "forward_features", "forward_head")
     """Methods of the model whose steps the family's `embed` and `feature` take: an override of one is refused."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Methods of the model that the family calls and that some supported version of timm lacks: refused there."""
 
     def __init__(self, model: Any) -> None:
         self.model = self.classifier = model
@@ -98,7 +100,7 @@ class TimmBackbone:
     def info(self) -> BackboneInfo:
         """What timm recorded when it built the model."""
         cfg: dict[str, Any] = getattr(self.classifier, "pretrained_cfg", None) or {}
-        recorded: dict[str, Any] = getattr(self.classifier, "_model_args", {})
+        recorded = _model_args(self.classifier)
         return BackboneInfo(
             library="timm",
             library_version=timm.__version__,
@@ -120,7 +122,7 @@ class TimmBackbone:
         """The data configuration (timm) of this model, with the image size it was built for."""
         config = resolve_model_data_config(self.classifier)
         size = getattr(getattr(self.vit, "patch_embed", None), "img_size", None) or config["input_size"][1:]
-        channels = getattr(self.classifier, "_model_args", {}).get("in_chans", config["input_size"][0])
+        channels = _model_args(self.classifier).get("in_chans", config["input_size"][0])
         return {
             "input_size": [channels, *size],
             "mean": list(config["mean"]),
@@ -135,6 +137,25 @@ class TimmBackbone:
         heads = ("head.", "head_dist.")
         state = self.classifier.state_dict()
         return list(plain_tensors(value for name, value in state.items() if not name.startswith(heads)))
+
+
+def _model_args(model: Any) -> dict[str, Any]:
+    """Arguments that timm recorded when it built the model; before timm 1.0.31, those that can be read off the model.
+
+    Weights alone do not show these arguments: the same tensors serve every pool and many image sizes.
+    """
+    if (recorded := getattr(model, "_model_args", None)) is not None:
+        return dict(recorded)
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    embedding: Any = getattr(model, "patch_embed", None)
+    found: dict[str, Any] = {name: getattr(model, name, None) for name in ("global_pool", "dynamic_img_size")}
+    if found["global_pool"] == "map":  # has weights of its own, which the fingerprint covers
+        del found["global_pool"]
+    if embedding is not None:
+        found |= {name: getattr(embedding, name, None) for name in ("img_size", "dynamic_img_pad")}
+        channels = next((weight.shape[1] for weight in embedding.parameters() if weight.ndim == 4), None)
+        found["in_chans"] = channels if channels != config.get("input_size", (3,))[0] else None
+    return {name: value for name, value in found.items() if value is not None and value is not False}
 
 
 def _num_heads(block: nn.Module) -> int:

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from lpt_peft import LongTailPromptAdapter
+from tests.versions import skip_unless
 
 SIDE = 32
 
@@ -29,7 +30,17 @@ class Row:
 
 
 def timm_model(name: str, **options: Any) -> nn.Module:
+    skip_unless(name in timm.list_models(), name)
     return timm.create_model(name, **{"img_size": SIDE, "patch_size": 8, "depth": 4, "num_classes": 7, **options})
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """A model on the meta device; on the CPU where the library reads numbers while it builds (timm before 1.0.21)."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except (NotImplementedError, RuntimeError):
+        return make()
 
 
 def torchvision_model() -> nn.Module:
@@ -37,6 +48,7 @@ def torchvision_model() -> nn.Module:
 
 
 def transformers_model(name: str, part: str = "Model", **options: Any) -> nn.Module:
+    skip_unless(hasattr(transformers, f"{name}Config"), name, transformers)
     sizes = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 96}
     config = getattr(transformers, f"{name}Config")(**sizes, image_size=SIDE, patch_size=8, num_labels=7, **options)
     return getattr(transformers, f"{name}{part}")(config)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lpt_peft.backbones import find_backbone
+from tests.backbones.models import on_meta
 from tests.backbones.timm_oracle import prepended_prompts
+from tests.versions import skip_unless
 
 # Issue and design: how many names each module of timm has, counted by hand on timm 1.0.31.
 CENSUS = {
@@ -41,13 +43,12 @@ NAMES = [name for name in timm.list_models() if module_of(name) in CENSUS]
 def build(name: str) -> nn.Module:
     """Two blocks, float64, the real width, three by three tokens (six by six where they are merged)."""
     options: dict[str, Any] = {}
-    with torch.device("meta"):
-        try:
-            plan = timm.create_model(name, depth=2)
-        except AssertionError:  # one number of key heads a block: keep that of the first and of a middle one
-            blocks = timm.create_model(name).blocks
-            options["num_kv_heads"] = [blocks[i].attn.num_kv_heads for i in (0, len(blocks) // 2)]
-            plan = timm.create_model(name, depth=2, **options)
+    try:
+        plan = on_meta(lambda: timm.create_model(name, depth=2))
+    except AssertionError:  # one number of key heads a block: keep that of the first and of a middle one
+        blocks: Any = on_meta(lambda: timm.create_model(name)).blocks
+        options["num_kv_heads"] = [blocks[i].attn.num_kv_heads for i in (0, len(blocks) // 2)]
+        plan = on_meta(lambda: timm.create_model(name, depth=2, **options))
     vit = getattr(plan, "encoder", plan)
     if hasattr(vit, "embeds"):
         ratio = vit.embeds.patch_size[0]
@@ -82,6 +83,7 @@ def reference_feature(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def test_census():
+    skip_unless("gemma4_vit_167m" in NAMES, "models of all these modules")
     assert dict(Counter(map(module_of, NAMES))) == CENSUS
     assert len(NAMES) == 322
 
@@ -100,7 +102,12 @@ def test_equals_concatenation(name):
         ]
         for batch in ((), (2,))
     )
-    keys, classes, plain = list(model.state_dict()), [type(module) for module in model.modules()], model(images)
+    keys, classes = list(model.state_dict()), [type(module) for module in model.modules()]
+    try:
+        plain = model(images)
+    except RuntimeError:  # mixed rotary embeddings, before anything is wrapped
+        skip_unless(False, f"float64 for {name}")
+        raise
     wanted = []
     for prompts in (shared, per_image):
         with prepended_prompts(vit.blocks, prompts):

@@ -445,7 +445,8 @@ def test_classifiers_that_peft_wraps_are_still_classifiers(options):
     prompts = layer_prompts()
     feature = wanted.pool(wanted.run(stream, 0, prompts))
     wanted.detach()
-    model = peft.get_peft_model(plain, peft.LoraConfig(**{"target_modules": ["q_proj"], "r": 2, **options})).eval()
+    query = ["q_proj", "query"]  # the latter before transformers 5.11
+    model = peft.get_peft_model(plain, peft.LoraConfig(**{"target_modules": query, "r": 2, **options})).eval()
     backbone = find_backbone(model)
     assert (backbone.feature_dim, backbone.num_classes) == (48, 5), "CLS and mean"
     backbone.attach()

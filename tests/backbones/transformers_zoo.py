@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers.models.idefics2 import configuration_idefics2, modeling_idefics2
 from transformers.models.kosmos2 import configuration_kosmos2, modeling_kosmos2
 
+from tests.versions import skip_unless
+
 SIZES = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
@@ -107,6 +109,7 @@ def encoder(name: str, **settings: Any) -> Any:
     if family in _ELSEWHERE:
         model, config = _ELSEWHERE[family]
     else:
+        skip_unless(hasattr(hf, f"{family}Config"), family, hf)
         model = getattr(hf, f"{family}Model", None) or getattr(hf, f"{family}Transformer")
         config = getattr(hf, f"{family}Config")
     with torch.random.fork_rng(devices=[]):
