@@ -22,7 +22,7 @@ from lpt_peft.config import PromptConfig, PromptMetadata
 from lpt_peft.delegates import DelegateMixin
 from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.heads import CosineClassifier
-from lpt_peft.phase import PHASES, Phase
+from lpt_peft.phase import PHASES, Phase, in_process_group
 from lpt_peft.pretrained import PretrainedMixin
 from lpt_peft.prompting import find_gradient_gap
 from lpt_peft.prompts import PromptPool, SharedPrompt
@@ -147,6 +147,7 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
 
     def train(self, mode: bool = True) -> LongTailPromptAdapter:
         """Set the mode; batch norms of the ViT stay in eval mode, for their running statistics are frozen, too."""
+        self._follow_phase_index()
         super().train(mode)
         if (vit := self._modules.get("vit")) is not None:
             self._standstill.follow(vit)
@@ -164,7 +165,7 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
         return self._features(images, *args, **kwargs)[0]
 
     def _features(self, images: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if not self.training:
+        if not self.training or not in_process_group():
             self._follow_phase_index()
         pooling = getattr(self.backbone, "pooling", None)
         if pooling != self._pooling:
@@ -193,6 +194,7 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that the present phase learns: give these to the optimizer, anew for each phase."""
+        self._follow_phase_index()
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     @property

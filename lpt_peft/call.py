@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lpt_peft.backbones.base import Backbone, refuse_offloaded
+from lpt_peft.backbones.weights import FrozenWeights
 from lpt_peft.errors import InputError, StateError
+from lpt_peft.losses import AGCLLoss
 from lpt_peft.output import AdapterOutput, cross_entropy_with_match, image_classifier_output
 from lpt_peft.state import StateMixin
 
@@ -35,17 +37,23 @@ class CallMixin(StateMixin):
     Attributes:
         head_drop: Dropout before the head, while training.
         criterion: Loss of a call with `labels=`: called as `criterion(output, labels)` with an `AdapterOutput`, as
-            `LPTLoss` is; a loss of `torch.nn` gets the logits instead. At first `cross_entropy_with_match`.
+            `LPTLoss` is; `AGCLLoss` and losses of `torch.nn` get the logits. At first `cross_entropy_with_match`.
     """
 
     head_drop: nn.Dropout
     criterion: Callable[..., Tensor]
     backbone: Backbone
+    frozen_weights: FrozenWeights
     _gradient_gap: str | None
 
     def _init_call(self) -> None:
         self.criterion = cross_entropy_with_match
         self._disabled_threads: frozenset[int] = frozenset()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "criterion":  # where a module was, torch refuses a function
+            self._modules.pop(name, None)
+        super().__setattr__(name, value)
 
     @overload
     def forward(
@@ -141,6 +149,7 @@ class CallMixin(StateMixin):
                     "return_output=True is the adapter's; inside disable_adapter() the plain model answers."
                 )
             call = call if labels is None else {"labels": labels, **call}
+            images, args, call = self.frozen_weights.cast_inputs((images, args, call))
             return self.vit(*args, **call) if images is None else self.vit(images, *args, **call)
         if self.training and torch.is_grad_enabled():
             if self._gradient_gap is not None:
@@ -160,7 +169,7 @@ class CallMixin(StateMixin):
             return output
         if labels is None:
             return logits if pixel_values is None else image_classifier_output(logits, None)
-        of_logits = isinstance(self.criterion, nn.modules.loss._Loss)
+        of_logits = isinstance(self.criterion, (nn.modules.loss._Loss, AGCLLoss))
         return image_classifier_output(logits, self.criterion(logits if of_logits else output, labels))
 
     if TYPE_CHECKING:  # torch's own __call__ returns Any

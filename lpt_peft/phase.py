@@ -29,8 +29,10 @@ class PhaseMixin(nn.Module):
     """The part of an adapter that knows its phase.
 
     `forward` reads a Python string, so that nothing is read from a device and compilers see a constant. The buffer
-    `phase_index` follows it. Where others write that buffer (`load_state_dict`, copies that average weights), the
-    string follows: at loading, and before the next use in eval mode.
+    `phase_index` follows it. Where others write that buffer or put another tensor in its place (`load_state_dict`,
+    copies that average weights, loaders of accelerate and torch.distributed.checkpoint), the string follows: at
+    loading, else before the next use. A compiled forward and one with several processes in train mode do not look:
+    they follow at `train()`, `eval()`, `trainable_parameters()` and where `phase` is read.
 
     Attributes:
         phase_index: Buffer () int64, the position of the phase in `PHASES`.
@@ -40,6 +42,7 @@ class PhaseMixin(nn.Module):
     pool: PromptPool
     head: CosineClassifier
     phase_index: Tensor
+    _seen_index: tuple[Tensor, int | None]  # the buffer and its version when buffer and string last agreed
 
     def _init_phase(self, device: torch.device) -> None:
         """Begin in phase "shared"; the modules of prompts and head are there already."""
@@ -79,20 +82,20 @@ class PhaseMixin(nn.Module):
             yield from module.parameters()
 
     def _write_phase_index(self) -> None:
-        self.phase_index = torch.full_like(self.phase_index, PHASES.index(self._phase))
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be loaded into outside of it
+            self.phase_index = torch.full_like(self.phase_index, PHASES.index(self._phase))
         self._mark_phase_index()
 
     def _mark_phase_index(self) -> None:
         """Note that `phase_index` and the string agree."""
-        index = self.phase_index
-        self._phase_version = None if index.is_inference() else index._version
+        self._seen_index = self.phase_index, _version(self.phase_index)
 
     def _follow_phase_index(self) -> None:
-        """Take the phase from `phase_index` if that was written in place; costs a read on the host only then."""
-        index = self.phase_index
-        if torch.compiler.is_compiling() or index.is_meta or index.is_inference():
+        """Take the phase from `phase_index` if that was written or replaced; costs a read on the host only then."""
+        if torch.compiler.is_compiling():
             return
-        if index._version != self._phase_version:
+        index, (seen, version) = self.phase_index, self._seen_index
+        if (index is not seen or _version(index) != version) and _has_value(index):
             self._read_phase_index()
 
     def _read_phase_index(self) -> None:
@@ -114,7 +117,7 @@ class PhaseMixin(nn.Module):
         module = sys.modules.get("torch.nn.parallel.distributed")
         if torch.compiler.is_compiling() or module is None:
             return
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        if not in_process_group():
             return
         wrapper = getattr(module.DistributedDataParallel, "_active_ddp_module", None)
         if wrapper is None:
@@ -145,3 +148,21 @@ class PhaseMixin(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._mark_phase_index()
+
+
+def in_process_group() -> bool:
+    """Whether torch.distributed runs; then DistributedDataParallel may write the buffers in each step of training."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _version(tensor: Tensor) -> int | None:
+    """A number that changes when the tensor is written in place; None in inference mode, where none is kept."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _has_value(tensor: Tensor) -> bool:
+    """Whether the tensor can be read: not on the meta device, nor inside torch.func, nor while a graph is traced."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    if tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return fake is None or not isinstance(tensor, fake.FakeTensor)

@@ -8,6 +8,7 @@ import math
 import pickle
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -791,3 +792,34 @@ def test_lpt_batches_are_refused_by_name():
     for epoch in (-1, 10.5, math.nan):
         with pytest.raises(InputError, match=r"epoch=.* must be from 0 to epochs=10"):
             loss(Output(logits, similarity), target, epoch)
+
+
+def test_a_refused_setting_leaves_the_loss_as_it_was():
+    criterion = LPTLoss([3, 4, 50], epochs=8)
+    criterion.set_epoch(6)
+    with pytest.raises(InputError, match="epoch=6 must be from 0 to epochs=4"):
+        criterion.epochs = 4
+    assert criterion.epochs == 8
+    criterion.set_epoch(7)
+    assert criterion.instance_weight(7) == pytest.approx(0.5 / 8)
+
+
+def test_a_loss_made_in_inference_mode_can_be_used_outside():
+    with torch.inference_mode():
+        criterion = LPTLoss([3, 4, 50], epochs=8)
+    criterion.set_epoch(2)
+    assert criterion.epoch == 2
+
+
+@pytest.mark.parametrize(
+    "output",
+    [(torch.zeros(2, 3),), SimpleNamespace(logits=torch.zeros(2, 3)), SimpleNamespace(logits=None, similarity=None)],
+)
+def test_an_output_without_logits_and_similarity_is_named(output):
+    with pytest.raises(InputError, match=f"{type(output).__name__} without the tensors logits and similarity"):
+        LPTLoss([3, 4, 50], epochs=8)(output, torch.tensor([0, 1]))
+
+
+def test_agcl_names_an_output_that_is_no_tensor():
+    with pytest.raises(InputError, match=r"not a SimpleNamespace: give output\.logits"):
+        AGCLLoss([3, 4, 50])(SimpleNamespace(logits=torch.zeros(2, 3)), torch.tensor([0, 1]))

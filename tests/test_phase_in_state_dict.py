@@ -152,6 +152,85 @@ def test_an_average_of_the_buffers_too_keeps_its_phase(phase, options):
     assert torch.equal(averaged.module.eval()(IMAGES), model(IMAGES))
 
 
+def replace_tensors(loaded, saved):
+    """As accelerate's `load_checkpoint_and_dispatch` does."""
+    set_tensor = pytest.importorskip("accelerate.utils").set_module_tensor_to_device
+    for name, tensor in saved.state_dict().items():
+        set_tensor(loaded, name, "cpu", value=tensor.clone())
+
+
+def write_tensors(loaded, saved):
+    """As `torch.distributed.checkpoint.load(adapter.state_dict())` does."""
+    state = loaded.state_dict()
+    for name, tensor in saved.state_dict().items():
+        state[name].copy_(tensor)
+
+
+@pytest.mark.parametrize("load", [replace_tensors, write_tensors])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda adapter: adapter(IMAGES),
+        lambda adapter: adapter.train(),
+        lambda adapter: adapter.train()(IMAGES),
+        lambda adapter: list(adapter.trainable_parameters()),
+    ],
+    ids=["eval", "train()", "train", "trainable_parameters"],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_tensors_that_are_replaced_or_written_set_the_phase(load, use, training):
+    saved, loaded = build(phase="group"), build(1).train(training)
+    load(loaded, saved)
+    use(loaded)
+    assert loaded._phase == "group", "before anybody reads the property"
+    assert_same(loaded.eval(), saved)
+
+
+def test_trainable_parameters_are_those_of_the_loaded_phase():
+    saved, loaded = build(phase="group"), build(1).train()
+    write_tensors(loaded, saved)
+    learnt = {loaded.pool.prompts, loaded.pool.keys, loaded.head.weight}
+    assert set(loaded.trainable_parameters()) == learnt
+
+
+def test_a_compiled_adapter_follows_at_eval():
+    saved, loaded = build(phase="group"), build(1)
+    torch._dynamo.reset()
+    compiled = torch.compile(loaded, backend="eager")
+    compiled(IMAGES)
+    write_tensors(loaded, saved)
+    compiled.eval()
+    torch.testing.assert_close(compiled(IMAGES), saved(IMAGES))
+
+
+def test_functional_call_takes_the_phase_of_its_tensors():
+    saved, adapter = build(phase="group"), build(1)
+    before = adapter(IMAGES)
+    with torch.no_grad():
+        found = torch.func.functional_call(adapter, dict(saved.state_dict()), (IMAGES,))
+    assert torch.equal(found, saved(IMAGES))
+    assert torch.equal(adapter(IMAGES), before)
+
+
+def test_an_ensemble_by_vmap_keeps_its_phase():
+    adapters = [build(seed, "group") for seed in (0, 1)]
+    base, (parameters, buffers) = copy.deepcopy(adapters[0]), torch.func.stack_module_state(adapters)
+
+    def call(*tensors):
+        return torch.func.functional_call(base, tensors, (IMAGES,))
+
+    for found, adapter in zip(torch.func.vmap(call)(parameters, buffers), adapters, strict=True):
+        torch.testing.assert_close(found, adapter(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+def test_a_phase_assigned_in_inference_mode_can_be_loaded_over():
+    saved, loaded = build(phase="group"), build(1, "group")
+    with torch.inference_mode():
+        loaded.phase = "shared"
+    loaded.load_state_dict(saved.state_dict())
+    assert_same(loaded, saved)
+
+
 def test_casts_and_new_memory_keep_the_phase():
     adapter = build(phase="group")
     for changed in (adapter.half(), adapter.double(), adapter.to_empty(device="cpu"), adapter.to("meta")):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from lpt_peft import LongTailPromptAdapter, LPTLoss
+from lpt_peft import AGCLLoss, LongTailPromptAdapter, LPTLoss
 from lpt_peft.errors import InputError, StateError
 from tests.backbones.models import build, images, make
 
@@ -141,6 +141,19 @@ def test_criterion_is_ours_or_torchs():
     assert not adapter.criterion.loss.training, "its noise is off in eval mode"
     got = adapter(images(4), labels=labels)
     torch.testing.assert_close(got.loss, adapter.criterion(adapter(images(4), return_output=True), labels))
+
+
+def test_a_criterion_may_be_replaced_by_any_other():
+    adapter, labels = build("timm ViT", "group").eval(), torch.tensor([1, 4, 0, 0])
+    first = adapter(images(4), labels=labels)
+    ours, own = adapter.criterion, AGCLLoss([5, 4, 3, 2, 1])
+    for criterion, wanted in (
+        (own, own.eval()(first.logits, labels)),
+        (ours, first.loss),
+        (nn.NLLLoss(), F.nll_loss(first.logits, labels)),
+    ):
+        adapter.criterion = criterion
+        torch.testing.assert_close(adapter(images(4), labels=labels).loss, wanted)
 
 
 def test_calls_that_say_two_things_are_refused():

@@ -75,8 +75,9 @@ class FrozenWeights:
         """Cast floating point tensors among a forward's arguments, however nested, if the weights were cast."""
         if self._cast is None:
             return arguments
-        frozen = (parameter for parameter in self._backbone.model.parameters() if not parameter.requires_grad)
-        dtype = next(frozen).dtype  # not what they were cast to: `adapter.float()` may have followed
+        weights = [p for p in self._backbone.model.parameters() if p.is_floating_point()]
+        frozen = (parameter for parameter in weights if not parameter.requires_grad)
+        dtype = next(frozen, weights[0]).dtype  # not what they were cast to: `adapter.float()` may have followed
         return tree_map_only(
             Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, arguments
         )

@@ -48,6 +48,8 @@ def check_batch(logits: Tensor, target: Tensor, noise: Tensor | None, num_classe
 
     The range of the labels is checked where reading them is free: on a CPU, outside torch.compile and torch.func.
     """
+    if not isinstance(logits, Tensor):
+        raise InputError(f"logits must be a tensor (B, C), not a {type(logits).__name__}: give output.logits.")
     if logits.ndim != 2 or not logits.is_floating_point() or logits.shape[0] == 0:
         raise InputError(
             f"logits must be floating (B, C) with B > 0, not {logits.dtype} of shape {tuple(logits.shape)}."

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lpt_peft.errors import LPTError
 from lpt_peft.losses.checks import check_settings, checked_class_counts
 from lpt_peft.losses.rows import Noise
 
@@ -51,9 +52,14 @@ class CountedLoss(nn.Module):
             check_settings(**{name: value})
         elif name == "class_counts":
             value = checked_class_counts(value).clone()
+        before: Any = getattr(self, name, None)
         super().__setattr__(name, value)
         if (name in self._DERIVED_FROM or name == "class_counts") and "_delta" in self._buffers:
-            self._derive()
+            try:
+                self._derive()
+            except LPTError:
+                super().__setattr__(name, before)
+                raise
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CountedLoss:
         """Move the buffers, as `to()` and `half()` do; delta stays float32."""

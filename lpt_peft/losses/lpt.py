@@ -140,7 +140,8 @@ class LPTLoss(CountedLoss):
     def _derive(self) -> None:
         super()._derive()
         if "_beta" in self._buffers:
-            self._beta = self._delta.new_tensor(self.instance_weight(self._epoch))
+            with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
+                self._beta = self._delta.new_tensor(self.instance_weight(self._epoch))
 
     if TYPE_CHECKING:  # nn.Module's own __call__ returns Any
 
@@ -188,11 +189,12 @@ class LPTLoss(CountedLoss):
         self, output: MatchedOutput, target: Tensor, epoch: float | None, noise: Tensor | None
     ) -> tuple[Tensor, Tensor | None, float | Tensor]:
         """`(2,)` means of A-GCL and of the match term, instance-balanced first, and beta; no match term if k = 0."""
-        if isinstance(output, Tensor):
+        logits, similarity = getattr(output, "logits", None), getattr(output, "similarity", None)
+        if not isinstance(logits, Tensor) or not isinstance(similarity, Tensor):
             raise InputError(
-                "output is a tensor, but LPTLoss reads logits and similarity: adapter(x, return_output=True)."
+                f"output is a {type(output).__name__} without the tensors logits and similarity that LPTLoss reads: "
+                "give it adapter(x, return_output=True)."
             )
-        logits, similarity = output.logits, output.similarity
         rows = logits.shape[0]
         check_batch(logits, target, noise, num_classes=len(self.class_counts))
         if similarity.ndim != 2 or similarity.shape[0] != rows:

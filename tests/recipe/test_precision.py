@@ -86,6 +86,16 @@ def test_layers_of_the_vit_that_are_trained_are_not_cast():
         adapter.cast_backbone(torch.float64)
 
 
+def test_a_cast_vit_answers_without_the_adapter_and_when_all_of_it_trains():
+    adapter, images = tiny_adapter(), torch.randn(2, 3, 32, 32)
+    adapter.cast_backbone(torch.bfloat16)
+    with adapter.disable_adapter():
+        assert torch.equal(adapter(images), adapter.vit(images.bfloat16()))
+    expected = adapter(images)
+    adapter.vit.requires_grad_(True)
+    assert torch.equal(adapter(images), expected)
+
+
 def test_a_run_on_a_cast_backbone(tmp_path):
     """Trained, resumed bit-exactly, saved with the original fingerprint, and measured in the same dtype."""
     adapter = tiny_adapter()
