@@ -15,10 +15,10 @@ Not here: the self-check (`_self_check.py`) and the names of any ViT library (`l
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +32,7 @@ from lpt_peft.errors import BackboneError
 
 _ATTENTION_NAMES = ("attn", "attention", "self_attn", "self_attention")  # where a block keeps its attention
 _BIAS_METHODS = ("_get_rel_pos_bias", "get_bias")  # give a bias (1, h, N, N) inside an attention
+_LAYER_NUMBER = re.compile(r"idx|index|layer_(id|num)")  # attributes that differ between layers of one kind
 _COSINES, _SINES = ("rope_cos", "cos"), ("rope_sin", "sin")  # arguments that hold a rotary table (..., N, e)
 
 Recorder = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
@@ -59,7 +60,8 @@ class Prompted:
 class _Notes:
     """The prompt of one call of a block: `normed` (1 or B, n, d) for each of its attentions."""
 
-    def __init__(self, sites: int) -> None:
+    def __init__(self, block: nn.Module, sites: int) -> None:
+        self.block = block
         self.sites = sites
         self.normed: list[tuple[nn.Module, Tensor]] = []
         self.capturing = True
@@ -104,7 +106,7 @@ def attach_blocks(blocks: Sequence[nn.Module], dim: int, *, hint: str) -> None:
     try:
         for module, kind in swaps.items():
             module.__class__ = _prompted_class(type(module), *kind)
-        for block in {tuple(type(part) for part in block.modules()): block for block in blocks}.values():
+        for block in {_kind(block): block for block in blocks}.values():
             check_block(block, type(block).original, dim, hint=hint)  # type: ignore[attr-defined]
     except BaseException:  # Ctrl-C as well
         detach_blocks(blocks)
@@ -202,6 +204,18 @@ def _check_attachable(module: nn.Module) -> None:
         )
 
 
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    """What blocks that need one self-check have in common: the classes of their parts and the settings of these."""
+    return tuple((type(part), *_settings(part)) for part in block.modules())
+
+
+def _settings(part: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Attributes that may select another computation (a window size, a flag); not the number of the layer."""
+    for name, value in vars(part).items():
+        if type(value) in (bool, int, str) and name != "training" and not _LAYER_NUMBER.search(name):
+            yield name, value
+
+
 def _prompted_class(original: type[nn.Module], kind: str, sites: int, outputs: int | None = None) -> type[Any]:
     """The subclass that takes prompts, made once, of a "block", its "attention", a "bias" in there, or a "head"."""
     key = (original, kind, sites)
@@ -227,13 +241,14 @@ def _rebuild(original: type[nn.Module], kind: str, sites: int, outputs: int | No
     return module
 
 
-def _block_forward(self: Any, tokens: Tensor, *args: Any, prompt: Tensor | None = None, **kwargs: Any) -> Any:
+def _block_forward(self: Any, *given: Any, prompt: Tensor | None = None, **kwargs: Any) -> Any:
     """The block's own forward; with `prompt` (1 or B, n, d), tokens (B, N, d) also attend to it."""
     original: Any = type(self).original
+    tokens, args = (given[0], given[1:]) if given else (kwargs.pop(self.arguments[0]), ())
     if prompt is None and (recorder := _recorder_of(self)) is not None:
         return recorder(tokens, args, kwargs)
     outer = _local.notes
-    if prompt is None and outer is None:
+    if prompt is None and (outer is None or (outer.block is self and not outer.capturing)):
         return original.forward(self, tokens, *args, **kwargs)
     if prompt is not None and not self.sites:  # attention is written into the block: prompts run through all of it
         count = tokens.shape[1]
@@ -250,10 +265,16 @@ def _block_forward(self: Any, tokens: Tensor, *args: Any, prompt: Tensor | None 
 
 def _take_notes(block: Any, prompt: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run a block on the prompt (1 or B, n, d) as far as its attentions, and leave to them what they have seen."""
-    notes = _local.notes = _Notes(block.sites)
+    notes = _local.notes = _Notes(block, block.sites)
     with suppress(_CapturedError):
         type(block).original.forward(block, prompt, *args, **kwargs)
     notes.capturing = False
+    if len(notes.normed) < notes.sites:
+        name = type(block).original.__name__
+        raise BackboneError(
+            f"{name} did not call the attention that takes its prompts: the attention was replaced after wrap(), or "
+            f"{name} computes it elsewhere. Replace modules before wrap(), or call unwrap() and wrap the model again."
+        )
 
 
 def _checkpoint_in_graph(block: Any, tokens: Tensor, prompt: Tensor, context: dict[str, Any]) -> Tensor:
@@ -263,7 +284,7 @@ def _checkpoint_in_graph(block: Any, tokens: Tensor, prompt: Tensor, context: di
         return inline
     outer = _local.notes
     _take_notes(block, prompt, (), context)
-    out: Tensor = checkpoint(partial(type(block).original.forward, block), tokens, use_reentrant=False, **context)
+    out: Tensor = checkpoint(block, tokens, use_reentrant=False, **context)  # with its hooks
     _local.notes = outer
     return out
 
