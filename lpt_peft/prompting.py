@@ -272,8 +272,8 @@ def _take_notes(block: Any, prompt: Tensor, args: tuple[Any, ...], kwargs: dict[
     if len(notes.normed) < notes.sites:
         name = type(block).original.__name__
         raise BackboneError(
-            f"{name} did not call the attention that takes its prompts: the attention was replaced after wrap(), or "
-            f"{name} computes it elsewhere. Replace modules before wrap(), or call unwrap() and wrap the model again."
+            f"Prompts do not work in {name}: it did not call the attention that takes them, which was replaced after "
+            "wrap(), or is computed elsewhere. Replace modules before wrap(), or call unwrap() and wrap the model again."
         )
 
 

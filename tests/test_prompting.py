@@ -345,7 +345,7 @@ def test_attention_replaced_after_wrap_is_refused(compiled):
     adapter = LongTailPromptAdapter.wrap(tiny_vit()).eval()
     adapter.vit.blocks[1].attn = Attention(24, num_heads=2, qkv_bias=True)
     features = torch.compile(adapter.features, backend="eager") if compiled else adapter.features
-    with pytest.raises(BackboneError, match=r"Block did not call the attention.*Replace modules before wrap"):
+    with pytest.raises(BackboneError, match=r"in Block: it did not call the attention.*Replace modules before wrap"):
         features(IMAGES.float())
 
 
