@@ -273,7 +273,7 @@ def _take_notes(block: Any, prompt: Tensor, args: tuple[Any, ...], kwargs: dict[
         name = type(block).original.__name__
         raise BackboneError(
             f"Prompts do not work in {name}: it did not call the attention that takes them, which was replaced after "
-            "wrap(), or is computed elsewhere. Replace modules before wrap(), or call unwrap() and wrap the model again."
+            "wrap(), or is computed elsewhere. Replace modules before wrap(), or unwrap() and wrap the model again."
         )
 
 
