@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from lpt_peft.errors import BackboneError
 
 _TOLERANCE = 1e-6  # of the prompt's whole effect, in float64 with random weights
-_TOLERANCE_FLOAT32 = 1e-3  # the same where a block computes in float32 whatever it is given
+_TOLERANCE_FLOAT32 = 1e-3  # the most, where a block computes in float32 whatever it is given
 _TOLERANCE_QUANTIZED = 0.3  # the same where weights are quantized: activations are rounded, too, jointly for all tokens
 _ROUNDING = 1e-9  # of the tokens: a smaller effect is none
+_TOKENS = 67  # more than a window of 8 x 8 holds, and a prime, which no window divides
 _REPORT = "It may be of a version that this library does not know: see pyproject.toml, or report it."
 _BIASES = ("relative_position_bias_table", "rel_pos", "relative_position_bias")  # None switches them off
 
@@ -43,8 +44,14 @@ def check_block(block: nn.Module, original: Any, dim: int, *, hint: str = "") ->
     Raises:
         BackboneError: Prompts do not work in this class; the message names it.
     """
-    name, way_out = f"{original.__name__} of {original.__module__}", f"{_REPORT} {hint}".rstrip()
-    twin = copy.deepcopy(block).eval()
+    name, way_out = _name(original), f"{_REPORT} {hint}".rstrip()
+    try:
+        twin = _copy(block).eval()
+    except Exception as raised:  # of whatever a block holds
+        raise BackboneError(
+            f"{name} cannot be copied, and whether prompts work is checked on a copy: {raised}. Remove what cannot be "
+            f"copied from it. {hint}".rstrip()
+        ) from raised
     for part in twin.modules():
         if hasattr(part, "_hf_hook"):  # accelerate's offloading, which would bring the real weights in
             vars(part).pop("forward", None)
@@ -58,21 +65,32 @@ def check_block(block: nn.Module, original: Any, dim: int, *, hint: str = "") ->
         tolerances = {None: _TOLERANCE_QUANTIZED}
     for dtype in tolerances:
         try:
-            effect, error = _effect_and_error(twin, original, dim, dtype)
+            effect, error, rounding = _effect_and_error(twin, original, dim, dtype)
             break
         except BackboneError as refusal:
-            raise BackboneError(f"{name} {refusal} {way_out}") from refusal
+            raise BackboneError(f"{refusal} {way_out}") from refusal
         except Exception as raised:  # of whatever a block does
             failure = raised
     else:
         raise BackboneError(
             f"{name} cannot be run on tokens alone, so whether prompts work in it is not known: {failure}. {way_out}"
         ) from failure
-    if not effect > 0 or not error <= tolerances[dtype] * effect:
+    allowed = max(tolerances[dtype] * effect, min(2 * rounding, _TOLERANCE_FLOAT32 * effect))
+    if not effect > 0 or not error <= allowed:
         raise BackboneError(
             f"Prompts do not work in {name}: compared with token concatenation it is off by {error:.2g} where the "
             f"prompt's whole effect is {effect:.2g}. {way_out}"
         )
+
+
+def _name(original: Any) -> str:
+    return f"{original.__name__} of {original.__module__}"
+
+
+def _copy(block: nn.Module) -> nn.Module:
+    """A deep copy, where modules may keep results of an earlier forward: attention maps, pruned weights."""
+    kept = (value for part in block.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    return copy.deepcopy(block, {id(value): value.detach().clone() for value in kept if not value.is_leaf})
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -85,8 +103,12 @@ def _is_plain(parameter: Tensor) -> bool:
     return parameter.is_floating_point() and type(parameter.data) is Tensor
 
 
-def _effect_and_error(twin: Any, original: Any, dim: int, dtype: torch.dtype | None) -> tuple[float, float]:
-    """Norm of what the prompt changes, 0 where it is lost in rounding, and of the difference to concatenation."""
+def _effect_and_error(twin: Any, original: Any, dim: int, dtype: torch.dtype | None) -> tuple[float, float, float]:
+    """Norm of what the prompt changes (0 where lost in rounding), of the difference to concatenation, of rounding.
+
+    Rounding is how far the original class differs from itself when the prompt moves from the front to the end: a
+    norm or a softmax may compute in float32 whatever it is given.
+    """
     draw = partial(torch.randn, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
     if dtype is not None:
         twin.to("cpu", dtype)
@@ -94,17 +116,18 @@ def _effect_and_error(twin: Any, original: Any, dim: int, dtype: torch.dtype | N
             width = parameter.shape[-1] if parameter.ndim > 1 else 1
             parameter.copy_(draw(parameter.shape) / width**0.5)
     reference = next(parameter for parameter in twin.parameters() if _is_plain(parameter))
-    x, prompt = (draw((2, count, dim)).to(reference.device, reference.dtype) for count in (5, 3))
-    few, all_of_them = (_arguments(twin, original, reference, count) for count in (5, 8))
+    x, prompt = (draw((2, count, dim)).to(reference.device, reference.dtype) for count in (_TOKENS, 3))
+    few, all_of_them = (_arguments(twin, original, reference, count) for count in (_TOKENS, _TOKENS + 3))
     with torch.autocast(reference.device.type, enabled=False):
         plain = original.forward(twin, x, **few)
         if not isinstance(plain, Tensor):
-            raise BackboneError(f"answers with a {type(plain).__name__} where others do with tokens.")
+            raise BackboneError(f"{_name(original)} answers with a {type(plain).__name__} where others do with tokens.")
         # In front, where a prompted block has them behind: a block that looks at positions is found out.
         expected = original.forward(twin, torch.cat([prompt, x], 1), **all_of_them)[:, 3:].double()
+        behind = original.forward(twin, torch.cat([x, prompt], 1), **all_of_them)[:, :_TOKENS]
         got = twin.forward(x, prompt=prompt, **few).double()
-    effect, error = (float((tokens.double() - expected).norm()) for tokens in (plain, got))
-    return (effect if effect > _ROUNDING * float(expected.norm()) else 0.0), error
+    effect, error, rounding = (float((tokens.double() - expected).norm()) for tokens in (plain, got, behind))
+    return (effect if effect > _ROUNDING * float(expected.norm()) else 0.0), error, rounding
 
 
 def _blind_to_positions(twin: nn.Module) -> None:
@@ -155,7 +178,7 @@ def gradient_gap(block: nn.Module, dim: int) -> str | None:
         if not reached or any(gradient is None for gradient in reached):
             gaps.append(f"{type(module).__name__} of {type(module).__module__}")
 
-    twin = copy.deepcopy(block).eval()
+    twin = _copy(block).eval()
     handles = [part.register_forward_hook(note) for part in twin.modules() if part is not twin]
     try:
         reference = next(parameter for parameter in twin.parameters() if _is_plain(parameter))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,7 +14,7 @@ from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
-from lpt_peft import LongTailPromptAdapter, prompting
+from lpt_peft import LongTailPromptAdapter, _prompted
 from lpt_peft.backbones import find_backbone
 from lpt_peft.errors import BackboneError
 from lpt_peft.prompting import Prompted, attach_blocks, attentions_of, detach_blocks
@@ -227,7 +228,7 @@ def test_self_check_refuses_drift(monkeypatch):
 
 
 def test_self_check_refuses_a_silent_no_op(monkeypatch):
-    monkeypatch.setattr(prompting, "_append", lambda tokens, prompt, axis=1: tokens)
+    monkeypatch.setattr(_prompted, "_append", lambda tokens, prompt, axis=1: tokens)
     with pytest.raises(BackboneError, match="off by"):
         LongTailPromptAdapter.wrap(tiny_vit())
 
@@ -264,7 +265,7 @@ def test_meta_modules_are_checked_too(monkeypatch):
     LongTailPromptAdapter.wrap(vit, 7)
     assert all(isinstance(block, Prompted) for block in vit.blocks)
     assert all(parameter.is_meta for parameter in vit.parameters())
-    monkeypatch.setattr(prompting, "_append", lambda tokens, prompt, axis=1: tokens)
+    monkeypatch.setattr(_prompted, "_append", lambda tokens, prompt, axis=1: tokens)
     with torch.device("meta"), pytest.raises(BackboneError, match="off by"):
         LongTailPromptAdapter.wrap(VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2), 7)
 
@@ -346,3 +347,70 @@ def test_threads_have_their_own_prompts(phase):
             for one, two in zip(got, wanted, strict=True):
                 assert torch.equal(one[0], two[0])
                 assert torch.equal(one[1], two[1])
+
+
+class Windowed(Attention):
+    """Attention within windows of `window` tokens; 0 for all tokens."""
+
+    window = 0
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        windows = x.split(self.window or x.shape[1], dim=1)
+        return torch.cat([super(Windowed, self).forward(window) for window in windows], 1)
+
+
+@pytest.mark.parametrize("window", [3, 10, 64])
+def test_self_check_refuses_windows_in_any_block(window):
+    vit = tiny_vit(attn_layer=Windowed)
+    vit.blocks[0].attn.window = window  # of the same class as the last block, which attends to all tokens
+    with pytest.raises(BackboneError, match="Prompts do not work in Block"):
+        LongTailPromptAdapter.wrap(vit)
+    vit.blocks[0].attn.window = 0
+    LongTailPromptAdapter.wrap(vit)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_attention_replaced_after_wrap_is_refused(compiled):
+    adapter = LongTailPromptAdapter.wrap(tiny_vit()).eval()
+    adapter.vit.blocks[1].attn = Attention(24, num_heads=2, qkv_bias=True)
+    features = torch.compile(adapter.features, backend="eager") if compiled else adapter.features
+    with pytest.raises(BackboneError, match=r"in Block: it did not call the attention.*Replace modules before wrap"):
+        features(IMAGES.float())
+
+
+class Remembering(Attention):
+    """Keeps its last output, as code for attention maps does."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        self.last = super().forward(x, attn_mask, is_causal)
+        return self.last
+
+
+def test_self_check_copies_what_a_forward_left_behind():
+    vit = tiny_vit(attn_layer=Remembering)
+    vit(IMAGES.float())
+    LongTailPromptAdapter.wrap(vit)
+    vit = tiny_vit()
+    vit.blocks[1].lock = threading.Lock()
+    with pytest.raises(BackboneError, match=r"Block of .* cannot be copied.*lock"):
+        LongTailPromptAdapter.wrap(vit)
+    assert not any(isinstance(module, Prompted) for module in vit.modules())
+
+
+def test_blocks_take_their_tokens_by_name():
+    vit = tiny_vit()
+    tokens = torch.randn(2, 5, 24)
+    expected = vit.blocks[0](x=tokens)
+    LongTailPromptAdapter.wrap(vit)
+    assert torch.equal(vit.blocks[0](x=tokens), expected)
+
+
+def test_hooks_on_blocks_run_when_compiled_with_checkpointing():
+    adapter = LongTailPromptAdapter.wrap(tiny_vit().double()).eval()
+    adapter.vit.set_grad_checkpointing(True)
+    adapter.vit.blocks[0].register_forward_pre_hook(lambda block, args: (args[0] * 0.5,))
+    adapter.vit.blocks[1].register_forward_hook(lambda block, args, out: out * 3)
+    expected = adapter.features(IMAGES)
+    torch.compiler.reset()
+    compiled = torch.compile(adapter.features, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IMAGES), expected)

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 import transformers as hf
 
-from lpt_peft import LongTailPromptAdapter, prompting
+from lpt_peft import LongTailPromptAdapter, _prompted
 from lpt_peft.backbones import find_backbone
 from lpt_peft.prompting import Prompted
 from tests.backbones.transformers_oracle import concatenated_prompts, layers_of
@@ -285,7 +285,7 @@ def test_copies_of_an_adapter_answer_alike(copies, monkeypatch):
     adapter.phase = "group"
     given = inputs("DINOv3ViT")
     answer = adapter(**given).logits
-    monkeypatch.setattr(prompting, "_made", {})  # as in a process that has met no layer class yet
+    monkeypatch.setattr(_prompted, "_made", {})  # as in a process that has met no layer class yet
     twin = copies(adapter)
     assert torch.equal(twin(**given).logits, answer)
     assert twin.backbone.model is twin.vit

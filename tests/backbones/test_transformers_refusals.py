@@ -11,7 +11,7 @@ import transformers as hf
 from transformers.models.qwen2_vl import configuration_qwen2_vl, modeling_qwen2_vl
 from transformers.models.vit import modeling_vit
 
-from lpt_peft import LongTailPromptAdapter, prompting
+from lpt_peft import LongTailPromptAdapter, _prompted
 from lpt_peft.backbones import find_backbone
 from lpt_peft.errors import BackboneError
 from lpt_peft.prompting import Prompted
@@ -163,7 +163,7 @@ def test_self_check_refuses_drift(monkeypatch):
 
 def test_self_check_refuses_a_silent_no_op(monkeypatch):
     vit = encoder("ViT")
-    monkeypatch.setattr(prompting, "_append", lambda tokens, prompt, axis=1: tokens)
+    monkeypatch.setattr(_prompted, "_append", lambda tokens, prompt, axis=1: tokens)
     with pytest.raises(BackboneError, match="is off by"):
         LongTailPromptAdapter.wrap(vit, 5)
 
