@@ -67,9 +67,9 @@ class CosineClassifier(nn.Module):
 
     @property
     def bias(self) -> Tensor:
-        """An empty tensor (0,), for scripts that scale or fill the bias of any head, with a warning that it is empty."""
+        """An empty tensor (0,), with a warning, for scripts that scale or fill the bias of any head."""
         warnings.warn(
-            "A cosine head has no bias, and its logits depend on the directions of its weight alone: scaling the weight "
+            "A cosine head has no bias, and its logits depend only on the directions of its weight: scaling the weight "
             "or filling the bias (timm's --head-init-scale, --head-init-bias) does not change them.",
             UserWarning,
             stacklevel=2,
