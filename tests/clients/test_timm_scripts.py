@@ -40,9 +40,11 @@ def tiny(seed=7):
 
 
 @register_model
-def lpt_test_vit(pretrained=False, phase="shared", **kwargs):
+def lpt_test_vit(pretrained=False, phase="shared", start=None, **kwargs):
     """The whole change for timm's scripts: an entrypoint that wraps, for --model lpt_test_vit."""
     adapter = LongTailPromptAdapter.wrap(tiny(), prompt_length=2, pool_size=4)
+    if start is not None:
+        load_checkpoint(adapter, start)
     adapter.phase = phase
     return adapter
 
@@ -321,6 +323,23 @@ def test_resume_in_the_wrong_phase_does_not_load_the_optimizer(folder, tmp_path)
         resume_checkpoint(
             fresh, str(tmp_path / "last.pth.tar"), create_optimizer_v2(fresh, opt="adamw"), log_info=False
         )
+
+
+def test_second_phase_starts_from_the_checkpoint_of_the_first(folder, tmp_path):
+    """By an argument of the entrypoint, as docs/how-to/timm.md says; --initial-checkpoint brings its file's phase."""
+    torch.manual_seed(0)
+    first = task_of(create_model("lpt_test_vit"))
+    model = first.get_trainable_module()
+    saver = saver_for(first, create_optimizer_v2(model, opt="adamw"), tmp_path)
+    train(first, list(loader(model, folder)), epochs=1, saver=saver)
+    file = str(tmp_path / "last.pth.tar")
+    assert create_model("lpt_test_vit", phase="group", checkpoint_path=file).phase == "shared"
+    second = create_model("lpt_test_vit", phase="group", start=file)
+    assert second.phase == "group"
+    assert torch.equal(second.shared.prompts, model.shared.prompts)
+    train(task_of(second), list(loader(second, folder)), epochs=1)
+    assert torch.equal(second.shared.prompts, model.shared.prompts)
+    assert not torch.equal(second.pool.prompts, model.pool.prompts)
 
 
 @phases
