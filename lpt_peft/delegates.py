@@ -25,6 +25,7 @@ _DELEGATED = frozenset(
         *("gradient_checkpointing_enable", "gradient_checkpointing_disable"),
         *("activation_checkpointing_enable", "activation_checkpointing_disable"),
         *("is_gradient_checkpointing", "is_activation_checkpointing", "supports_gradient_checkpointing"),
+        "in_chans",  # timm's distillation makes the teacher for as many
         *("main_input_name", "input_modalities", "name_or_path", "get_input_embeddings"),
     )
 )
@@ -58,6 +59,7 @@ class DelegateMixin(nn.Module):
         gradient_checkpointing_disable: Callable[[], None]
         activation_checkpointing_enable: Callable[..., None]
         activation_checkpointing_disable: Callable[[], None]
+        in_chans: int
         is_gradient_checkpointing: bool
         is_activation_checkpointing: bool
         supports_gradient_checkpointing: bool
@@ -75,6 +77,11 @@ class DelegateMixin(nn.Module):
     def num_features(self) -> int:
         """Width of what `features` returns."""
         return self.prompt_config.feature_dim or self.prompt_config.dim
+
+    @property
+    def head_hidden_size(self) -> int:
+        """The same width, under the name that timm gives to what the head takes in."""
+        return self.num_features
 
     def get_classifier(self) -> CosineClassifier:
         """The adapter's own head."""

@@ -5,6 +5,7 @@ Works alone, on any features. Not here: dropout before the head (the adapter's) 
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,6 +65,17 @@ class CosineClassifier(nn.Module):
         """Draw new class vectors from torch's default generator."""
         with torch.no_grad():
             self.weight.copy_(F.normalize(torch.randn_like(self.weight), dim=-1))
+
+    @property
+    def bias(self) -> Tensor:
+        """An empty tensor (0,), with a warning, for scripts that scale or fill the bias of any head."""
+        warnings.warn(
+            "A cosine head has no bias, and its logits depend only on the directions of its weight: scaling the weight "
+            "or filling the bias (timm's --head-init-scale, --head-init-bias) does not change them.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return self.weight.new_empty(0)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, d) to logits (B, C)."""

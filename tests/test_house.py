@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib.metadata import metadata
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -178,11 +179,13 @@ def test_licence_is_apache_verbatim_and_the_types_are_shipped() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_code_of_a_page_runs(page: Path) -> None:
+def test_code_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)  # timm's register_model looks for it
     state = torch.get_rng_state()
     try:
-        exec(compile("\n".join(blocks), name_of(page), "exec"), {"__name__": "page"})
+        exec(compile("\n".join(blocks), name_of(page), "exec"), module.__dict__)
     finally:
         torch.set_rng_state(state)
 
