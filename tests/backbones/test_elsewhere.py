@@ -7,12 +7,14 @@ import warnings
 
 import pytest
 import torch
+from timm import layers
 from torch import nn
 
 from lpt_peft import LongTailPromptAdapter
 from lpt_peft._self_check import check_block, gradient_gap
 from lpt_peft.errors import BackboneError, StateError
 from tests.backbones.models import images, make, wrap
+from tests.versions import skip_unless
 
 VITS = ["timm ViT", "transformers ViT classifier", "torchvision"]
 
@@ -149,6 +151,7 @@ def test_transformers_encoders_can_be_offloaded_before_wrap_and_classifiers_cann
 
 
 def test_a_meta_model_is_wrapped_and_loaded_later():
+    skip_unless(hasattr(layers, "calculate_drop_path_rates"), "models on the meta device")
     expected = wrap(make("timm ViT")).eval()
     with torch.device("meta"):
         adapter = LongTailPromptAdapter.wrap(
