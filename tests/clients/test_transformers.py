@@ -70,17 +70,6 @@ class Rows(torch.utils.data.Dataset):
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
 
 
-class AtEpoch(nn.Module):
-    """LPTLoss in one epoch."""
-
-    def __init__(self, loss):
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, output, labels):
-        return self.loss(output, labels, 0)
-
-
 def trainer(adapter, folder, **options):
     settings = {
         "output_dir": str(folder),
@@ -135,12 +124,26 @@ def test_criterion_is_ours_or_torchs():
     got = adapter(images(4), labels=labels)
     torch.testing.assert_close(got.loss, F.cross_entropy(got.logits, labels, label_smoothing=0.1))
     names = set(adapter.state_dict())
-    adapter.criterion = AtEpoch(LPTLoss([5, 4, 3, 2, 1], epochs=2))
+    adapter.criterion = LPTLoss([5, 4, 3, 2, 1], epochs=2, noise_scale=0.0)
+    adapter.head_drop.p = 0.0
     assert set(adapter.state_dict()) == names
-    adapter.eval()
-    assert not adapter.criterion.loss.training, "its noise is off in eval mode"
     got = adapter(images(4), labels=labels)
     torch.testing.assert_close(got.loss, adapter.criterion(adapter(images(4), return_output=True), labels))
+
+
+@phases
+def test_evaluation_has_a_criterion_of_its_own(phase):
+    """LPTLoss has no meaning on evaluation batches: no halves, and any number of rows."""
+    adapter, labels = build("timm ViT", phase), torch.tensor([1, 4, 0])
+    adapter.criterion = LPTLoss([5, 4, 3, 2, 1], epochs=2)
+    got = adapter(images(3), labels=labels)
+    match = 1 - adapter(images(3), return_output=True).similarity.mean() if phase == "group" else 0
+    torch.testing.assert_close(got.loss, F.cross_entropy(got.logits, labels) + match)
+    adapter.eval_criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+    got = adapter(images(3), labels=labels)
+    torch.testing.assert_close(got.loss, F.cross_entropy(got.logits, labels, label_smoothing=0.1))
+    with pytest.raises(InputError, match="3 rows has no two equal halves"):
+        adapter.train()(images(3), labels=labels)
 
 
 def test_calls_that_say_two_things_are_refused():
@@ -297,9 +300,9 @@ def test_trainer_checkpoints_blocks(tmp_path):
 
 def test_trainer_with_lpt_loss(tmp_path):
     adapter = wrap("group")
-    adapter.criterion = AtEpoch(LPTLoss([8, 8, 8], epochs=3))
+    adapter.criterion = LPTLoss([8, 8, 8], epochs=3)
     keys = adapter.pool.keys.detach().clone()
-    run = trainer(adapter, tmp_path)
+    run = trainer(adapter, tmp_path, eval_strategy="epoch", per_device_eval_batch_size=5)
     run.train()
     assert not torch.equal(adapter.pool.keys, keys)
 
