@@ -26,21 +26,21 @@ class Module(lightning.LightningModule):
         self.adapter, self.criterion, self.sampler, self.lr = adapter, criterion, sampler, lr
 
     def on_train_epoch_start(self) -> None:
-        """Another order of the images, another weight of the instance-balanced half."""
+        """Not called when a run resumes in the middle of an epoch; the sampler's state has its epoch then."""
         self.sampler.set_epoch(self.current_epoch)  # LPT
-        self.criterion.set_epoch(self.current_epoch)  # LPT
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """The whole objective, on the two halves of a batch."""
         images, target = batch
-        loss = self.criterion(self.adapter(images, return_output=True), target)
+        loss = self.criterion(self.adapter(images, return_output=True), target, self.current_epoch)  # LPT
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Where the epoch is, so that a run can resume in the middle of it."""
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        checkpoint["sampler"] = self.sampler.state_dict(position=done)  # LPT
+        """The next batch, so that a run can resume in the middle of an epoch."""
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        epoch, position = divmod(done, len(self.sampler))
+        checkpoint["sampler"] = {**self.sampler.state_dict(), "epoch": epoch, "position": position}  # LPT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Begin at the batch after the checkpoint's."""
