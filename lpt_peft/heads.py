@@ -5,6 +5,8 @@ Works alone, on any features. Not here: dropout before the head (the adapter's) 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,6 +68,9 @@ class CosineClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, d) to logits (B, C)."""
         return cosine_logits(features, self.weight, self.scale)
+
+    if TYPE_CHECKING:  # nn.Module's own __call__ returns Any
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """Sizes, as torch's own layers show them."""

@@ -6,7 +6,7 @@ comes from (`lpt_peft.adapter`).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,9 @@ class SharedPrompt(nn.Module):
     def forward(self) -> Tensor:
         """The prompts (L, n, d)."""
         return self.prompts
+
+    if TYPE_CHECKING:  # nn.Module's own __call__ returns Any
+        __call__ = forward
 
     def extra_repr(self) -> str:
         """Sizes, as torch's own layers show them."""
@@ -137,6 +140,9 @@ class PromptPool(nn.Module):
         # A product with 0 or 1/k instead of a gather: no (B, k, layers, n, d) copy, and a deterministic gradient.
         mean = weights @ prompts.flatten(1).to(query.dtype)
         return PoolMatch(mean.unflatten(1, prompts.shape[1:]), similarity, groups)
+
+    if TYPE_CHECKING:  # nn.Module's own __call__ returns Any
+        __call__ = forward
 
     @torch.no_grad()
     def init_keys(self, queries: Tensor, *, seed: int = 0, iterations: int = 50) -> None:

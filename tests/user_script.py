@@ -129,7 +129,7 @@ def use_prompts(query: Tensor, config: PromptConfig) -> None:
     assert_type(CosineClassifier(24, 5)(query), Tensor)
     assert_type(cosine_logits(query, query, 20.0), Tensor)
     assert_type(config.num_classes, int)
-    decay_selected(pool, match.groups, 0.9)
+    decay_selected(pool.keys, 0.1)
 
 
 def use_metrics(logits: Tensor, target: Tensor, counts: list[int]) -> None:
@@ -154,8 +154,8 @@ def use_errors(adapter: LongTailPromptAdapter) -> None:
 def use_wrong(adapter: LongTailPromptAdapter, images: Tensor, mode: Literal["error"]) -> Any:
     """mypy refuses each of these; an `ignore` that is not needed is an error, too."""
     adapter.phase = "joint"  # type: ignore[assignment]
-    adapter(images).groups  # type: ignore[attr-defined]
-    adapter(images, return_output=True).nonsense  # type: ignore[attr-defined]
+    _ = adapter(images).groups  # type: ignore[attr-defined]
+    _ = adapter(images, return_output=True).nonsense  # type: ignore[attr-defined]
     adapter.load_prompts("folder", part="head")  # type: ignore[arg-type]
     DualSampler([0, 1], batch_size="16")  # type: ignore[arg-type]
     return mode
