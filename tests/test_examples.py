@@ -108,13 +108,6 @@ def launch(folder, launcher, names):
     return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in names}
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    names = [name for name in LOOPS if importlib.util.find_spec(NEEDS.get(name, "torch"))]
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return launch(tmp_path_factory.mktemp("examples"), launcher, names)
-
-
 def check_ranks(ranks):
     """Each rank loads its own share of one draw, and all train the same prompts."""
     for rank, record in enumerate(ranks):
@@ -137,19 +130,28 @@ def _halves(indices):
     return [indices[start : start + 32] for start in range(0, len(indices), 64)]
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_two_processes_train_on_different_images(name, two_processes):
-    pytest.importorskip(NEEDS.get(name, "torch"))
-    check_ranks(two_processes[name])
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+# On a machine without accelerators --multi_gpu starts the processes, and the example chooses gloo.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
 @pytest.mark.slow
-def test_accelerate_launch(tmp_path):
-    pytest.importorskip("accelerate")
-    # On a machine without accelerators --multi_gpu starts the processes, and the example chooses gloo.
-    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    check_ranks(launch(tmp_path, launcher, ["with_accelerate"])["with_accelerate"])
+@pytest.mark.parametrize(
+    ("launcher", "names"),
+    [
+        (TORCHRUN, ["plain_torch", "timm_loop"]),
+        (TORCHRUN, ["with_lightning"]),
+        (TORCHRUN, ["hf_trainer"]),
+        (ACCELERATE, ["with_accelerate"]),
+    ],
+    ids=lambda value: "-".join(value) if value[0] in LOOPS else value[0].partition(".")[0],
+)
+def test_two_processes_train_on_different_images(tmp_path, launcher, names):
+    for name in names:
+        pytest.importorskip(NEEDS.get(name, "torch"))
+    for ranks in launch(tmp_path, launcher, names).values():
+        check_ranks(ranks)
 
 
 # Benchmarks

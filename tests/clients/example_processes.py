@@ -60,9 +60,10 @@ def load_example(name):
 def main(folder, *names):
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
-    if names != ("with_accelerate",):  # which begins its process group itself
-        dist.init_process_group("gloo")
     for name in names:
+        # The other examples leave this to their library, which does it after the sampler is made.
+        if name in {"plain_torch", "timm_loop"} and not dist.is_initialized():
+            dist.init_process_group("gloo")
         options = dict(OPTIONS.get(name, {}))
         if name == "hf_trainer":
             options["output_dir"] = folder
