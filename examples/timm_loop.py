@@ -1,7 +1,7 @@
 """A loop in the manner of timm's train.py with LPT dropped in; the lines marked LPT are all that is ours.
 
 pip install -e ".[demo]"
-python examples/timm_loop.py
+python examples/timm_loop.py                                # or: torchrun --nproc-per-node 2 examples/timm_loop.py
 
 Optimizer, schedule and meters are timm's; its loader draws batches of its own, so the plain one takes its place.
 """
@@ -9,21 +9,24 @@ Optimizer, schedule and meters are timm's; its loader draws batches of its own, 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import AverageMeter, dispatch_clip_grad
+from timm.utils.distributed import init_distributed_device_so
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from lpt_peft import DualSampler, LongTailPromptAdapter, LPTLoss
 
 
 def train(vit: nn.Module, dataset: Dataset, labels: list[int], epochs: int = 10, lr: float = 0.05) -> nn.Module:
-    """Two phases of LPT on any map-style dataset of (image, label)."""
+    """Two phases of LPT on any map-style dataset of (image, label), on any number of processes."""
     class_counts = torch.bincount(torch.tensor(labels))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LongTailPromptAdapter.wrap(vit, len(class_counts)).to(device)  # LPT
-    sampler = DualSampler(labels, batch_size=64)  # LPT
+    sampler = DualSampler(labels, batch_size=64)  # LPT; under a process group, each rank draws its share
     loader = DataLoader(dataset, batch_sampler=sampler)
     for phase in ("shared", "group"):  # LPT
         model.phase = phase  # LPT; create_optimizer_v2 takes what requires a gradient, so make a new one
@@ -38,12 +41,14 @@ def train(vit: nn.Module, dataset: Dataset, labels: list[int], epochs: int = 10,
             warmup_lr_init=lr / 20,
             t_in_epochs=False,
         )
-        model.train()
+        net = DistributedDataParallel(model) if dist.is_initialized() else model  # a new wrapper for each phase
+        net.train()
         for epoch in range(epochs):
             sampler.set_epoch(epoch)  # LPT
+            criterion.set_epoch(epoch)  # LPT
             losses = AverageMeter()
             for step, (images, target) in enumerate(loader, epoch * len(loader)):
-                loss = criterion(model(images.to(device), return_output=True), target.to(device), epoch)
+                loss = criterion(net(images.to(device), return_output=True), target.to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 dispatch_clip_grad(model.trainable_parameters(), value=5.0)
@@ -58,5 +63,6 @@ if __name__ == "__main__":
     from lpt_peft.data.digits import DigitsLT
     from lpt_peft.demo import glyph_vit
 
+    rank = init_distributed_device_so("cuda" if torch.cuda.is_available() else "cpu")["global_rank"]
     digits = DigitsLT("train", augment=True)
-    train(glyph_vit(), digits, digits.labels).save_pretrained("digits-prompts")
+    train(glyph_vit(), digits, digits.labels).save_pretrained("digits-prompts", is_main_process=rank == 0)

@@ -4,13 +4,13 @@ pip install -e ".[demo]"
 python examples/with_accelerate.py                      # or: accelerate launch examples/with_accelerate.py
 
 (A file called accelerate.py would hide the library from every script in this folder.) For checkpoints, validation and
-exact resume take `lpt-peft train`, which is such a loop grown up.
+exact resume use `lpt-peft train`, which is built on such a loop.
 """
 
 from __future__ import annotations
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,8 +22,7 @@ def train(vit: nn.Module, dataset: Dataset, labels: list[int], epochs: int = 10,
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     class_counts = torch.bincount(torch.tensor(labels))
     model = LongTailPromptAdapter.wrap(vit, len(class_counts))  # LPT
-    place = {"num_replicas": accelerator.num_processes, "rank": accelerator.process_index}
-    sampler = DualSampler(labels, batch_size=64, **place)  # LPT; it shares out by itself, so the loader is not prepared
+    sampler = DualSampler(labels, batch_size=64)  # LPT; each rank draws its share, so the loader is not prepared
     loader = DataLoader(dataset, batch_sampler=sampler)
     for phase in ("shared", "group"):  # LPT
         model.phase = phase  # LPT
@@ -34,9 +33,10 @@ def train(vit: nn.Module, dataset: Dataset, labels: list[int], epochs: int = 10,
         prepared.train()
         for epoch in range(epochs):
             sampler.set_epoch(epoch)  # LPT
+            criterion.set_epoch(epoch)  # LPT
             for images, target in loader:
                 output = prepared(images.to(accelerator.device), return_output=True)
-                loss = criterion(output, target.to(accelerator.device), epoch)
+                loss = criterion(output, target.to(accelerator.device))
                 optimizer.zero_grad()
                 accelerator.backward(loss)
                 optimizer.step()
@@ -51,4 +51,5 @@ if __name__ == "__main__":
     from lpt_peft.demo import glyph_vit
 
     digits = DigitsLT("train", augment=True)
-    train(glyph_vit(), digits, digits.labels).save_pretrained("digits-prompts")
+    model = train(glyph_vit(), digits, digits.labels)
+    model.save_pretrained("digits-prompts", is_main_process=PartialState().is_main_process)

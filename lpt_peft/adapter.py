@@ -43,7 +43,8 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
         prompt_config: `PromptConfig`.
         metadata: `PromptMetadata` for prompt files: of the file it was loaded from, else the class names that the
             wrapped model has for as many classes.
-        criterion: Loss of a call with `labels=`; see `lpt_peft.call.CallMixin`, as for `forward`.
+        criterion: Loss of a call with `labels=` in training mode; see `lpt_peft.call.CallMixin`, as for `forward`.
+        eval_criterion: The same in eval mode.
         backbone: How the adapter drives `vit`.
 
     Example:

@@ -36,22 +36,26 @@ class CallMixin(StateMixin):
 
     Attributes:
         head_drop: Dropout before the head, while training.
-        criterion: Loss of a call with `labels=`: called as `criterion(output, labels)` with an `AdapterOutput`, as
-            `LPTLoss` is; `AGCLLoss` and losses of `torch.nn` get the logits. At first `cross_entropy_with_match`.
+        criterion: Loss of a call with `labels=` in training mode: called as `criterion(output, labels)` with an
+            `AdapterOutput`, as `LPTLoss` is; `AGCLLoss` and losses of `torch.nn` get the logits. At first
+            `cross_entropy_with_match`.
+        eval_criterion: The same in eval mode, at first `cross_entropy_with_match`. It is separate because `LPTLoss`
+            needs the two halves of a `DualSampler`'s batch, which evaluation data do not have.
     """
 
     head_drop: nn.Dropout
     criterion: Callable[..., Tensor]
+    eval_criterion: Callable[..., Tensor]
     backbone: Backbone
     frozen_weights: FrozenWeights
     _gradient_gap: str | None
 
     def _init_call(self) -> None:
-        self.criterion = cross_entropy_with_match
+        self.criterion = self.eval_criterion = cross_entropy_with_match
         self._disabled_threads: frozenset[int] = frozenset()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "criterion":  # where a module was, torch refuses a function
+        if name in ("criterion", "eval_criterion"):  # where a module was, torch refuses a function
             self._modules.pop(name, None)
         super().__setattr__(name, value)
 
@@ -115,7 +119,7 @@ class CallMixin(StateMixin):
                 patches for NaFlex.
             *args: The rest of what the wrapped model takes.
             pixel_values: The images in a call as transformers makes it; works with models of every library.
-            labels: Classes (B,) int64, for a loss by `criterion`.
+            labels: Classes (B,) int64, for a loss by `criterion`, or by `eval_criterion` in eval mode.
             return_output: Return an `AdapterOutput` instead of the logits alone.
             **kwargs: The rest of what the wrapped model takes.
 
@@ -169,8 +173,9 @@ class CallMixin(StateMixin):
             return output
         if labels is None:
             return logits if pixel_values is None else image_classifier_output(logits, None)
-        of_logits = isinstance(self.criterion, (nn.modules.loss._Loss, AGCLLoss))
-        return image_classifier_output(logits, self.criterion(logits if of_logits else output, labels))
+        criterion = self.criterion if self.training else self.eval_criterion
+        of_logits = isinstance(criterion, (nn.modules.loss._Loss, AGCLLoss))
+        return image_classifier_output(logits, criterion(logits if of_logits else output, labels))
 
     if TYPE_CHECKING:  # torch's own __call__ returns Any
         __call__ = forward

@@ -21,7 +21,8 @@ class DualSampler(EpochSampler[list[int]]):
     With several ranks, rank r takes rows `r * h` to `(r + 1) * h` of both halves of a step, `h = batch_size / 2`:
     instance-balanced halves are disjoint within a pass over the images, class-balanced ones take different runs.
     Frameworks would share out the batches once more: with several processes keep the loader out of Accelerate's
-    `prepare`, and give Lightning's Trainer `use_distributed_sampler=False`.
+    `prepare`, or make the sampler with `num_replicas=1, rank=0` and let Accelerate deal out its batches; give
+    Lightning's Trainer `use_distributed_sampler=False`.
 
     Mixup and CutMix see the whole batch. timm's `Mixup` mixes row i with row `batch_size - 1 - i`, so an
     instance-balanced row always with a class-balanced one; torchvision's `MixUp` and `CutMix` mix row i with row

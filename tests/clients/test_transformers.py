@@ -70,17 +70,6 @@ class Rows(torch.utils.data.Dataset):
         return {"pixel_values": self.images[index], "labels": self.labels[index]}
 
 
-class AtEpoch(nn.Module):
-    """LPTLoss in one epoch."""
-
-    def __init__(self, loss):
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, output, labels):
-        return self.loss(output, labels, 0)
-
-
 def trainer(adapter, folder, **options):
     settings = {
         "output_dir": str(folder),
@@ -135,10 +124,9 @@ def test_criterion_is_ours_or_torchs():
     got = adapter(images(4), labels=labels)
     torch.testing.assert_close(got.loss, F.cross_entropy(got.logits, labels, label_smoothing=0.1))
     names = set(adapter.state_dict())
-    adapter.criterion = AtEpoch(LPTLoss([5, 4, 3, 2, 1], epochs=2))
+    adapter.criterion = LPTLoss([5, 4, 3, 2, 1], epochs=2, noise_scale=0.0)
+    adapter.head_drop.p = 0.0
     assert set(adapter.state_dict()) == names
-    adapter.eval()
-    assert not adapter.criterion.loss.training, "its noise is off in eval mode"
     got = adapter(images(4), labels=labels)
     torch.testing.assert_close(got.loss, adapter.criterion(adapter(images(4), return_output=True), labels))
 
@@ -152,8 +140,23 @@ def test_a_criterion_may_be_replaced_by_any_other():
         (ours, first.loss),
         (nn.NLLLoss(), F.nll_loss(first.logits, labels)),
     ):
-        adapter.criterion = criterion
+        adapter.criterion = adapter.eval_criterion = criterion
         torch.testing.assert_close(adapter(images(4), labels=labels).loss, wanted)
+
+
+@phases
+def test_evaluation_has_a_criterion_of_its_own(phase):
+    """LPTLoss has no meaning on evaluation batches: no halves, and any number of rows."""
+    adapter, labels = build("timm ViT", phase), torch.tensor([1, 4, 0])
+    adapter.criterion = LPTLoss([5, 4, 3, 2, 1], epochs=2)
+    got = adapter(images(3), labels=labels)
+    match = 1 - adapter(images(3), return_output=True).similarity.mean() if phase == "group" else 0
+    torch.testing.assert_close(got.loss, F.cross_entropy(got.logits, labels) + match)
+    adapter.eval_criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+    got = adapter(images(3), labels=labels)
+    torch.testing.assert_close(got.loss, F.cross_entropy(got.logits, labels, label_smoothing=0.1))
+    with pytest.raises(InputError, match="3 rows has no two equal halves"):
+        adapter.train()(images(3), labels=labels)
 
 
 def test_calls_that_say_two_things_are_refused():
@@ -270,28 +273,75 @@ def test_trainer_resumes_and_takes_the_best(tmp_path, phase):
     assert loaded.phase == phase
 
 
+@pytest.fixture(scope="module")
+def after_two_steps(tmp_path_factory):
+    """What Trainer gives without options, by phase."""
+    found = {}
+    for phase in ("shared", "group"):
+        adapter = wrap(phase)
+        trainer(adapter, tmp_path_factory.mktemp("plain"), max_steps=2, optim="sgd").train()
+        found[phase] = adapter.adapter_state_dict()
+    return found
+
+
+def named(options):
+    return "-".join(f"{name}={value}" for name, value in options.items()) if isinstance(options, dict) else None
+
+
+@phases
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"gradient_checkpointing": True}, 1e-6),
+        ({"auto_find_batch_size": True}, 0),
+        ({"bf16": True}, 5e-3),
+        ({"fp16": True}, 5e-4),
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, 1e-6, marks=pytest.mark.slow),
+        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, 1e-6, marks=pytest.mark.slow),
+    ],
+    ids=named,
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_trainer_options_that_keep_the_result(tmp_path, phase, options, tolerance, after_two_steps):
+    adapter = wrap(phase)
+    torch._dynamo.reset()
+    run = trainer(adapter, tmp_path, max_steps=2, optim="sgd", **options)
+    run.train()
+    for name, tensor in adapter.adapter_state_dict().items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, after_two_steps[phase][name], rtol=0, atol=tolerance, msg=name)
+    assert np.isfinite(run.evaluate()["eval_loss"])
+
+
 @phases
 @pytest.mark.parametrize(
     "options",
     [
-        {"label_smoothing_factor": 0.1},
-        {"gradient_checkpointing": True},
-        {"bf16": True},
+        {"label_smoothing_factor": 0.5},
         {"gradient_accumulation_steps": 2},
-        {"optim": "sgd"},
-        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
+        {"optim": "adamw_torch"},
+        {"weight_decay": 0.9},
+        {"max_grad_norm": 0.01},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=named,
 )
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_trainer_options(tmp_path, phase, options):
+def test_trainer_options_that_change_the_result(tmp_path, phase, options, after_two_steps):
     adapter = wrap(phase)
-    head = adapter.head.weight.detach().clone()
-    torch._dynamo.reset()
-    run = trainer(adapter, tmp_path, max_steps=2, **options)
+    run = trainer(adapter, tmp_path, max_steps=2, **{"optim": "sgd", **options})
     run.train()
-    assert not torch.equal(adapter.head.weight, head)
+    before = wrap(phase).head.weight
+    assert not torch.equal(adapter.head.weight, before)
+    assert not torch.equal(adapter.head.weight, after_two_steps[phase]["head.weight"])
     assert np.isfinite(run.evaluate()["eval_loss"])
+
+
+@phases
+def test_trainer_evaluates_in_bfloat16(tmp_path, phase):
+    adapter = wrap(phase)
+    wanted = trainer(adapter, tmp_path).evaluate()["eval_loss"]
+    got = trainer(adapter, tmp_path, bf16_full_eval=True).evaluate()["eval_loss"]
+    assert got == pytest.approx(wanted, rel=0.05)
+    assert got != wanted
 
 
 def test_trainer_checkpoints_blocks(tmp_path):
@@ -310,9 +360,9 @@ def test_trainer_checkpoints_blocks(tmp_path):
 
 def test_trainer_with_lpt_loss(tmp_path):
     adapter = wrap("group")
-    adapter.criterion = AtEpoch(LPTLoss([8, 8, 8], epochs=3))
+    adapter.criterion = LPTLoss([8, 8, 8], epochs=3)
     keys = adapter.pool.keys.detach().clone()
-    run = trainer(adapter, tmp_path)
+    run = trainer(adapter, tmp_path, eval_strategy="epoch", per_device_eval_batch_size=5)
     run.train()
     assert not torch.equal(adapter.pool.keys, keys)
 
@@ -341,6 +391,24 @@ def test_get_peft_model_on_an_adapter_in_the_trainer(tmp_path, phase):
 
 
 # pipeline
+
+
+@phases
+def test_pipeline_of_a_folder_of_prompts(tmp_path, phase):
+    """Saved, loaded on another copy of the ViT, in batches."""
+    wrap(phase).save_pretrained(tmp_path)
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    generator = np.random.default_rng(0)
+    pictures = [Image.fromarray(generator.integers(0, 255, (20, 24, 3), dtype=np.uint8)) for _ in range(3)]
+    wanted = pipeline("image-classification", model=wrap(phase).eval(), image_processor=processor)(pictures, top_k=2)
+    loaded = LongTailPromptAdapter.from_pretrained(tmp_path, vit()).eval()
+    got = pipeline("image-classification", model=loaded, image_processor=processor, batch_size=2)(pictures, top_k=2)
+    assert [[answer["label"] for answer in answers] for answers in got] == [
+        [answer["label"] for answer in answers] for answers in wanted
+    ]
+    assert [len(answers) for answers in got] == [2, 2, 2]
+    for pair in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(*([answer["score"] for answer in answers] for answers in pair), rtol=1e-5)
 
 
 @phases
