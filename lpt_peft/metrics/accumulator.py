@@ -36,6 +36,8 @@ class ShotMetrics:
 
     Example:
         >>> metrics = ShotMetrics(class_counts=[500, 50, 5])
+        >>> metrics
+        ShotMetrics(num_classes=3, many: n > 100, medium: 20 <= n <= 100, few: n < 20, average='class')
         >>> metrics.update(torch.tensor([[9.0, 0, 0], [0, 9, 0], [9, 0, 0], [0, 0, 9]]), torch.tensor([0, 1, 2, 2]))
         >>> result = metrics.compute()
         >>> result.many, result.medium, result.few, result.accuracy
@@ -68,6 +70,10 @@ class ShotMetrics:
         if name not in SHOT_RULES:
             raise ConfigError(f"Shot rule {name!r} is unknown; pass {', '.join(SHOT_RULES)}, or many= and few=.")
         return cls(class_counts, average=average, **asdict(SHOT_RULES[name]))
+
+    def __repr__(self) -> str:
+        """Sizes and rule; nothing is counted for it."""
+        return f"{type(self).__name__}(num_classes={len(self.class_counts)}, {self.rule}, average={self.average!r})"
 
     def reset(self) -> None:
         """Forget all images."""
