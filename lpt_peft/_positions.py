@@ -38,6 +38,8 @@ def _extend(name: str, value: Any, count: int, length: int) -> Any:
     if name == "rope":  # timm: sines and cosines in one table
         sines, cosines = value.chunk(2, dim=-1)
         return torch.cat([_more_rows(sines, length, 0.0), _more_rows(cosines, length, 1.0)], -1)
+    if "mask" in name and value.ndim > 1 and value.shape[-1] == 1:  # one answer for all tokens, not for prompts
+        value = value.expand(*value.shape[:-1], count)
     if value.shape[-1] != count:
         return value
     # A mask or bias: what is floating is added, all else says who may attend.

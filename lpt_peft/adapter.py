@@ -95,7 +95,11 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
         self._pooling = getattr(backbone, "pooling", None)
         self._init_state()
         backbone.attach()  # last of what can fail: until here the model is untouched
-        self._gradient_gap = find_gradient_gap(backbone.blocks, backbone.dim)
+        try:
+            self._gradient_gap = find_gradient_gap(backbone.blocks, backbone.dim)
+        except BaseException:
+            backbone.detach()
+            raise
         self._standstill.begin(self.vit)
         self._init_phase(device)
 

@@ -37,8 +37,8 @@ class CallMixin(StateMixin):
     Attributes:
         head_drop: Dropout before the head, while training.
         criterion: Loss of a call with `labels=` in training mode: called as `criterion(output, labels)` with an
-            `AdapterOutput`, as `LPTLoss` is; `AGCLLoss` and losses of `torch.nn` get the logits. At first
-            `cross_entropy_with_match`.
+            `AdapterOutput`, as `LPTLoss` is; `AGCLLoss` and the losses and functions of torch and timm get the logits.
+            At first `cross_entropy_with_match`.
         eval_criterion: The same in eval mode, at first `cross_entropy_with_match`. It is separate because `LPTLoss`
             needs the two halves of a `DualSampler`'s batch, which evaluation data do not have.
     """
@@ -57,6 +57,8 @@ class CallMixin(StateMixin):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("criterion", "eval_criterion"):  # where a module was, torch refuses a function
             self._modules.pop(name, None)
+            if isinstance(value, nn.Module):  # a loss that draws noise in training draws none in eval mode
+                value.train(self.training)
         super().__setattr__(name, value)
 
     @overload
@@ -174,8 +176,7 @@ class CallMixin(StateMixin):
         if labels is None:
             return logits if pixel_values is None else image_classifier_output(logits, None)
         criterion = self.criterion if self.training else self.eval_criterion
-        of_logits = isinstance(criterion, (nn.modules.loss._Loss, AGCLLoss))
-        return image_classifier_output(logits, criterion(logits if of_logits else output, labels))
+        return image_classifier_output(logits, criterion(logits if _takes_logits(criterion) else output, labels))
 
     if TYPE_CHECKING:  # torch's own __call__ returns Any
         __call__ = forward
@@ -220,3 +221,10 @@ class CallMixin(StateMixin):
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle: a copy is not disabled."""
         return {**super().__getstate__(), "_disabled_threads": frozenset()}
+
+
+def _takes_logits(criterion: Callable[..., Tensor]) -> bool:
+    """Whether a loss is called with logits: AGCLLoss, and the losses and functions of torch and timm."""
+    if isinstance(criterion, (nn.modules.loss._Loss, AGCLLoss)):
+        return True
+    return str(getattr(criterion, "__module__", "")).startswith(("torch.", "timm."))

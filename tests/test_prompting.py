@@ -151,6 +151,19 @@ def test_masks(options, kind):
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(5, 1), (3, 1, 5, 1), (1, 5), (3, 1, 1, 5)])
+def test_masks_that_are_broadcast(shape):
+    """A row or a column of answers for all: prompts stay visible all the same."""
+    vit = tiny_vit().double()
+    block, (x, prompt) = vit.blocks[0], (random_prompts(3, 5, 24).detach(), random_prompts(3, 2, 24, seed=1).detach())
+    mask = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    padded = torch.zeros(*mask.shape[:-2], 7, 7, dtype=torch.float64)
+    padded[..., :5, :5] = mask
+    wanted = block(torch.cat([x, prompt], 1), attn_mask=padded)[:, :5]
+    find_backbone(vit).attach()
+    torch.testing.assert_close(block(x, attn_mask=mask, prompt=prompt), wanted, rtol=0, atol=1e-12)
+
+
 def test_mask_reaches_the_blocks_through_the_adapter():
     skip_unless("is_causal" in inspect.signature(timm_vit.Block.forward).parameters, "is_causal")
     vit = tiny_vit(global_pool="avg").double()

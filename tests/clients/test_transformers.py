@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.loss import LabelSmoothingCrossEntropy
 from torch import nn
 
 from lpt_peft import AGCLLoss, LongTailPromptAdapter, LPTLoss
@@ -136,11 +137,14 @@ def test_a_criterion_may_be_replaced_by_any_other():
     first = adapter(images(4), labels=labels)
     ours, own = adapter.criterion, AGCLLoss([5, 4, 3, 2, 1])
     for criterion, wanted in (
-        (own, own.eval()(first.logits, labels)),
+        (own, AGCLLoss([5, 4, 3, 2, 1]).eval()(first.logits, labels)),
         (ours, first.loss),
         (nn.NLLLoss(), F.nll_loss(first.logits, labels)),
+        (F.cross_entropy, F.cross_entropy(first.logits, labels)),
+        (LabelSmoothingCrossEntropy(0.1), F.cross_entropy(first.logits, labels, label_smoothing=0.1)),
     ):
         adapter.criterion = adapter.eval_criterion = criterion
+        assert not getattr(criterion, "training", False), "a loss takes the adapter's mode"
         torch.testing.assert_close(adapter(images(4), labels=labels).loss, wanted)
 
 
