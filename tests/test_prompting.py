@@ -224,10 +224,6 @@ def test_nothing_is_kept_for_backward_beyond_what_the_plain_block_keeps():
     assert kept(prompt=prompt) < 1.1 * plain * 66 / 64
 
 
-class Drifted(Attention):
-    """What upstream drift looks like: the same names, another formula."""
-
-
 def test_self_check_refuses_drift(monkeypatch):
     def drifted(self, x, **masks):
         return self.proj(x * 2)

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
 from lpt_peft import ShotMetrics
@@ -38,6 +37,7 @@ from tests.recipe.tiny import (
     SHORT,
     QuietLoss,
     Shaken,
+    folder_with_a_broken_image,
     in_child,
     result_of,
     same,
@@ -219,12 +219,7 @@ def test_a_signal_to_the_whole_process_group_saves_the_run(tmp_path, number):
 
 
 def test_an_unreadable_image_is_named_by_workers(tmp_path):
-    labels = [0] * 20 + [1] * 8 + [2] * 3
-    for number, label in enumerate(labels):
-        folder = tmp_path / f"class {label}"
-        folder.mkdir(exist_ok=True)
-        Image.new("RGB", (32, 32)).save(folder / f"{number:02}.png")
-    (tmp_path / "class 1" / "23.png").write_bytes(b"no picture")
+    folder_with_a_broken_image(tmp_path)
     adapter = tiny_adapter()
     images = image_folder(tmp_path, transform=transforms(adapter.backbone.preprocess(), train=True))
     words = r"class 1/23\.png \(index 23\) cannot be read: UnidentifiedImageError"

@@ -17,7 +17,7 @@ from lpt_peft.errors import ConfigError, InputError, StateError
 from lpt_peft.recipe import PhaseSettings, TrainSettings, evaluate, predict, run_phase, train
 from lpt_peft.recipe.phase import PhaseRun
 from tests.conftest import tiny_vit
-from tests.recipe.tiny import PHASE, SETTINGS, result_of, same, striped_data, tiny_adapter
+from tests.recipe.tiny import PHASE, SETTINGS, folder_with_a_broken_image, result_of, same, striped_data, tiny_adapter
 
 IMAGES, LABELS = striped_data()[0].tensors[0], striped_data()[1]
 PLAIN = replace(SETTINGS, loss="cross_entropy", sampling="instance")
@@ -140,11 +140,7 @@ def test_the_first_image_is_tried_without_a_trace(monkeypatch):
 
 
 def test_unreadable_image_is_named(tmp_path):
-    for number, label in enumerate(LABELS):
-        folder = tmp_path / f"class {label}"
-        folder.mkdir(exist_ok=True)
-        Image.new("RGB", (32, 32)).save(folder / f"{number:02}.png")
-    (tmp_path / "class 1" / "23.png").write_bytes(b"no picture")
+    folder_with_a_broken_image(tmp_path)
     adapter = tiny_adapter()
     images = image_folder(tmp_path, transform=transforms(adapter.backbone.preprocess(), train=True))
     with pytest.raises(InputError, match=r"class 1/23\.png \(index 23\) cannot be read"):

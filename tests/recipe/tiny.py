@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
 from lpt_peft import LongTailPromptAdapter, LPTLoss
@@ -22,6 +23,16 @@ COUNTS = [20, 8, 3]
 PHASE = PhaseSettings(epochs=4, learning_rate=2.0)
 SETTINGS = TrainSettings(shared=PHASE, group=PHASE, batch_size=8)
 SHORT = replace(SETTINGS, shared=replace(PHASE, epochs=2), group=replace(PHASE, epochs=2), save_every=2)
+
+
+def folder_with_a_broken_image(root):
+    """Class folders of the sizes in COUNTS; image 23, of class 1, is no picture."""
+    labels = [label for label, count in enumerate(COUNTS) for _ in range(count)]
+    for number, label in enumerate(labels):
+        folder = root / f"class {label}"
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32)).save(folder / f"{number:02}.png")
+    (root / "class 1" / "23.png").write_bytes(b"no picture")
 
 
 def striped_data(seed=0, dtype=torch.float32):
