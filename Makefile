@@ -2,7 +2,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help install format check lint types storeys test demo docs
+.PHONY: help install format check lint types layers test demo docs
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -14,7 +14,7 @@ format:  ## let ruff repair what it can, then format
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-check: lint types storeys test  ## all that must pass before a commit
+check: lint types layers test  ## all that must pass before a commit
 
 lint:  ## ruff: rules and format
 	$(PYTHON) -m ruff check .
@@ -24,7 +24,7 @@ types:  ## mypy --strict on the package
 	$(PYTHON) -m mypy
 
 # import-linter has no `python -m`; this is what its `lint-imports` script calls.
-storeys:  ## a file imports only from storeys below its own
+layers:  ## a file imports only from layers below its own
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command as main; main()' --no-logo
 
 test:  ## tests and doctests

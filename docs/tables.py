@@ -62,7 +62,7 @@ def compatibility_table() -> str:
 
 def support_table() -> str:
     """A line for each family of the installed libraries and each answer."""
-    from lpt_peft.cli.support import families, survey  # noqa: PLC0415 - needs the extra [cli]
+    from lpt_peft.cli.common.doctor_list import families, survey  # noqa: PLC0415 - needs the extra [cli]
 
     lines = ["| library | family | models | such as | takes prompts |", "|---|---|---|---|---|"]
     answers = families([(entry, short(answer)) for entry, answer in survey("*")])

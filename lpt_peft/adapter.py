@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lpt_peft.backbones import Backbone, find_backbone
 from lpt_peft.backbones.base import execution_device
-from lpt_peft.backbones.frozen import Standstill
+from lpt_peft.backbones.freezing import FrozenState
 from lpt_peft.backbones.weights import FrozenWeights
 from lpt_peft.call import CallMixin
 from lpt_peft.config import PromptConfig, PromptMetadata
@@ -88,7 +88,7 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
         self.training = self.vit.training
         for module in (self.shared, self.pool, self.head_drop, self.head):
             module.train(self.training)
-        self._standstill = Standstill(self.vit)
+        self._frozen = FrozenState(self.vit)
         self.frozen_weights = FrozenWeights(backbone)
         self.metadata = PromptMetadata(label_names=_label_names(self.vit, config.num_classes))
         self._init_call()
@@ -100,7 +100,7 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
         except BaseException:
             backbone.detach()
             raise
-        self._standstill.begin(self.vit)
+        self._frozen.freeze(self.vit)
         self._init_phase(device)
 
     @classmethod
@@ -155,7 +155,7 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
         self._follow_phase_index()
         super().train(mode)
         if (vit := self._modules.get("vit")) is not None:
-            self._standstill.follow(vit)
+            self._frozen.sync_mode(vit)
         return self
 
     def features(self, images: Any = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -226,7 +226,7 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
         self._check_wrapped()
         vit = self.vit
         self.backbone.detach()
-        self._standstill.end(vit)
+        self._frozen.restore(vit)
         del self.vit
         return vit
 

@@ -81,8 +81,3 @@ class HubConflictError(HubError):
 
 class HubIntegrityError(HubError, PromptFileIntegrityError):
     """What arrived, twice, is not what the Hub says it sent."""
-
-
-def shown(text: object, most: int = 300, instead: str = "\N{REPLACEMENT CHARACTER}") -> str:
-    """A text of unknown origin on one short line of a message: what cannot be printed could rewrite a terminal."""
-    return "".join(c if c.isprintable() else instead for c in str(text)[:most])

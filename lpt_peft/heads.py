@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpt_peft._cosine import cosine
+from lpt_peft._numerics import cosine
 from lpt_peft.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpt_peft._cosine import at_least_float32, cosine
+from lpt_peft._numerics import at_least_float32, cosine
 from lpt_peft.config import PromptConfig
 from lpt_peft.errors import ConfigError, InputError
 

@@ -65,7 +65,7 @@ def test_the_modules_behind_the_names_are_attributes():
     assert run("import lpt_peft; print(lpt_peft.losses.agcl_loss is lpt_peft.agcl_loss)") == "True"
 
 
-@pytest.mark.parametrize("name", ["fit", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "evaluate"])
 def test_a_module_does_not_hide_the_function_of_its_name(name):
     program = f"import lpt_peft.recipe.{name}\nfrom lpt_peft.recipe import {name}\nprint(type({name}).__name__)"
     assert run(program) == "function"

@@ -24,15 +24,15 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder  # noqa: F401 - imported so that it counts as an import
 
-from lpt_peft.cli.build_run import build_adapter
-from lpt_peft.cli.run_settings import ImageSettings, RunSettings
-from lpt_peft.cli.sources import open_parts, set_transforms
+from lpt_peft.cli.common.build_run import build_adapter
+from lpt_peft.cli.common.open_data import open_parts, set_transforms
+from lpt_peft.cli.common.run_settings import ImageSettings, RunSettings
 from lpt_peft.data.folder import image_folder
 from lpt_peft.data.image_list import image_list
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.data.inaturalist import inaturalist
 from lpt_peft.recipe import TrainSettings, train
-from lpt_peft.recipe.phase import PhaseRun
+from lpt_peft.recipe.training.phase import PhaseRun
 from lpt_peft.samplers import DualSampler
 
 

@@ -30,14 +30,14 @@ import tyro
 from PIL import Image
 
 from lpt_peft.cli import main as lpt_peft
-from lpt_peft.cli.build_run import build_adapter
-from lpt_peft.cli.run_settings import RunSettings
-from lpt_peft.cli.sources import open_parts, set_transforms
+from lpt_peft.cli.common.build_run import build_adapter
+from lpt_peft.cli.common.open_data import open_parts, set_transforms
+from lpt_peft.cli.common.run_settings import RunSettings
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.recipe import PhaseSettings, TrainSettings, make_accelerator
-from lpt_peft.recipe.batches import batches, steps_per_epoch
-from lpt_peft.recipe.loop import Loop
-from lpt_peft.recipe.phase import PhaseRun
+from lpt_peft.recipe.loading.batches import batches, steps_per_epoch
+from lpt_peft.recipe.training.loop import Loop
+from lpt_peft.recipe.training.phase import PhaseRun
 
 QUALITY = 90
 

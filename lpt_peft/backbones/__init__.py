@@ -15,7 +15,7 @@ __all__ = ["Backbone", "BackboneInfo", "Stream", "find_backbone"]
 _ECOSYSTEMS = {
     "open_clip": "lpt_peft.backbones.open_clip_vit",
     "peft": "lpt_peft.backbones.peft_model",
-    "timm": "lpt_peft.backbones.timm_families",
+    "timm": "lpt_peft.backbones.timm.families",
     "torchvision": "lpt_peft.backbones.torchvision_vit",
     "transformers": "lpt_peft.backbones.transformers",
 }

@@ -15,13 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lpt_peft._text import printable
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.backbones import Backbone, find_backbone
-from lpt_peft.backbones.build import NORM_EPS
 from lpt_peft.backbones.fingerprint import fingerprint
+from lpt_peft.backbones.loading import NORM_EPS
 from lpt_peft.checkpoint.files import write_pair
 from lpt_peft.checkpoint.prompt_file import PromptFile, encode, read_prompt_file
-from lpt_peft.errors import BackboneMismatchError, ConfigError, shown
+from lpt_peft.errors import BackboneMismatchError, ConfigError
 
 CheckBackbone = Literal["error", "warn", "off"]
 
@@ -155,7 +156,7 @@ def _mismatch(theirs: Mapping[str, Any], backbone: Backbone, known: str | None) 
     other_eps = {m.eps for m in backbone.model.modules() if isinstance(m, nn.LayerNorm)} - {eps}
     if eps is not None and other_eps:
         return (
-            f"These prompts were learnt on a {shown(theirs['architecture'], 80)} whose LayerNorms have eps={eps:g}; "
+            f"These prompts were trained on {printable(theirs['architecture'], 80)} whose LayerNorms have eps={eps:g}; "
             f"the ViT given has {max(other_eps):g}. Build it with norm_layer=partial(torch.nn.LayerNorm, eps={eps:g})."
         )
     # The same weights can be cut into another number of heads: the fingerprint does not tell.
@@ -167,7 +168,7 @@ def _mismatch(theirs: Mapping[str, Any], backbone: Backbone, known: str | None) 
         if dtype != torch.float32:
             cause += f" Or was the model cast, to {dtype}, after the prompts were learnt?"
     else:
-        cause = f"another architecture; build {shown(theirs['architecture'], 80)} with the sizes named here."
+        cause = f"another architecture; build {printable(theirs['architecture'], 80)} with the sizes named here."
     return (
         f"These prompts were learnt on {_describe(theirs)}; the ViT given is {_describe(ours)}. Likely cause: {cause}"
     )
@@ -177,4 +178,4 @@ def _describe(backbone: Mapping[str, Any]) -> str:
     return (
         "{architecture} (tag {pretrained_tag}, width {embed_dim}, {depth} blocks, {num_heads} heads, "
         "fingerprint {fingerprint:.12}...)"
-    ).format_map({key: shown(value, 80) for key, value in backbone.items()})
+    ).format_map({key: printable(value, 80) for key, value in backbone.items()})

@@ -14,8 +14,8 @@ from typing import Any
 from lpt_peft._version import __version__
 from lpt_peft.adapter import PHASES, LongTailPromptAdapter
 from lpt_peft.backbones import BackboneInfo
-from lpt_peft.backbones.build import NORM_EPS
 from lpt_peft.backbones.fingerprint import ALGORITHM
+from lpt_peft.backbones.loading import NORM_EPS
 from lpt_peft.checkpoint.rules import (
     BrokenRule,
     items,

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from typing import Any
 
+from lpt_peft._text import printable
 from lpt_peft._version import __version__
-from lpt_peft.errors import LPTError, MissingExtraError, shown
+from lpt_peft.errors import LPTError, MissingExtraError
 
 _DESCRIPTION = "Long-tailed Prompt Tuning for frozen Vision Transformers. lpt-peft --version prints the version."
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _commands(arguments), prog="lpt-peft", description=_DESCRIPTION, args=arguments
         )
     except (LPTError, OSError) as error:  # of the disk: a full one, one that may not be written
-        print(f"lpt-peft: {shown(error, 10_000)}", file=sys.stderr)
+        print(f"lpt-peft: {printable(error, 10_000)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"lpt-peft: {stop or 'interrupted'}", file=sys.stderr)

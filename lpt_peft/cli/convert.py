@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from lpt_peft.cli.options import Json
+from lpt_peft.cli.common.options import Json
 from lpt_peft.errors import ConfigError, HubError
 
 if TYPE_CHECKING:
-    from lpt_peft.checkpoint.published import Published
+    from lpt_peft.checkpoint.convert_official import Published
 
 
 def convert(
@@ -35,9 +35,9 @@ def convert(
         num_heads: Heads of the backbone, where it is not one for each 64 of its width.
         as_json: Print one JSON object.
     """
-    from lpt_peft.backbones.build import build
-    from lpt_peft.checkpoint.published import EPS, read_published, write_published
-    from lpt_peft.hub.boundary import hub_errors
+    from lpt_peft.backbones.loading import build
+    from lpt_peft.checkpoint.convert_official import EPS, read_published, write_published
+    from lpt_peft.hub.errors import hub_errors
 
     published = read_published(checkpoint, num_heads=num_heads)
     pretrained, why = None, "nothing was compared"

@@ -6,9 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-from lpt_peft.cli.extras import extra_needed
-from lpt_peft.cli.interrupted import telling_how_to_go_on
-from lpt_peft.cli.options import Json
+from lpt_peft.cli.common.extras import extra_needed
+from lpt_peft.cli.common.interrupted import telling_how_to_go_on
+from lpt_peft.cli.common.options import Json
 
 
 def demo(
@@ -23,7 +23,7 @@ def demo(
         resume: Go on with a run that was broken off in that folder; --no-resume starts anew.
         as_json: Print the content of results.json instead of the table.
     """
-    from lpt_peft.cli.tables import print_table
+    from lpt_peft.cli.common.tables import print_table
 
     with extra_needed("The demo", "demo"):
         from lpt_peft.demo.run import run_demo

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from lpt_peft.cli.options import Json
+from lpt_peft.cli.common.options import Json
 from lpt_peft.errors import BackboneError, ConfigError, LPTError
 
 
@@ -37,7 +37,7 @@ def doctor(
         as_json: Print one JSON object.
     """
     if listing:
-        from lpt_peft.cli.support import show_support
+        from lpt_peft.cli.common.doctor_list import show_support
 
         show_support(backbone, as_json=as_json)
         return
@@ -63,7 +63,8 @@ def examine(name: str, num_classes: int, **options: int) -> dict[str, Any]:
     import timm
 
     from lpt_peft.adapter import PHASES, LongTailPromptAdapter
-    from lpt_peft.backbones import catalog, find_backbone
+    from lpt_peft.backbones import find_backbone
+    from lpt_peft.backbones import listing as catalog
 
     entry = catalog.find(name)
     if entry is None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from lpt_peft.cli.extras import extra_needed
-from lpt_peft.cli.options import Json
+from lpt_peft.cli.common.extras import extra_needed
+from lpt_peft.cli.common.options import Json
 from lpt_peft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ def evaluate(
         as_json: Print one JSON object instead of the table.
     """
     with extra_needed("lpt-peft evaluate", "train"):
-        from lpt_peft.cli.sources import open_parts, open_test_parts, set_transforms
-        from lpt_peft.cli.tables import print_results
-        from lpt_peft.cli.trained import open_trained
+        from lpt_peft.cli.common.load_run import open_trained
+        from lpt_peft.cli.common.open_data import open_parts, open_test_parts, set_transforms
+        from lpt_peft.cli.common.tables import print_results
         from lpt_peft.metrics import ShotMetrics, ShotResult
         from lpt_peft.recipe.evaluate import evaluate as measure
-        from lpt_peft.recipe.runs import make_accelerator
+        from lpt_peft.recipe.train import make_accelerator
 
     trained = open_trained(folder)
     adapter = trained.adapter

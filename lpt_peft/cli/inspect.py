@@ -8,8 +8,8 @@ from typing import Any
 
 import tyro
 
-from lpt_peft.cli.options import Json
-from lpt_peft.errors import shown
+from lpt_peft._text import printable
+from lpt_peft.cli.common.options import Json
 
 
 def inspect(
@@ -56,7 +56,7 @@ def _text(source: str, config: Mapping[str, Any]) -> str:
         f"  training        {json.dumps(config['training'], ensure_ascii=False)}",
         "All checks passed: names, shapes, sizes, sha256, every value finite.",
     ]
-    return "\n".join(shown(line, 100_000) for line in lines)
+    return "\n".join(printable(line, 100_000) for line in lines)
 
 
 def _some(values: list[Any]) -> str:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from lpt_peft.cli.extras import extra_needed
-from lpt_peft.cli.options import Json
+from lpt_peft.cli.common.extras import extra_needed
+from lpt_peft.cli.common.options import Json
 from lpt_peft.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def predict(
     with extra_needed("lpt-peft predict", "train"):
         import torch
 
-        from lpt_peft.cli.tables import print_table
-        from lpt_peft.cli.trained import open_trained
+        from lpt_peft.cli.common.load_run import open_trained
+        from lpt_peft.cli.common.tables import print_table
         from lpt_peft.data.transforms import transforms
 
     trained = open_trained(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from lpt_peft.cli.options import Json
+from lpt_peft.cli.common.options import Json
 
 
 def push(

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lpt_peft.cli.extras import extra_needed
-from lpt_peft.cli.interrupted import telling_how_to_go_on
-from lpt_peft.cli.options import Json
-from lpt_peft.cli.run_settings import SETTINGS, RunSettings, read_settings
+from lpt_peft.cli.common.extras import extra_needed
+from lpt_peft.cli.common.interrupted import telling_how_to_go_on
+from lpt_peft.cli.common.options import Json
+from lpt_peft.cli.common.run_settings import SETTINGS, RunSettings, read_settings
 from lpt_peft.data.transforms import RECIPE_CROP_PCT
 from lpt_peft.errors import ConfigError, MissingExtraError
 from lpt_peft.recipe.presets import preset
@@ -73,11 +73,11 @@ def run_training(
         KeyboardInterrupt: Ctrl-C; the run was saved, and the message says how to go on.
     """
     with extra_needed("lpt-peft train", "train"):
-        from lpt_peft.cli.build_run import build_adapter
-        from lpt_peft.cli.sources import open_parts, set_transforms
-        from lpt_peft.cli.tables import print_results
-        from lpt_peft.recipe.fit import RESULTS, Parts, fit, write_json
-        from lpt_peft.recipe.runs import make_accelerator
+        from lpt_peft.cli.common.build_run import build_adapter
+        from lpt_peft.cli.common.open_data import open_parts, set_transforms
+        from lpt_peft.cli.common.tables import print_results
+        from lpt_peft.recipe.experiment import RESULTS, Parts, fit, write_json
+        from lpt_peft.recipe.train import make_accelerator
 
     parts = open_parts(data, run.images, run.training.seed)
     adapter = build_adapter(run, parts["train"].class_names)

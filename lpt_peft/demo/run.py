@@ -17,7 +17,7 @@ from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.checkpoint import read_pair
 from lpt_peft.checkpoint.files import write_pair
 from lpt_peft.data.digits import NUM_CLASSES, DigitsLT, digits_counts
-from lpt_peft.data.wrap import from_dataset
+from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.demo.backbone import glyph_config, glyph_vit
 from lpt_peft.demo.figure import draw
 from lpt_peft.demo.result import DemoResult, RowResult
@@ -25,7 +25,7 @@ from lpt_peft.demo.rows import EPOCHS, Row, rows
 from lpt_peft.errors import ConfigError, LPTError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.recipe import Parts, evaluate, fit, predict, run_phase
-from lpt_peft.recipe.fit import PROMPTS
+from lpt_peft.recipe.experiment import PROMPTS
 
 RUNS = "runs"
 

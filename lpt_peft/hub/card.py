@@ -17,10 +17,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
-from lpt_peft.backbones.build import can_build
+from lpt_peft._text import printable
 from lpt_peft.backbones.fingerprint import fingerprint
+from lpt_peft.backbones.loading import can_build
 from lpt_peft.checkpoint import tensor_bytes
-from lpt_peft.errors import shown
 
 CARD_NAME = "README.md"
 _SHOTS = ("many", "medium", "few")
@@ -214,7 +214,7 @@ def _shot_rule(rule: str | None) -> str:
 
 def _line(text: str) -> str:
     """One short line: what a file says must not become structure of the card."""
-    return shown(text, instead=" ").strip()
+    return printable(text, instead=" ").strip()
 
 
 def _code(text: str) -> str:

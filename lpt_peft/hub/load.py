@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lpt_peft.adapter import LongTailPromptAdapter
-from lpt_peft.backbones.build import build
+from lpt_peft.backbones.loading import build
 from lpt_peft.checkpoint import (
     CheckBackbone,
     Part,
@@ -25,7 +25,7 @@ from lpt_peft.checkpoint import (
 )
 from lpt_peft.checkpoint.pretrained import check_choice
 from lpt_peft.errors import ConfigError
-from lpt_peft.hub.boundary import Token, hub_errors
+from lpt_peft.hub.errors import Token, hub_errors
 from lpt_peft.hub.pull import Place, check_subfolder, pull
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)

@@ -24,7 +24,7 @@ from lpt_peft.errors import (
     HubUnavailableError,
     PromptFileFormatError,
 )
-from lpt_peft.hub.boundary import Token, check_token, hub_errors
+from lpt_peft.hub.errors import Token, check_token, hub_errors
 
 _ATTEMPTS = 3
 

@@ -15,8 +15,8 @@ from lpt_peft._version import __version__
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.checkpoint import CONFIG_NAME, WEIGHTS_NAME, decode, encode
 from lpt_peft.errors import ConfigError
-from lpt_peft.hub.boundary import Token, check_token, hub_errors, within
 from lpt_peft.hub.card import CARD_NAME, CardOptions, model_card
+from lpt_peft.hub.errors import Token, check_token, hub_errors, within
 from lpt_peft.hub.pull import check_subfolder
 
 

@@ -11,11 +11,11 @@ from lpt_peft._lazy import import_on_first_use
 
 if TYPE_CHECKING:
     from lpt_peft.recipe.evaluate import evaluate, predict
-    from lpt_peft.recipe.fit import Parts, fit
+    from lpt_peft.recipe.experiment import Parts, fit
     from lpt_peft.recipe.presets import PRESETS, preset
-    from lpt_peft.recipe.runs import make_accelerator, run_phase, train
-    from lpt_peft.recipe.schedule import warmup_cosine
     from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
+    from lpt_peft.recipe.train import make_accelerator, run_phase, train
+    from lpt_peft.recipe.training.schedule import warmup_cosine
 
 __all__ = [
     "PRESETS",
@@ -36,10 +36,10 @@ import_on_first_use(  # the imports above, for the interpreter: a test holds the
     __name__,
     {
         "evaluate": ["evaluate", "predict"],
-        "fit": ["Parts", "fit"],
+        "experiment": ["Parts", "fit"],
         "presets": ["PRESETS", "preset"],
-        "runs": ["make_accelerator", "run_phase", "train"],
-        "schedule": ["warmup_cosine"],
+        "train": ["make_accelerator", "run_phase", "train"],
+        "training.schedule": ["warmup_cosine"],
         "settings": ["PhaseSettings", "TrainSettings"],
     },
 )

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lpt_peft.errors import InputError
 from lpt_peft.metrics import ShotMetrics, ShotResult
-from lpt_peft.recipe.loader import image_loader, resolve_workers
+from lpt_peft.recipe.loading.loader import image_loader, resolve_workers
 from lpt_peft.recipe.parallel import place
 
 

@@ -1,6 +1,6 @@
 """timm's ways of feeding and resizing a ViT under the adapter, against token concatenation; and what is refused.
 
-Every model by name is in test_timm_all.py; block and attention classes are in tests/test_attention.py.
+Every model by name is in test_timm_all.py; block and attention classes are in tests/test_prompting.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from lpt_peft import LongTailPromptAdapter
 from lpt_peft.backbones import find_backbone
-from lpt_peft.backbones.timm_families import GridViT
+from lpt_peft.backbones.timm.families import GridViT
 from lpt_peft.errors import BackboneError, ConfigError, InputError
 from lpt_peft.prompting import Prompted
 from tests.backbones.models import SMALL, on_meta, timm_model

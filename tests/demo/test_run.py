@@ -18,7 +18,7 @@ from lpt_peft.demo.rows import build_probe, rows
 from lpt_peft.demo.run import DemoError, run_demo
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe import predict
-from lpt_peft.recipe.phase import PhaseRun
+from lpt_peft.recipe.training.phase import PhaseRun
 
 NAMES = ["linear probe, cross-entropy", "linear probe, A-GCL", "VPT-Deep, cross-entropy", "LPT, phase 1", "LPT"]
 

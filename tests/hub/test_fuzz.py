@@ -1,6 +1,6 @@
 """Any value in any place of config.json: refused by an `LPTError`, or everything that is done with it works.
 
-`tests/test_checkpoint_hostile.py` fuzzes the reader itself; here what passes it goes on to the card, the builder, the
+`tests/checkpoint/test_hostile.py` fuzzes the reader itself; here what passes it goes on to the card, the builder, the
 command and the comparison with a backbone.
 """
 
@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lpt_peft.backbones import find_backbone
-from lpt_peft.backbones.build import can_build
+from lpt_peft.backbones.loading import can_build
 from lpt_peft.checkpoint import decode
 from lpt_peft.checkpoint.pretrained import check_match
 from lpt_peft.cli.inspect import _text
 from lpt_peft.errors import BackboneMismatchError, LPTError
 from lpt_peft.hub import CardOptions, model_card
+from tests.checkpoint.test_hostile import FUZZ, Forgery, edited, edits, paths, put
 from tests.conftest import tiny_vit
-from tests.test_checkpoint_hostile import FUZZ, Forgery, edited, edits, paths, put
 
 words = st.one_of(
     st.text(max_size=12),

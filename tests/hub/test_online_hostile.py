@@ -1,6 +1,6 @@
 """Repositories that are broken or made to do harm: each refused by its own rule, and no other file is asked for.
 
-The forged files are those of `tests/test_checkpoint_hostile.py`; here they come over the wire.
+The forged files are those of `tests/checkpoint/test_hostile.py`; here they come over the wire.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from lpt_peft.errors import (
     PromptFileIntegrityError,
     PromptFileTensorError,
 )
+from tests.checkpoint.test_hostile import CASES, Forgery, config, good, snapshot
 from tests.conftest import tiny_vit
 from tests.hub.conftest import REPO
 from tests.hub.repositories import File
-from tests.test_checkpoint_hostile import CASES, Forgery, config, good, snapshot
 
 NAMES = {"config.json", "prompts.safetensors"}
 ran = []

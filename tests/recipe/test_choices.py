@@ -12,11 +12,11 @@ from accelerate.tracking import GeneralTracker, on_main_process
 from torch.utils.data import TensorDataset
 
 from lpt_peft import AGCLLoss, ShotMetrics
-from lpt_peft.data.wrap import from_dataset
+from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.errors import ConfigError
 from lpt_peft.metrics import SHOT_RULES
 from lpt_peft.recipe import PRESETS, Parts, PhaseSettings, TrainSettings, evaluate, fit, preset, train
-from lpt_peft.recipe.criteria import criterion_of
+from lpt_peft.recipe.training.criteria import criterion_of
 from tests.recipe.tiny import COUNTS, PHASE, SETTINGS, noisy_validation, result_of, same, striped_data, tiny_adapter
 
 ONE = replace(SETTINGS, group=replace(PHASE, epochs=0))

@@ -17,9 +17,9 @@ from torch.amp import GradScaler
 from lpt_peft.errors import StateError
 from lpt_peft.prompts import decay_selected
 from lpt_peft.recipe import make_accelerator, train
-from lpt_peft.recipe.divergence import DivergenceFlag
-from lpt_peft.recipe.phase import PhaseRun
-from lpt_peft.recipe.saves import checkpoints
+from lpt_peft.recipe.resume.checkpoint_io import checkpoints
+from lpt_peft.recipe.training.divergence import DivergenceFlag
+from lpt_peft.recipe.training.phase import PhaseRun
 from tests.host_reads import count_host_reads
 from tests.recipe.tiny import PHASE, SETTINGS, QuietLoss, in_ranks, result_of, same, striped_data, tiny_adapter
 

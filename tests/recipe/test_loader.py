@@ -22,15 +22,15 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lpt_peft import ShotMetrics
 from lpt_peft.data.folder import image_folder
+from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.data.transforms import transforms
-from lpt_peft.data.wrap import from_dataset
 from lpt_peft.errors import InputError
 from lpt_peft.recipe import Parts, TrainSettings, evaluate, fit, predict, train
-from lpt_peft.recipe import loader as loaders
-from lpt_peft.recipe.batches import batches
 from lpt_peft.recipe.evaluate import Evaluation
-from lpt_peft.recipe.loader import image_loader, resolve_workers
-from lpt_peft.recipe.saves import checkpoints
+from lpt_peft.recipe.loading import loader as loaders
+from lpt_peft.recipe.loading.batches import batches
+from lpt_peft.recipe.loading.loader import image_loader, resolve_workers
+from lpt_peft.recipe.resume.checkpoint_io import checkpoints
 from tests.recipe.tiny import (
     COUNTS,
     SETTINGS,

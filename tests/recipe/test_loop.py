@@ -101,7 +101,7 @@ def test_the_loss_takes_the_scale_of_the_head(monkeypatch):
         seen.append(options)
         return LPTLoss(*args, **options)
 
-    monkeypatch.setattr("lpt_peft.recipe.criteria.LPTLoss", noted)
+    monkeypatch.setattr("lpt_peft.recipe.training.criteria.LPTLoss", noted)
     dataset, labels = striped_data()
     adapter = LongTailPromptAdapter.wrap(tiny_vit(), 3, prompt_length=2, pool_size=4, logit_scale=7.0)
     run_phase(adapter, dataset, labels, SETTINGS, replace(PHASE, epochs=1), progress=False)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lpt_peft import ShotMetrics
 from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.recipe import evaluate, train
-from lpt_peft.recipe.batches import batches
+from lpt_peft.recipe.loading.batches import batches
 from tests.recipe.tiny import (
     COUNTS,
     PHASE,

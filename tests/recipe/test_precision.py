@@ -14,11 +14,11 @@ from torch.utils.data import TensorDataset
 
 from lpt_peft import LongTailPromptAdapter, ShotMetrics
 from lpt_peft.checkpoint import load_prompts
-from lpt_peft.data.wrap import from_dataset
+from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.errors import BackboneMismatchError, ConfigError, StateError
 from lpt_peft.recipe import Parts, PhaseSettings, evaluate, fit, make_accelerator, predict, run_phase, train
-from lpt_peft.recipe.loop import Loop
 from lpt_peft.recipe.parallel import check_precision
+from lpt_peft.recipe.training.loop import Loop
 from tests.conftest import tiny_vit
 from tests.recipe.tiny import COUNTS, PHASE, SETTINGS, SHORT, QuietLoss, result_of, same, striped_data, tiny_adapter
 
@@ -207,7 +207,7 @@ def compiled_run(steps, restored=None, dtype=None):
         history=[],
         progress=False,
     )
-    run = loop.begin(adapter, "group", PHASE)
+    run = loop.start_phase(adapter, "group", PHASE)
     if restored is not None:
         run.restore(*restored[1:])
     adapter.train()

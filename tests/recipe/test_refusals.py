@@ -15,7 +15,7 @@ from lpt_peft.data.folder import image_folder
 from lpt_peft.data.transforms import transforms
 from lpt_peft.errors import ConfigError, InputError, StateError
 from lpt_peft.recipe import PhaseSettings, TrainSettings, evaluate, predict, run_phase, train
-from lpt_peft.recipe.phase import PhaseRun
+from lpt_peft.recipe.training.phase import PhaseRun
 from tests.conftest import tiny_vit
 from tests.recipe.tiny import PHASE, SETTINGS, folder_with_a_broken_image, result_of, same, striped_data, tiny_adapter
 

@@ -20,8 +20,8 @@ from torch.utils.data import TensorDataset
 
 from lpt_peft.errors import StateError
 from lpt_peft.recipe import train
-from lpt_peft.recipe.interrupt import Interruption
-from lpt_peft.recipe.saves import checkpoints, read_checkpoint, write_checkpoint
+from lpt_peft.recipe.resume.checkpoint_io import checkpoints, read_checkpoint, write_checkpoint
+from lpt_peft.recipe.resume.interrupt import Interruption
 from tests.recipe.tiny import (
     COUNTS,
     PHASE,

@@ -1,0 +1,1 @@
+"""timm's plain ViTs as backbones."""

@@ -1,0 +1,1 @@
+"""Images of a run: batches, DataLoaders and the validation split."""

@@ -1,0 +1,1 @@
+"""One phase of training: its start, steps, loop and optimizer."""

@@ -1,0 +1,60 @@
+"""Any map-style dataset: torchvision's and bare tensors, with labels told or given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset, TensorDataset
+from torchvision.datasets import FakeData, ImageFolder
+
+from lpt_peft import DualSampler
+from lpt_peft.data.from_dataset import from_dataset
+from lpt_peft.data.long_tail import make_long_tailed
+from lpt_peft.errors import InputError
+from tests.data.make import color, seen, write_png
+
+
+def test_torchvision_dataset_tells_its_own_labels_and_names(tmp_path):
+    for index in range(4):
+        write_png(tmp_path / ("cat" if index < 3 else "dog") / f"{index}.png", index)
+    data = from_dataset(ImageFolder(str(tmp_path)))
+    assert (data.labels, data.class_names, data.class_counts) == ([0, 0, 0, 1], ["cat", "dog"], [3, 1])
+    assert [seen(image) for image, _ in data] == [color(index) for index in range(4)]
+
+
+def test_tensors_and_own_transforms_go_through():
+    images, targets = torch.rand(6, 3, 4, 4), torch.tensor([0, 0, 0, 1, 1, 1])
+    data = from_dataset(TensorDataset(images, targets), targets, transform=lambda image: -image)
+    assert torch.equal(data[4][0], -images[4])
+    part = data.subset(make_long_tailed(data.labels, 3))
+    assert part.class_counts == [3, 1]
+    assert all(any(torch.equal(image, -row) for row in images) for image, _ in part)
+    assert len(list(DualSampler(part.labels, 4))) == 3
+
+
+def test_labels_attribute_and_given_names():
+    class Mine:
+        labels = (0, 1)
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return Image.new("L", (2, 2), index), "more", "things"
+
+    data = from_dataset(Mine(), class_names=["x", "y"])
+    assert (data.class_names, data[1][0].mode, data[1][0].getpixel((0, 0))) == (["x", "y"], "RGB", (1, 1, 1))
+
+
+def test_refusals():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(InputError, match="Stream is not map-style"):
+        from_dataset(Stream())
+    with pytest.raises(InputError, match="FakeData has neither"):
+        from_dataset(FakeData(3))
+    with pytest.raises(InputError, match="2 labels do not fit 3 images"):
+        from_dataset(FakeData(3), [0, 1])

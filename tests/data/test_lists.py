@@ -1,0 +1,228 @@
+"""Image lists, iNaturalist's JSON and class folders, in the formats of the real ones; torchvision is the peer."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from torchvision.datasets import ImageFolder
+
+from lpt_peft.data.folder import image_folder
+from lpt_peft.data.image_list import image_list
+from lpt_peft.data.inaturalist import inaturalist
+from lpt_peft.errors import InputError
+from tests.data.make import color, seen, write_png
+
+PLACES = ["data_256/a/airfield/00001.png 0", "data_256/b/my beach/x  y.png 1", "data_256/b/my beach/2.png 1"]
+
+
+@pytest.fixture
+def places(tmp_path):
+    """A list as of Places-LT, with a path that holds spaces, and its images."""
+    for index, line in enumerate(PLACES):
+        path, label = line.rsplit(" ", 1)
+        write_png(tmp_path / "images" / path, index, int(label))
+    (tmp_path / "train.txt").write_text("\n".join(PLACES) + "\n")
+    return tmp_path
+
+
+def test_image_list(places):
+    data = image_list(places / "train.txt", places / "images", verify="decode")
+    assert (data.labels, data.class_names, data.class_counts) == ([0, 1, 1], ["0", "1"], [1, 2])
+    assert [seen(image) for image, _ in data] == [color(0, 0), color(1, 1), color(2, 1)]
+    named = image_list(places / "train.txt", places / "images", ["airfield", "beach"], transform=lambda image: 5)
+    assert named.class_names == ["airfield", "beach"]
+    assert named[2] == (5, 1)
+
+
+def test_image_list_as_other_systems_write_it(places):
+    text = "\ufeff" + "\r\n\r\n".join(line.replace(".png ", ".png\t") for line in PLACES)
+    (places / "crlf.txt").write_bytes(text.encode())  # byte-order mark, CRLF, tabs, empty lines, no end of the last
+    data = image_list(places / "crlf.txt", places / "images", verify="decode")
+    assert data.labels == [0, 1, 1]
+
+
+def test_image_list_takes_bytes_of_any_encoding(places):
+    name = os.fsdecode(b"caf\xe9.png")
+    write_png(places / "images" / name, 7)
+    (places / "latin.txt").write_bytes(b"caf\xe9.png 0\n" + PLACES[1].encode())
+    assert seen(image_list(places / "latin.txt", places / "images")[0][0]) == color(7)
+
+
+def test_part_of_a_list_set_takes_the_names_of_training(places):
+    (places / "val.txt").write_text(PLACES[2])
+    part = image_list(places / "val.txt", places / "images", ["a", "b", "c"], allow_empty=True)
+    assert (part.class_counts, part[0][1]) == ([0, 1, 0], 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a.png", "line 2: 'a.png' is not"),
+        ("7", "line 2: '7' is not"),
+        ("a.png x", "line 2: 'a.png x' is not"),
+        ("a.png -1", "whole number of at least 0"),
+        ("a.png 1.0", "whole number of at least 0"),
+        ("a.png,1", "line 2: 'a.png,1'"),
+        ("a.png 1_0", "line 2"),
+        ("a.png 99999999999999999999", "line 2"),
+    ],
+)
+def test_bad_line_is_named(tmp_path, line, words):
+    (tmp_path / "list.txt").write_text(f"b.png 0\n{line}\n")
+    with pytest.raises(InputError, match=words):
+        image_list(tmp_path / "list.txt", tmp_path)
+
+
+def test_bad_lists(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(InputError, match="is empty"):
+        image_list(tmp_path / "empty.txt", tmp_path)
+    with pytest.raises(InputError, match="cannot be read"):
+        image_list(tmp_path / "none.txt", tmp_path)
+    (tmp_path / "gap.txt").write_text("a.png 0\nb.png 2\n")
+    with pytest.raises(InputError, match="the first is label 1"):
+        image_list(tmp_path / "gap.txt", tmp_path)
+    (tmp_path / "fine.txt").write_text("a.png 0\nb.png 1\n")
+    with pytest.raises(InputError, match=r"root='.*elsewhere' is no folder"):
+        image_list(tmp_path / "fine.txt", tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="2 of 2 images are missing"):
+        image_list(tmp_path / "fine.txt", tmp_path, verify="exists")
+
+
+def inat_json(**changes):
+    """The layout of train2018.json; ids have gaps, and images and annotations another order each."""
+    more = {"license": 3, "rights_holder": "x", "width": 6, "height": 5}
+    images = [
+        {"id": 11, "file_name": "train_val2018/Aves/9/b.png", **more},
+        {"id": 10, "file_name": "train_val2018/Aves/4/a.png", **more},
+        {"id": 15, "file_name": "train_val2018/Aves/9/c.png", **more},
+    ]
+    return {
+        "info": {"year": 2018, "version": "1.0", "contributor": "", "description": "", "url": "", "date_created": ""},
+        "images": images,
+        "licenses": [{"id": 3, "name": "CC", "url": "u"}],
+        "categories": [
+            {"id": 9, "name": "nine", "supercategory": "Aves"},
+            {"id": 4, "name": "four", "supercategory": "Aves"},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 10, "category_id": 4},
+            {"id": 2, "image_id": 15, "category_id": 9},
+            {"id": 3, "image_id": 11, "category_id": 9},
+        ],
+        **changes,
+    }
+
+
+def write_inat(folder, **changes):
+    (folder / "train2018.json").write_text(json.dumps(inat_json(**changes)))
+    return folder / "train2018.json"
+
+
+def test_inaturalist(tmp_path):
+    for index, image in enumerate(inat_json()["images"]):
+        write_png(tmp_path / image["file_name"], index)
+    data = inaturalist(write_inat(tmp_path), tmp_path, verify="decode")
+    assert (data.labels, data.class_names, data.class_counts) == ([1, 0, 1], ["four", "nine"], [1, 2])
+    assert [seen(image) for image, _ in data] == [color(0), color(1), color(2)]
+    more = [*inat_json()["categories"], {"id": 2}]
+    part = inaturalist(write_inat(tmp_path, categories=more), tmp_path, allow_empty=True)
+    assert (part.labels, part.class_names) == ([2, 1, 2], ["2", "four", "nine"])
+
+
+IMAGES, ANNOTATIONS = inat_json()["images"], inat_json()["annotations"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"annotations": ANNOTATIONS[:2]}, r"image 11 \(train_val2018/Aves/9/b.png\) has no annotation"),
+        ({"annotations": [*ANNOTATIONS, ANNOTATIONS[0]]}, "image 10 has two annotations"),
+        ({"images": IMAGES[:2]}, "1 annotations are of images that are not"),
+        ({"categories": [{"id": 9}]}, "image 10 has category 4, which is not"),
+        ({"categories": [{"id": "9"}]}, "'categories' must be a list whose entries have a whole number as id"),
+        ({"annotations": None}, "test files of the competition"),
+        ({"images": [{"id": 1}]}, "'images' must be a list whose entries have id and file_name"),
+        ({"images": [], "annotations": []}, "lists no image"),
+        ({"categories": [{"id": 1}, {"id": 4}, {"id": 9}]}, r"no image; the first is label 0 \('1'\)"),
+    ],
+)
+def test_bad_inaturalist(tmp_path, changes, words):
+    with pytest.raises(InputError, match=words):
+        inaturalist(write_inat(tmp_path, **changes), tmp_path)
+
+
+def test_categories_of_another_file_are_refused(tmp_path):
+    content = {
+        "images": [{"id": 1, "file_name": "a"}],
+        "annotations": [{"image_id": 1, "category_id": 3}],
+        "categories": [{"id": 2, "name": "b"}, {"id": 3, "name": "c"}],
+    }
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    assert inaturalist(tmp_path / "val.json", tmp_path, ["b", "c"], allow_empty=True).labels == [1]
+    with pytest.raises(InputError, match="2 categories that are not the 3 of the training set"):
+        inaturalist(tmp_path / "val.json", tmp_path, ["a", "b", "c"], allow_empty=True)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff"])
+def test_what_is_no_json(tmp_path, text):
+    (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match="cannot be read"):
+        inaturalist(tmp_path / "x.json", tmp_path)
+
+
+def test_json_of_another_kind(tmp_path):
+    (tmp_path / "x.json").write_text("[1]")
+    with pytest.raises(InputError, match="no iNaturalist annotation file"):
+        inaturalist(tmp_path / "x.json", tmp_path)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Class folders with nesting, other files, capitals and a class whose name sorts between."""
+    files = ["dog/1.png", "dog/old/2.PNG", "cat/9.png", "cat/a b.png", "Zebra/x.png"]
+    for index, name in enumerate(files):
+        write_png(tmp_path / name, index)
+    (tmp_path / "dog" / "notes.txt").write_text("no image")
+    (tmp_path / "README.md").write_text("no class")
+    return tmp_path
+
+
+def test_image_folder_is_torchvisions(folders):
+    ours, theirs = image_folder(folders, verify="decode"), ImageFolder(str(folders))
+    assert (ours.labels, ours.class_names) == (theirs.targets, theirs.classes)
+    assert [seen(image) for image, _ in ours] == [seen(image) for image, _ in theirs]
+    assert [ours._images.name(index) for index in range(5)] == [path for path, _ in theirs.samples]
+    assert image_folder(f"{folders}/").labels == ours.labels
+
+
+def test_validation_folder_takes_the_classes_of_training(folders, tmp_path_factory):
+    part = tmp_path_factory.mktemp("val")
+    write_png(part / "dog" / "v.png", 3)
+    names = image_folder(folders).class_names
+    data = image_folder(part, names, allow_empty=True)
+    assert (data.labels, data.class_counts) == ([2], [0, 0, 1])
+    with pytest.raises(InputError, match="2 of 3 classes have no image"):
+        image_folder(part, names)
+    write_png(part / "wolf" / "v.png", 3)
+    with pytest.raises(InputError, match=r"no class: \['wolf'\]"):
+        image_folder(part, names, allow_empty=True)
+
+
+def test_bad_folders(folders, tmp_path_factory):
+    with pytest.raises(InputError, match="is no folder"):
+        image_folder(folders / "none")
+    with pytest.raises(InputError, match="holds no class folder"):
+        image_folder(folders / "cat")
+    (folders / "fox").mkdir()
+    with pytest.raises(InputError, match=r"1 of 4 classes have no image; the first is label 3 \('fox'\)"):
+        image_folder(folders)
+    bare = tmp_path_factory.mktemp("bare")
+    (bare / "cat").mkdir()
+    with pytest.raises(InputError, match="hold no image"):
+        image_folder(bare)
+    write_png(bare / "cat" / "1.png", 0)
+    with pytest.raises(InputError, match="of one class"):
+        image_folder(bare)
