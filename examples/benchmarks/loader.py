@@ -123,7 +123,7 @@ class Benchmark:
     def step(self) -> float:
         """Seconds of all steps of an epoch on fresh prompts, with every batch in memory."""
         adapter = build_adapter(self._run, self.images.class_names)
-        run = self._loop.begin(adapter.train(), "shared", self._phase)
+        run = self._loop.start_phase(adapter.train(), "shared", self._phase)
         return seconds_of(lambda: [run.advance(*batch) for batch in self._batches])
 
     def epoch(self, workers: int) -> float:

@@ -149,9 +149,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     if claimed > size:
         raise PromptFileTensorError(f"The tensors of {path} claim {claimed} bytes, the file has {size}.")
     if broken := [name for name, tensor in content.items() if not bool(tensor.isfinite().all())]:
-        raise PromptFileTensorError(
-            f"{printable(broken[0], 80)} of {path} must hold finite values only."
-        )
+        raise PromptFileTensorError(f"{printable(broken[0], 80)} of {path} must hold finite values only.")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
