@@ -64,7 +64,7 @@ class Benchmark:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(options.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
         self.start = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
