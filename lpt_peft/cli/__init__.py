@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from typing import Any
 
-from lpt_peft._text import printable
 from lpt_peft._version import __version__
 from lpt_peft.cli.common.exit_codes import FAILED, INTERRUPTED, OK, USAGE
-from lpt_peft.cli.common.messages import plain_warnings, text_of_error
+from lpt_peft.cli.common.messages import plain_warnings, print_message, text_of_error, tidy
 from lpt_peft.cli.common.paths import expand_home
-from lpt_peft.cli.common.streams import flush_output, quiet_broken_pipe, replace_unprintable
+from lpt_peft.cli.common.streams import flush_output, quiet_broken_pipe, replace_unprintable, wrapped_help
 from lpt_peft.errors import LPTError, MissingExtraError
 
 _DESCRIPTION = (
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(text_of_error(error))
         except KeyboardInterrupt as stop:
             hint = " The same command resumes from the last checkpoint." if words[:1] and words[0] in _RESUMABLE else ""
-            print(f"lpt-peft: {str(stop) or 'interrupted'}.{hint}", file=sys.stderr)
+            print_message(f"{tidy(stop) or 'interrupted'}.{hint}")
             return INTERRUPTED
 
 
@@ -71,12 +71,13 @@ def _run(words: Sequence[str]) -> int:
         meant = f" Did you mean {near[0]}?" if near else ""
         _fail(f'There is no sub-command "{words[0]}".{meant} There are {", ".join(commands)}: lpt-peft --help.')
         return USAGE
-    status = tyro.extras.subcommand_cli_from_dict(commands, prog="lpt-peft", description=_DESCRIPTION, args=words)
+    with wrapped_help() if {"-h", "--help"} & set(words) else nullcontext():
+        status = tyro.extras.subcommand_cli_from_dict(commands, prog="lpt-peft", description=_DESCRIPTION, args=words)
     return OK if status is None else int(status)
 
 
 def _fail(message: object) -> int:
-    print(f"lpt-peft: {printable(message, 10_000)}", file=sys.stderr)
+    print_message(message)
     return FAILED
 
 

@@ -21,7 +21,7 @@ def demo(
         resume: Resume an interrupted run in that folder; --no-resume starts again.
         as_json: Print the content of results.json instead of the table.
     """
-    from lpt_peft.cli.common.streams import print_json
+    from lpt_peft.cli.common.streams import print_json, print_text
     from lpt_peft.cli.common.tables import print_table
 
     with requires_extra("The demo", "demo"):
@@ -33,7 +33,7 @@ def demo(
         return
     header, rows = result.table()
     print_table(rows, header)
-    print(f"\nTest accuracy in %. {result.rule}. {len(result.seeds)} seed(s), {result.seconds:.0f} s.")
-    print(f"Groups that no training image chose: {result.dead_groups or 'none'}.")
-    print("The prompt file was loaded on a new backbone: all predictions are identical.")
-    print(f"Written to {output}/: prompts/ (config.json, prompts.safetensors), results.json, digits.png")
+    print_text(f"\nTest accuracy in %. {result.rule}. {len(result.seeds)} seed(s), {result.seconds:.0f} s.")
+    print_text(f"Groups that no training image chose: {result.dead_groups or 'none'}.")
+    print_text("The prompt file was loaded on a new backbone: all predictions are identical.")
+    print_text(f"Written to {output}/: prompts/ (config.json, prompts.safetensors), results.json, digits.png")

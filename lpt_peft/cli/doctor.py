@@ -33,7 +33,7 @@ def doctor(
         pool_size: Number of groups.
         as_json: Print one JSON document.
     """
-    from lpt_peft.cli.common.streams import print_json
+    from lpt_peft.cli.common.streams import print_json, print_text
 
     if listing:
         from lpt_peft.cli.common.doctor_list import print_support
@@ -52,7 +52,7 @@ def doctor(
     if as_json:
         print_json(report)
     else:
-        print(_text(report))
+        print_text(_text(report))
     return OK
 
 

@@ -77,11 +77,13 @@ def run_training(
     """
     with requires_extra("lpt-peft train", "train"):
         from lpt_peft.cli.common.build_adapter import build_adapter
-        from lpt_peft.cli.common.open_data import open_splits, set_transforms
+        from lpt_peft.cli.common.open_data import check_output, open_splits, set_transforms
+        from lpt_peft.cli.common.streams import print_text
         from lpt_peft.cli.common.tables import print_results
         from lpt_peft.recipe.experiment import RESULTS, Parts, fit, write_json
         from lpt_peft.recipe.train import make_accelerator
 
+    check_output(output, data, run.images)
     splits = open_splits(data, run.images, run.training.seed)
     adapter = build_adapter(run, splits["train"].class_names)
     set_transforms(splits, adapter.backbone.preprocess(), run.images)
@@ -111,7 +113,7 @@ def run_training(
     write_json(output / SETTINGS, {"data": data, **settings})
     print_results(results, as_json=as_json)
     if not as_json:
-        print(f"Written to {output}/: prompts/, {RESULTS}, history.json, {SETTINGS}, checkpoints/")
+        print_text(f"Written to {output}/: prompts/, {RESULTS}, history.json, {SETTINGS}, checkpoints/")
 
 
 def _initial_settings(words: Sequence[str]) -> RunSettings | Any:

@@ -1,6 +1,6 @@
-"""The bundled backbone: a ViT of 1.2 million parameters, pretrained on printed characters without digits.
+"""The bundled backbone: a ViT of 1.2 million parameters that reads printed characters and never saw a digit.
 
-`examples/pretrain_glyphs.py` trained it; `glyph_vit.json` in this folder has the settings.
+Made by `examples/pretrain_glyphs.py`; `glyph_vit.json` beside this file tells how.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from timm.models.vision_transformer import VisionTransformer
 
 @cache
 def glyph_config() -> dict[str, Any]:
-    """Return the content of `glyph_vit.json`: model_args, preprocess, pretraining."""
+    """Content of `glyph_vit.json`: model_args, preprocess, pretraining."""
     config: dict[str, Any] = json.loads(_file("glyph_vit.json").decode())
     return config
 
 
 def glyph_vit() -> VisionTransformer:
-    """Return a new copy of the backbone, without a head, in eval mode.
+    """A fresh copy of the backbone, without a head, in eval mode.
 
-    It is a timm VisionTransformer: 32 px, patch 4, width 128, 6 blocks, 4 heads. Inputs are (B, 3, 32, 32) float32,
-    normalised with mean 0.5 and std 0.5.
+    A timm VisionTransformer: 32 px, patch 4, width 128, 6 blocks, 4 heads; inputs (B, 3, 32, 32)
+    normalised by mean 0.5 and std 0.5.
 
     Example:
         >>> vit = glyph_vit()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 
 from lpt_peft.cli import main
-from lpt_peft.cli.common.open_data import open_splits, open_test_splits
+from lpt_peft.cli.common.open_data import check_output, open_splits, open_test_splits
 from lpt_peft.cli.common.run_settings import ImageSettings
 from lpt_peft.errors import InputError
 from tests.cli.runs import BACKBONE, NAMES, SMALL, same_prompts, write_images
@@ -115,11 +116,79 @@ def test_data_sets_of_hugging_face(data, run, tmp_path, capsys):
     }
     unlabelled = test.map(lambda row: {"label": -1})
     datasets.DatasetDict(train=train, test=unlabelled).save_to_disk(tmp_path / "unlabelled")
-    with pytest.warns(UserWarning, match='split "test" of .* is left out: labels must be at least 0'):
-        splits = open_splits(f"hf:{tmp_path / 'unlabelled'}", ImageSettings(val=data / "val"), 0)
+    capsys.readouterr()
+    splits = open_splits(f"hf:{tmp_path / 'unlabelled'}", ImageSettings(val=data / "val"), 0)
+    assert 'The split "test" of' in (err := capsys.readouterr().err)
+    assert err.count("is left out: labels must be at least 0") == 1
     assert counts(splits) == {"train": [20, 8, 3], "validation": [4, 4, 0]}
     datasets.DatasetDict(test=test).save_to_disk(tmp_path / "test")
     with pytest.raises(InputError, match='has no split "train"; it has test'):
         open_splits(f"hf:{tmp_path / 'test'}", ImageSettings(), 0)
     with pytest.raises(InputError, match="hf:nobody/nothing cannot be loaded"):
         open_splits("hf:nobody/nothing", ImageSettings(), 0)
+
+
+@pytest.mark.parametrize("content", ["files", "other folder", "nothing"])
+def test_splits_without_labels_are_left_out_once(data, tmp_path, capsys, content):
+    shutil.copytree(data / "train", tmp_path / "train")
+    shutil.copytree(data / "val", tmp_path / "val")
+    (tmp_path / "test" / "images").mkdir(parents=True)
+    if content == "nothing":
+        (tmp_path / "test" / "images").rmdir()
+    else:
+        place = tmp_path / "test" / ("images" if content == "other folder" else "")
+        shutil.copy(data / "test" / "ant" / "0.png", place)
+    for open_all, names in (
+        (open_splits, {"train", "validation"}),
+        (partial(open_test_splits, class_names=NAMES), {"validation"}),
+    ):
+        assert set(open_all(str(tmp_path), ImageSettings(), 0)) == names
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert f"{tmp_path / 'test'} has no folder of a class" in err
+    with pytest.raises(InputError):  # the user named it
+        open_splits(str(tmp_path / "train"), ImageSettings(test=tmp_path / "test"), 0)
+
+
+@pytest.mark.parametrize(
+    ("output", "refused"),
+    [
+        ("classes/run", True),
+        ("classes", True),
+        ("classes/ant/run", True),
+        ("link/run", True),
+        ("classes/../classes/./run", True),
+        ("run", False),
+        ("classes-run", False),
+        ("splits/run", False),
+        ("splits/train/run", True),
+        ("splits/test", True),
+        ("splits", True),
+        ("only/run", True),
+        ("val/run", True),
+    ],
+)
+def test_the_output_is_not_among_the_images(data, tmp_path, output, refused):
+    shutil.copytree(data / "train", tmp_path / "classes")
+    (tmp_path / "link").symlink_to(tmp_path / "classes")
+    for folder in ("splits/train", "splits/val", "only/train", "val"):
+        shutil.copytree(data / "train", tmp_path / folder)
+    source = {"splits": "splits", "only": "only"}.get(output.split("/")[0], "classes")
+    images = ImageSettings(val=tmp_path / "val")
+    before = set(open_splits(str(tmp_path / source), images, 0)["train"].class_names)
+    if refused:
+        with pytest.raises(InputError, match="is in .*, which is read for images.*Choose a folder outside"):
+            check_output(tmp_path / output, str(tmp_path / source), images)
+        return
+    check_output(tmp_path / output, str(tmp_path / source), images)
+    for folder in ("checkpoints", "prompts"):
+        (tmp_path / output / folder).mkdir(parents=True)
+    assert set(open_splits(str(tmp_path / source), images, 0)["train"].class_names) == before
+
+
+def test_a_refused_output_is_not_created(data, capsys):
+    output = data / "train" / "run"
+    assert main(["train", str(data / "train"), "--output", str(output), "--backbone", "no such model"]) == 1
+    err = capsys.readouterr().err
+    assert f"--output {data.parent / data.name / 'train-run'}" in err
+    assert not output.exists()

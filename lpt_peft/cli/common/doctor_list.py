@@ -13,7 +13,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from lpt_peft.backbones import listing
-from lpt_peft.cli.common.streams import print_json
+from lpt_peft.cli.common.streams import print_json, print_text
 from lpt_peft.errors import InputError
 
 WORKS = "yes"
@@ -43,10 +43,10 @@ def print_support(pattern: str, *, as_json: bool) -> None:
         print_json([{"name": entry.title, "answer": answer} for entry, answer in answers])
     elif pattern:
         for entry, answer in answers:
-            print(f"{entry.title}: {answer}")
+            print_text(f"{entry.title}: {answer}")
     else:
         for line in families(answers):
-            print(f"{line.library}, {line.family}: {line.models} models such as {line.example}: {line.answer}")
+            print_text(f"{line.library}, {line.family}: {line.models} models such as {line.example}: {line.answer}")
     works = sum(answer == WORKS for _, answer in answers)
     print(f"{works} of {len(answers)} take prompts.", file=sys.stderr)
 

@@ -12,14 +12,13 @@ Not here: reading them (`lpt_peft.data`).
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lpt_peft.cli.common.messages import without_errno
+from lpt_peft.cli.common.messages import notice, without_errno
 from lpt_peft.cli.common.run_settings import ImageSettings
 from lpt_peft.data.cifar import cifar_lt
 from lpt_peft.data.folder import image_folder
@@ -62,7 +61,7 @@ def open_splits(data: str, images: ImageSettings, seed: int) -> dict[str, Labell
         if folders and "train" not in folders:
             raise InputError(f"{data} holds {', '.join(folder.name for folder in folders.values())}, but no train.")
         splits = {"train": _read(folders.pop("train", path), images)}
-        splits |= {name: _read(folder, images, splits["train"].class_names) for name, folder in folders.items()}
+        splits |= _read_labelled(folders, images, splits["train"].class_names)
     given = {name: path for name, path in (("validation", images.val), ("test", images.test)) if path}
     splits |= {name: _read(path, images, splits["train"].class_names) for name, path in given.items()}
     if images.validation_share and "validation" not in splits:
@@ -89,12 +88,33 @@ def open_test_splits(
     with_train = data.startswith(_HUGGING_FACE) or _CIFAR.fullmatch(data)
     if not with_train and "train" not in _split_folders(_existing(data)):
         path = Path(data)
-        folders = _split_folders(path) or {"test": path}
-        return {name: _read(folder, images, class_names) for name, folder in folders.items()}
+        if folders := _split_folders(path):
+            return _read_labelled(folders, images, class_names)
+        return {"test": _read(path, images, class_names)}
     splits = open_splits(data, replace(images, val=None, test=None), seed)
     if splits.pop("train").class_names != list(class_names):
         raise InputError(f"The classes of {data} are not those the model was trained on: {list(class_names)[:5]}, ...")
     return splits
+
+
+def check_output(output: Path, data: str, images: ImageSettings) -> None:
+    """Refuse an output folder in a place that is read for images: the next run would take it for a class or a split.
+
+    Raises:
+        InputError: `output` is in such a place.
+    """
+    place = output.resolve()
+    for source in (data, images.val, images.test):
+        path = Path(source or "").resolve()
+        if source is None or not path.is_dir() or not place.is_relative_to(path):
+            continue
+        splits = _split_folders(path)
+        names = {name for words in SPLITS.values() for name in words}
+        if len(splits) < 2 or place == path or place.relative_to(path).parts[0] in names:
+            raise InputError(
+                f"--output {output} is in {source}, which is read for images: the next run would count it as a class. "
+                f"Choose a folder outside, such as --output {path.with_name(f'{path.name}-run')}."
+            )
 
 
 def set_transforms(splits: Mapping[str, LabelledImages], preprocess: Mapping[str, Any], images: ImageSettings) -> None:
@@ -135,7 +155,7 @@ def _open_hugging_face(data: str, images: ImageSettings) -> dict[str, LabelledIm
                 except InputError as error:
                     if split == "train":
                         raise
-                    warnings.warn(f'The split "{word}" of {data} is left out: {error}', stacklevel=3)
+                    notice(f'The split "{word}" of {data} is left out: {error}')
     if any(split.class_names != splits["train"].class_names for split in splits.values() if "train" in splits):
         raise InputError(f"The splits of {data} do not name the same classes, so their labels would not agree.")
     return splits
@@ -166,6 +186,19 @@ def _split_folders(path: Path) -> dict[str, Path]:
     if splits and ("train" not in splits or len(splits) == 1):
         entries = (entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         return {} if any(entry not in splits.values() for entry in entries) else splits
+    return splits
+
+
+def _read_labelled(
+    folders: Mapping[str, Path], images: ImageSettings, class_names: Sequence[str]
+) -> dict[str, LabelledImages]:
+    """Open the folders of splits that have class folders; name the others."""
+    splits = {}
+    for name, folder in folders.items():
+        if any((folder / class_name).is_dir() for class_name in class_names):
+            splits[name] = _read(folder, images, class_names)
+        else:
+            notice(f"{folder} has no folder of a class, so its images have no labels: it is left out.")
     return splits
 
 

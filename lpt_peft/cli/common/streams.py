@@ -1,4 +1,4 @@
-"""Standard output and standard error: unprintable characters, readers that have gone, JSON in any encoding."""
+"""Standard output and standard error: encodings, narrow terminals, readers that have gone, JSON."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import json
 import os
 import re
 import select
+import shutil
 import sys
+import textwrap
 from codecs import lookup
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 from typing import Any, TextIO
 
 from lpt_peft.cli.common.exit_codes import BROKEN_PIPE
+
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def replace_unprintable(*streams: TextIO) -> None:
@@ -55,6 +59,50 @@ def flush_output() -> None:
         except OSError:
             _discard(sys.stdout)
             raise
+
+
+def wrap(text: str) -> str:
+    """Wrap lines that are wider than the terminal, at spaces, so that it does not break their words."""
+    width = shutil.get_terminal_size().columns
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        if len(_ESCAPES.sub("", line)) > width:
+            indent = " " * (len(line) - len(line.lstrip()) + 4) if line.startswith(" ") else ""
+            parts = textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent)
+            lines[number] = "\n".join(parts)
+    return "\n".join(lines)
+
+
+def print_text(text: str) -> None:
+    """Print text for people; on a terminal, wrapped."""
+    print(wrap(text) if sys.stdout.isatty() else text)
+
+
+@contextmanager
+def wrapped_help() -> Iterator[None]:
+    """Wrap the lines that tyro prints on standard output inside, such as the usage of a sub-command."""
+    terminal, sys.stdout = sys.stdout, _Buffer(sys.stdout)
+    try:
+        yield
+    finally:
+        usage, _, rest = sys.stdout.getvalue().partition("\n")
+        sys.stdout = terminal
+        print(wrap(usage.replace(",", ", ")), rest and wrap(rest), sep="\n", end="")
+
+
+class _Buffer(StringIO):
+    """Text in memory that claims to be a terminal if `stream` is."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
 
 
 def print_json(content: Any) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lpt_peft._text import printable
-from lpt_peft.cli.common.streams import print_json
+from lpt_peft.cli.common.streams import print_json, print_text
 from lpt_peft.metrics import ShotResult
 from lpt_peft.metrics.result import SHOTS
 
@@ -27,7 +27,7 @@ def print_results(results: Mapping[str, ShotResult], *, as_json: bool) -> None:
         print_json({name: result.to_dict() for name, result in results.items()})
         return
     if not results:
-        print("There is neither a validation nor a test split, so nothing was measured.")
+        print_text("There is neither a validation nor a test split, so nothing was measured.")
         return
     header = ("%", *(figure.removesuffix("_accuracy") for figure in _FIGURES), "images")
     rows = [
@@ -36,7 +36,7 @@ def print_results(results: Mapping[str, ShotResult], *, as_json: bool) -> None:
     ]
     print_table(rows, header)
     for rule in dict.fromkeys(result.rule for result in results.values()):
-        print(rule)
+        print_text(rule)
 
 
 def print_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
