@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def demo(
     """Train in five ways on the digits, compare them, and write a table, a figure and a prompt file.
 
     Args:
-        output: Folder for results.json, digits.png and prompts/.
+        output: Folder for prompts/, test/, results.json and digits.png.
         seeds: Number of seeds, for mean and spread.
         epochs: Passes over the training images, the same for every row.
         resume: Resume an interrupted run in that folder; --no-resume starts again.
@@ -36,4 +37,18 @@ def demo(
     print_text(f"\nTest accuracy in %. {result.rule}. {len(result.seeds)} seed(s), {result.seconds:.0f} s.")
     print_text(f"Groups that no training image chose: {result.dead_groups or 'none'}.")
     print_text("The prompt file was loaded on a new backbone: all predictions are identical.")
-    print_text(f"Written to {output}/: prompts/ (config.json, prompts.safetensors), results.json, digits.png")
+    print_text(f"Written to {output}/: prompts/ (the prompt file), test/ (the test images), results.json, digits.png")
+    print("Try next:")
+    for words in next_commands(output):
+        print(f"  {shlex.join(words)}")
+
+
+def next_commands(output: Path) -> list[list[str]]:
+    """Commands that use the output of the demo."""
+    rarest = [str(path) for path in sorted((output / "test" / "9").glob("*.png"))[:3]]
+    return [
+        ["lpt-peft", "predict", str(output), *rarest],
+        ["lpt-peft", "evaluate", str(output), str(output / "test")],
+        ["lpt-peft", "inspect", str(output)],
+        ["lpt-peft", "doctor", "glyph_vit"],
+    ]

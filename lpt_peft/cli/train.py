@@ -17,8 +17,8 @@ import tyro
 
 from lpt_peft.cli.common.extras import requires_extra
 from lpt_peft.cli.common.options import Json
-from lpt_peft.cli.common.paths import home_path
-from lpt_peft.cli.common.run_settings import SETTINGS, RunSettings, read_settings
+from lpt_peft.cli.common.paths import SETTINGS, home_path
+from lpt_peft.cli.common.run_settings import RunSettings, read_settings
 from lpt_peft.data.transforms import RECIPE_CROP_PCT
 from lpt_peft.errors import ConfigError, MissingExtraError
 from lpt_peft.recipe.presets import preset

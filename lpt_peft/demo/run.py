@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.utils import save_image
 
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
@@ -27,7 +28,7 @@ from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.recipe import Parts, evaluate, fit, predict, run_phase
 from lpt_peft.recipe.experiment import PROMPTS
 
-RUNS = "runs"
+RUNS, IMAGES = "runs", "test"
 SHOT_RULE = "lpt"
 
 
@@ -38,7 +39,7 @@ class DemoError(LPTError):
 def run_demo(
     output: Path, *, seeds: int = 1, epochs: int = EPOCHS, resume: bool = True, progress: bool = True
 ) -> DemoResult:
-    """Train, test and write `results.json`, `digits.png` and the folder `prompts` into `output`.
+    """Train and test; write `results.json`, `digits.png` and the folders `prompts` and `test` into `output`.
 
     Args:
         output: Folder to write into; created if missing. Its `runs/` holds the trained rows until the run is complete.
@@ -89,6 +90,7 @@ def run_demo(
     )
     (output / "results.json").write_text(json.dumps(demo_result.to_dict(), indent=2, allow_nan=False) + "\n")
     draw(demo_result, output / "digits.png")
+    save_images(output / IMAGES)
     for folder in trained:  # and nothing else that a folder of this name may hold
         shutil.rmtree(folder)
     with suppress(OSError):
@@ -118,6 +120,16 @@ def train_row(
         return model, results["test"]
     run_phase(model, train_set, train_set.labels, settings, settings.shared, name="head", progress=bar)
     return model, evaluate(model, test_set, ShotMetrics.from_rule(SHOT_RULE, digits_counts()), num_workers=0)
+
+
+def save_images(folder: Path) -> None:
+    """Write the test images as `folder/DIGIT/NUMBER.png`; PNG rounds values from 0 to 1 to multiples of 1/255."""
+    dataset = DigitsLT("test", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    for number in range(len(dataset)):
+        image, label = dataset[number]
+        file = folder / str(label) / f"{number:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_image(image, file)
 
 
 def _trained_parameters(model: nn.Module, row: Row) -> int:

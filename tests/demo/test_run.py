@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -81,7 +83,7 @@ def test_the_command_resumes_and_writes_its_documented_files(tmp_path, capsys, m
     assert main(words) == 0
     trained = [step for step in steps if step[0] != "head"]
     assert len(trained) == 2 * 21 - 5 + 2 * 21, "the third row is not trained again"
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "digits.png", "prompts", "runs"}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "digits.png", "prompts", "test", "runs"}
     assert list((tmp_path / "runs").iterdir()) == [other]
     out = capsys.readouterr().out
     assert all(name in out for name in NAMES)
@@ -112,6 +114,28 @@ def test_the_command_resumes_and_writes_its_documented_files(tmp_path, capsys, m
     assert adapter.metadata.training["metrics"]["test"]["overall"] == pytest.approx(sum(per_class) / 10)
     chosen = torch.tensor(results["groups_per_class"])
     torch.testing.assert_close(chosen.sum(1), torch.full((10,), 2.0))
+
+
+@pytest.mark.slow
+def test_the_printed_commands_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lpt_peft.demo.run.rows", lambda epochs: rows(epochs)[4:])
+    output = tmp_path / "un résumé"
+    assert main(["demo", "--output", str(output), "--epochs", "2"]) == 0
+    printed = capsys.readouterr().out
+    commands = printed.partition("Try next:\n")[2].splitlines()
+    assert [line.split()[1] for line in commands] == ["predict", "evaluate", "inspect", "doctor"]
+    answers = {}
+    for line in commands:
+        program = f'lpt-peft() {{ {sys.executable} -m lpt_peft "$@"; }}\n{line} --json'
+        done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        answers[line.split()[1]] = json.loads(done.stdout)
+    result = json.loads((output / "results.json").read_text())["rows"][0]["results"][0]
+    assert len(answers["predict"]) == 3
+    assert answers["evaluate"]["test"]["num_images"] == 500
+    assert answers["evaluate"]["test"]["overall"] == pytest.approx(result["overall"], abs=0.005), "PNG has 8 bits"
+    assert answers["evaluate"]["test"]["rule"] == result["rule"]
+    assert answers["doctor"]["supported"] is True
 
 
 def test_a_prompt_file_with_other_predictions_is_an_error(tmp_path, monkeypatch):

@@ -9,9 +9,8 @@ import torch
 
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.cli.common.build_adapter import build_backbone
-from lpt_peft.cli.common.run_settings import SETTINGS, ImageSettings, RunSettings, read_settings
-from lpt_peft.errors import StateError
-from lpt_peft.recipe.experiment import PROMPTS
+from lpt_peft.cli.common.paths import SETTINGS, prompt_folder
+from lpt_peft.cli.common.run_settings import ImageSettings, RunSettings, read_settings
 from lpt_peft.recipe.settings import TrainSettings
 
 
@@ -36,19 +35,15 @@ def load_run(folder: Path) -> LoadedRun:
         LPTError: The settings, the backbone or the prompt file are not usable.
     """
     run, data = None, None
+    prompts = prompt_folder(folder)
     if (folder / SETTINGS).exists():
         values = read_settings(folder / SETTINGS)
         data = values.pop("data", None)
         run = RunSettings.from_dict(values)
-        if not (folder / PROMPTS).is_dir():
-            raise StateError(
-                f"{folder} holds no prompts yet: its training was interrupted. The same lpt-peft train command resumes "
-                "it."
-            )
     if run is None:
-        adapter = LongTailPromptAdapter.from_pretrained(folder)
+        adapter = LongTailPromptAdapter.from_pretrained(prompts)
     else:
-        adapter = LongTailPromptAdapter.from_pretrained(folder / PROMPTS, build_backbone(run))
+        adapter = LongTailPromptAdapter.from_pretrained(prompts, build_backbone(run))
         if run.training.backbone_dtype != "float32":
             adapter.cast_backbone(getattr(torch, run.training.backbone_dtype))
     adapter.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")

@@ -6,7 +6,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lpt_peft.errors import ConfigError
+from lpt_peft.errors import ConfigError, StateError
+
+SETTINGS, PROMPTS = "settings.json", "prompts"
+"""In the output folder of a run: its settings, and its prompt file."""
 
 _HOME = re.compile(r"((?:--[\w.-]+=)?(?:hf:|cifar100?-lt[-\d.]*:)?)(~(?:[/\\].*)?)", re.DOTALL)
 
@@ -32,3 +35,17 @@ def home_path(text: str) -> Path:
         return Path(text).expanduser() if re.match(r"~(?:[/\\]|$)", text) else Path(text)
     except RuntimeError as error:
         raise ConfigError(f"{text}: the home directory is unknown. Set HOME, or give the full path.") from error
+
+
+def prompt_folder(folder: Path) -> Path:
+    """Return the prompt file of a run, RUN/prompts; another folder is returned unchanged.
+
+    Raises:
+        StateError: The run has not written its prompts yet.
+    """
+    prompts = folder / PROMPTS
+    if (folder / SETTINGS).is_file() and not prompts.is_dir():
+        raise StateError(
+            f"{folder} holds no prompts yet: its training was interrupted. The same lpt-peft train command resumes it."
+        )
+    return prompts if prompts.is_dir() and not (folder / "prompts.safetensors").exists() else folder

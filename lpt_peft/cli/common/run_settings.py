@@ -13,11 +13,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lpt_peft.cli.common.messages import without_errno
-from lpt_peft.cli.common.paths import home_path
+from lpt_peft.cli.common.paths import SETTINGS, home_path
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe.settings import TrainSettings, known
-
-SETTINGS = "settings.json"
 
 
 # A help text is on one line of source: tyro keeps line breaks.
