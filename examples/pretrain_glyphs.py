@@ -2,7 +2,7 @@
 
 It learns to classify letters and symbols of the twelve DejaVu Sans, Serif and Mono faces that
 matplotlib ships, drawn light on dark under random affine, elastic, stroke-width, blur, contrast and
-noise changes. What it leaves behind is `lpt_peft/demo/glyph_vit.safetensors` (the frozen backbone of
+noise changes. What it leaves behind is `lpt_peft/backbones/bundled/glyph_vit.safetensors` (the frozen backbone of
 `lpt-peft demo`) and `glyph_vit.json` (its configuration and how it was made). You need this script
 only to remake them: about 40 minutes on two CPU cores.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lpt_peft.adapter import LongTailPromptAdapter
-from lpt_peft.demo.backbone import glyph_vit
+from lpt_peft.backbones.bundled.glyph_vit import glyph_vit
 from lpt_peft.heads import CosineClassifier
 from lpt_peft.output import AdapterOutput
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings

@@ -15,11 +15,11 @@ from torchvision.utils import save_image
 
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
+from lpt_peft.backbones.bundled.glyph_vit import glyph_config, glyph_vit
 from lpt_peft.checkpoint import read_pair
 from lpt_peft.checkpoint.files import write_pair
 from lpt_peft.data.digits import NUM_CLASSES, DigitsLT, digits_counts
 from lpt_peft.data.from_dataset import from_dataset
-from lpt_peft.demo.backbone import glyph_config, glyph_vit
 from lpt_peft.demo.figure import draw
 from lpt_peft.demo.result import DemoResult, RowResult
 from lpt_peft.demo.rows import EPOCHS, Row, rows

@@ -34,7 +34,7 @@ def build_backbone(run: RunSettings) -> nn.Module:
                 f"{BUNDLED} comes with its weights and is for 32 px: leave out --img-size, --backbone-weights and "
                 "--no-pretrained, or choose another backbone."
             )
-        from lpt_peft.demo.backbone import glyph_vit
+        from lpt_peft.backbones.bundled.glyph_vit import glyph_vit
 
         bundled: nn.Module = glyph_vit()
         return bundled
