@@ -65,10 +65,10 @@ def predict(
 
 
 def _read(path: Path) -> Image.Image:
-    from lpt_peft.data.sources import read_rgb
+    from lpt_peft.data.sources import read_image
 
     try:
-        return read_rgb(path)
+        return read_image(path)
     except Exception as error:  # decoders raise anything at all on broken bytes
         raise InputError(f"{path} cannot be read as an image: {type(error).__name__}: {str(error)[:200]}.") from error
 

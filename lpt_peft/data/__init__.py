@@ -1,14 +1,15 @@
-"""Long-tailed data: images by index, their labels, class names and class counts, from wherever they lie.
+"""Long-tailed data sets: images, labels, class names and class counts from folders, lists and other libraries.
 
-Whatever the source, one class comes out, `images.LabelledImages`: a map-style dataset of (image, label). Its `labels`
-go to the samplers, its `class_counts` to losses and metrics, which know no dataset. Import the file you need:
+Every source becomes an `images.LabelledImages`, a map-style dataset of (image, label). Samplers take its `labels`,
+losses and metrics its `class_counts`; none of them takes the dataset itself. Import from the file you need:
 
-    images.py       LabelledImages, and what is done about images that cannot be read
-    long_tail.py    which images a long-tailed version of a balanced data set keeps, from labels alone
-    cifar.py        CIFAR-10/100-LT from the python archives        folder.py       a folder for each class
-    image_list.py   "path label" lines: Places-LT, ImageNet-LT      inaturalist.py  iNaturalist 2018's JSON
-    wrap.py         any map-style dataset of yours                  huggingface.py  `datasets`: lpt_peft[hf]
-    transforms.py   from image to what a backbone was trained on    digits.py       a small demo: lpt_peft[demo]
+    images.py       LabelledImages, and the policy for images that cannot be read
+    long_tail.py    indices of a long-tailed subset of a balanced data set, from labels alone
+    cifar.py        CIFAR-10/100-LT from the python archives        folder.py       one folder per class
+    image_list.py   "path label" lines: Places-LT, ImageNet-LT      inaturalist.py  the JSON of iNaturalist 2018
+    from_dataset.py any map-style dataset                           huggingface.py  `datasets`: lpt_peft[hf]
+    transforms.py   the preprocessing that a backbone was trained with
+    digits.py       a small demo data set: lpt_peft[demo]
 
-Not here: samplers (`lpt_peft.samplers`) and downloads: data sets have terms and mirrors of their own.
+Not here: samplers (`lpt_peft.samplers`) and downloads.
 """

@@ -1,6 +1,6 @@
-"""LabelledImages: what every kind of data becomes, and what is done about images that cannot be read.
+"""LabelledImages, the common data set class, with a policy for images that cannot be read.
 
-Not here: where images come from (`sources.py`) and what labels must be like (`checks.py`).
+Not here: image sources (`sources.py`) and the validation of labels (`checks.py`).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 from torch.utils.data import Dataset
 
 from lpt_peft.data.checks import checked_classes
-from lpt_peft.data.sources import Chosen, Images
+from lpt_peft.data.sources import Images, SubsetSource
 from lpt_peft.errors import ConfigError, InputError
 from lpt_peft.samplers.checks import Labels, whole
 
 Unreadable = Literal["error", "skip"]
 Verify = Literal["no", "exists", "decode"]
-_SHOWN = 5  # names in a message
+_MAX_NAMES = 5  # in a message
 
 
 class Options(TypedDict, total=False):
-    """What every function that gives `LabelledImages` takes besides; see there."""
+    """Keyword arguments of every function that returns `LabelledImages`; see that class."""
 
     transform: Callable[[Any], Any] | None
     unreadable: Unreadable
@@ -36,31 +36,32 @@ class Options(TypedDict, total=False):
 class LabelledImages(Dataset[tuple[Any, int]]):
     """Images by index with their labels: a map-style dataset of (image, label) for any `torch.utils.data.DataLoader`.
 
-    An image that is missing or cannot be decoded is met when it is read, or before if `verify` asks for it. Under
-    `unreadable="error"` that raises, with its name. Under `unreadable="skip"` another image takes its place: the next
-    readable one of the same class, in index order, after the last the first. So labels, counts and what a sampler
-    draws stay as they are, and the stand-in depends on the files alone: not on seed, worker or time.
-    Each image replaced is named in `skipped`, also those that worker processes met. `verify` changes nothing of this.
+    An image that is missing or cannot be decoded is found when it is read, or earlier by `verify`. With
+    `unreadable="error"` an error names it. With `unreadable="skip"` it is replaced by the next readable image of its
+    class in index order, cyclically. Labels, counts and the indices that a sampler draws do not change, and the
+    replacement depends on the files alone, not on seed, worker or time. `skipped` names all replaced images, including
+    those found by worker processes.
 
     Args:
-        images: Where they come from.
-        labels: Class of every image, (N,) whole numbers from 0 to `C - 1`.
-        class_names: (C,); None takes the numbers as names, and the largest label plus one as `C`.
-        transform: Called with the image alone; see `lpt_peft.data.transforms`. None gives images as they are read.
+        images: Image source.
+        labels: Class of every image, (N,) integers from 0 to `C - 1`.
+        class_names: (C,); None uses the numbers as names, and the largest label plus one as `C`.
+        transform: Called with the image; see `lpt_peft.data.transforms`. None returns images as they are read.
         unreadable: "error" or "skip".
-        verify: "no"; "exists" looks for every file; "decode" reads every image once, for as long as that takes.
-        allow_empty: Take classes without an image, and one class alone, as in validation and test parts.
+        verify: "no"; "exists" checks that every file exists; "decode" reads every image once, which takes as long as an
+            epoch of reading.
+        allow_empty: Accept classes without an image, and a single class, as in validation and test splits.
 
     Attributes:
         labels: Class of each image, list of N int, for samplers.
         class_names: List of C str.
-        class_counts: Images of each class, list of C int, for losses and metrics; unreadable ones count.
-        transform: As given; may be assigned.
+        class_counts: Images per class, list of C int, for losses and metrics, including unreadable images.
+        transform: The transform; may be assigned.
 
     Raises:
-        InputError: The labels break a rule of `lpt_peft.data.checks`, are not as many as the images, or `verify` found
-            images that cannot be read.
-        ConfigError: A setting is unknown.
+        InputError: The labels are invalid (see `lpt_peft.data.checks`), their number differs from that of the images,
+            or `verify` found images that cannot be read.
+        ConfigError: An option is unknown.
 
     Example:
         >>> import numpy as np
@@ -88,11 +89,13 @@ class LabelledImages(Dataset[tuple[Any, int]]):
             raise ConfigError(f'verify={verify!r} must be "no", "exists" or "decode".')
         self.labels, self.class_names, self.class_counts = checked_classes(labels, class_names, allow_empty)
         if len(images) != len(self.labels):
-            raise InputError(f"{len(self.labels)} labels do not fit {len(images)} images; give one label for each.")
+            raise InputError(
+                f"{len(self.labels)} labels do not match {len(images)} images; give exactly one label per image."
+            )
         self.transform = transform
         self._images = images
         self._unreadable: Unreadable = unreadable
-        # Shared memory: what a worker process meets is seen here.
+        # In shared memory, so that this process sees the images that worker processes skip.
         self._skipped = torch.zeros(len(images), dtype=torch.bool).share_memory_()
         if verify != "no":
             self._verify(verify)
@@ -101,106 +104,109 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        place = range(len(self))[index]  # negative as in a list; IndexError beyond the end
-        image = self._read(place)
-        return (image if self.transform is None else self.transform(image)), self.labels[place]
+        position = range(len(self))[index]  # negative indices and IndexError as in a list
+        image = self._read(position)
+        return (image if self.transform is None else self.transform(image)), self.labels[position]
 
     @property
     def skipped(self) -> list[str]:
-        """Names of the images found unreadable so far, by any process, in index order; `len` counts them."""
-        return [self._images.name(place) for place in self._skipped.nonzero().flatten().tolist()]
+        """Names of the images that any process has found unreadable so far, in index order."""
+        return [self._images.name(position) for position in self._skipped.nonzero().flatten().tolist()]
 
     def about(self) -> dict[str, Any]:
-        """What tells these images from others of equal labels, plain JSON: class names, and a sum over file names."""
+        """Checksums of class names and file names (plain JSON), which distinguish data sets with equal labels."""
         names = zlib.crc32(b"")
-        for place in range(len(self)):
-            names = zlib.crc32(os.fsencode(os.path.basename(self._images.name(place))) + b"/", names)  # noqa: PTH119
+        for position in range(len(self)):
+            name = os.path.basename(self._images.name(position))  # noqa: PTH119 - a Path per image is slow
+            names = zlib.crc32(os.fsencode(name) + b"/", names)
         classes = zlib.crc32("/".join(self.class_names).encode())
         return {"class names_crc32": classes, "image names_crc32": names}
 
     def subset(self, indices: Sequence[int], *, allow_empty: bool = False) -> LabelledImages:
-        """The images at `indices`, in that order, with the same classes, transform and policy.
+        """Select the images at `indices`, in that order, with the same classes, transform and options.
 
         Args:
-            indices: Whole numbers from 0 to `N - 1`, as from `make_long_tailed`.
-            allow_empty: As for the whole.
+            indices: Integers from 0 to `N - 1`, for example from `make_long_tailed`.
+            allow_empty: Accept classes without an image.
 
         Raises:
-            InputError: An index is out of range, or a class is left without an image.
+            InputError: An index is out of range, or a class has no image.
         """
-        places = [whole("index", index, 0, len(self) - 1, InputError) for index in indices]
-        part = LabelledImages(
-            Chosen(self._images, places),
-            [self.labels[place] for place in places],
+        positions = [whole("index", index, 0, len(self) - 1, InputError) for index in indices]
+        subset = LabelledImages(
+            SubsetSource(self._images, positions),
+            [self.labels[position] for position in positions],
             self.class_names,
             transform=self.transform,
             unreadable=self._unreadable,
             allow_empty=allow_empty,
         )
-        part._skipped |= self._skipped[places]
-        return part
+        subset._skipped |= self._skipped[positions]
+        return subset
 
-    def _read(self, place: int) -> Any:
-        image, error = self._attempt(place)
+    def _read(self, position: int) -> Any:
+        image, error = self._attempt(position)
         if error is None:
             return image
         if self._unreadable == "error":
             raise InputError(
-                f"{self._images.name(place)} (index {place}) cannot be read: {_short(error)}. Mend or remove it; or "
-                'pass unreadable="skip" to take another image of its class instead.'
+                f"{self._images.name(position)} (index {position}) cannot be read: {_short(error)}. Repair or remove "
+                'it, or pass unreadable="skip" to replace it by another image of its class.'
             ) from error
-        self._note(place, error)
-        for other in self._same_class(place):
-            image, failed = self._attempt(other)
-            if failed is None:
+        self._record(position, error)
+        for other in self._same_class(position):
+            image, failure = self._attempt(other)
+            if failure is None:
                 return image
-            self._note(other, failed)
-        label = self.labels[place]
+            self._record(other, failure)
+        label = self.labels[position]
         raise InputError(
-            f"Class {label} ({self.class_names[label]!r}) has no image that can be read, so nothing can stand in for "
-            f"{self._images.name(place)} (index {place}). Mend one, or leave the class out."
+            f"Class {label} ({self.class_names[label]!r}) has no readable image, so {self._images.name(position)} "
+            f"(index {position}) cannot be replaced. Repair an image of the class, or remove the class."
         ) from error
 
-    def _attempt(self, place: int) -> tuple[Any, Exception | None]:
+    def _attempt(self, position: int) -> tuple[Any, Exception | None]:
         try:
-            return self._images.read(place), None
+            return self._images.read(position), None
         except MemoryError:
-            raise  # not the image's fault
-        except Exception as error:  # decoders raise anything at all on broken bytes
+            raise  # not an error of the image
+        except Exception as error:  # decoders raise all kinds of exceptions on broken bytes
             return None, error
 
-    def _same_class(self, place: int) -> Iterator[int]:
-        """The other images of the class, starting behind `place`."""
+    def _same_class(self, position: int) -> Iterator[int]:
+        """Iterate over the other images of the class, starting after `position`."""
         size = len(self)
-        rows = ((place + step) % size for step in range(1, size))
-        return (row for row in rows if self.labels[row] == self.labels[place])
+        rows = ((position + step) % size for step in range(1, size))
+        return (row for row in rows if self.labels[row] == self.labels[position])
 
-    def _note(self, place: int, error: Exception) -> None:
+    def _record(self, position: int, error: Exception) -> None:
         if not self._skipped.any():
             warnings.warn(
-                f"{self._images.name(place)} (index {place}) cannot be read: {_short(error)}. Another image of its "
-                "class stands in; `skipped` of the dataset names all such images. This is said once.",
+                f"{self._images.name(position)} (index {position}) cannot be read: {_short(error)}. Another image of "
+                "its class replaces it; `skipped` of the dataset names all such images. This warning appears once.",
                 stacklevel=2,
             )
-        self._skipped[place] = True
+        self._skipped[position] = True
 
-    def _verify(self, how: Verify) -> None:
-        if how == "exists":
-            broken = [place for place in range(len(self)) if not self._images.present(place)]
+    def _verify(self, method: Verify) -> None:
+        if method == "exists":
+            broken = [position for position in range(len(self)) if not self._images.present(position)]
         else:
-            broken = [place for place in range(len(self)) if self._attempt(place)[1] is not None]
+            broken = [position for position in range(len(self)) if self._attempt(position)[1] is not None]
         if not broken:
             return
-        names = ", ".join(self._images.name(place) for place in broken[:_SHOWN])
-        fault = "are missing" if how == "exists" else "cannot be read"
-        told = f"{len(broken)} of {len(self)} images {fault}: {names}{', ...' if len(broken) > _SHOWN else ''}."
+        names = ", ".join(self._images.name(position) for position in broken[:_MAX_NAMES])
+        names += ", ..." if len(broken) > _MAX_NAMES else ""
+        found = (
+            f"{len(broken)} of {len(self)} images {'are missing' if method == 'exists' else 'cannot be read'}: {names}."
+        )
         if self._unreadable == "error":
             raise InputError(
-                f'{told} Mend or remove them, check root; or pass unreadable="skip" to take other images of their '
-                "classes instead."
+                f'{found} Repair or remove them and check root, or pass unreadable="skip" to replace them by other '
+                "images of their classes."
             )
         self._skipped[broken] = True
-        warnings.warn(f"{told} Other images of their classes stand in.", stacklevel=3)
+        warnings.warn(f"{found} Other images of their classes replace them.", stacklevel=3)
 
 
 def _short(error: Exception) -> str:

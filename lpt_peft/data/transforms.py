@@ -1,7 +1,6 @@
-"""From image to what a backbone was trained on: size, mean, std and interpolation of its own data configuration.
+"""Training and evaluation transforms from the data configuration of a backbone.
 
-Wrong mean and std cost points silently, so nothing here has a default of its own for them. Evaluation is timm's;
-training is LPT's recipe, random crop and flip. Not here: other augmentation; compose your own behind or instead.
+A wrong mean or std silently lowers accuracy, so there are no default values here.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 from lpt_peft.errors import ConfigError
 
 RECIPE_CROP_PCT = 224 / 256
-"""LPT's evaluation: resize the shorter side to 256, crop 224 in the centre."""
+"""The evaluation of the LPT paper: resize the shorter side to 256 and crop the central 224."""
 
 
 def transforms(
@@ -24,23 +23,23 @@ def transforms(
     flip: float = 0.5,
     crop_pct: float | None = None,
 ) -> Any:
-    """A function of a PIL image, RGB, to a tensor (C, H, W) float32.
+    """Build a transform from an RGB PIL image to a tensor (C, H, W) float32.
 
-    Training: torchvision's RandomResizedCrop, then a horizontal flip. They draw from torch's default generator, so
-    seeds and resumed runs hold; timm's own crop would draw from Python's `random`. Evaluation:
-    `timm.data.create_transform`, by default resize to `floor(size / crop_pct)` and centre crop.
+    Training applies torchvision's RandomResizedCrop and a random horizontal flip, which draw from torch's default
+    generator, so that seeded and resumed runs repeat; the crop of timm draws from Python's `random`. Evaluation is
+    `timm.data.create_transform`: by default resize to `floor(size / crop_pct)`, then a centre crop.
 
     Args:
-        preprocess: `adapter.backbone.preprocess()`, or `preprocess` of a prompt file's config.json.
-        train: Random crop and flip, or the evaluation.
-        scale: Least and largest share of the image's area that a training crop covers.
-        ratio: Least and largest width over height of a training crop.
-        flip: Probability of a horizontal flip; 0 where left and right mean something, as in digits.
-        crop_pct: Instead of the configuration's, in the evaluation: `RECIPE_CROP_PCT` for LPT's 256 and 224, 1 to lose
-            no border.
+        preprocess: `adapter.backbone.preprocess()`, or `preprocess` of a prompt file.
+        train: Training transform; False builds the evaluation transform.
+        scale: Smallest and largest share of the image area that a training crop covers.
+        ratio: Smallest and largest width over height of a training crop.
+        flip: Probability of a horizontal flip; use 0 where left and right differ in meaning, as in digits.
+        crop_pct: Replaces the value of `preprocess` in the evaluation: `RECIPE_CROP_PCT` for the 256 and 224 of the
+            paper, 1 to keep the border.
 
     Raises:
-        ConfigError: The configuration lacks a key or is not for RGB images, or a setting is out of its range.
+        ConfigError: The configuration has a missing key or is not for RGB images, or a setting is out of range.
 
     Example:
         >>> from PIL import Image
@@ -49,7 +48,7 @@ def transforms(
         >>> transforms(preprocess, train=False)(Image.new("RGB", (50, 40))).shape
         torch.Size([3, 32, 32])
     """
-    from timm.data import create_transform  # noqa: PLC0415 - where used
+    from timm.data import create_transform  # noqa: PLC0415 - imported on use
     from timm.data.transforms import str_to_interp_mode  # noqa: PLC0415
     from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop  # noqa: PLC0415
 
@@ -70,28 +69,28 @@ def _checked(
     flip: float,
     crop_pct: float | None,
 ) -> dict[str, Any]:
-    """The configuration as `create_transform` takes it."""
+    """Validate the settings; return the arguments of `create_transform`."""
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     if missing := [key for key in keys if key not in preprocess]:
-        raise ConfigError(f"preprocess lacks {missing}; pass adapter.backbone.preprocess().")
+        raise ConfigError(f"preprocess has no {missing}; pass adapter.backbone.preprocess().")
     config: dict[str, Any] = {key: preprocess[key] for key in keys}
     config |= {key: tuple(config[key]) for key in ("input_size", "mean", "std")}
     if config["input_size"][0] != 3 or len(config["mean"]) != 3 or len(config["std"]) != 3:
         raise ConfigError(
-            f"preprocess is for input_size={list(config['input_size'])} with {len(config['mean'])} means; images are "
-            "read as RGB, 3 channels. Build the backbone with in_chans=3, or write a transform of your own."
+            f"preprocess has input_size={list(config['input_size'])} and {len(config['mean'])} means, but images are "
+            "read as RGB, 3 channels. Build the backbone with in_chans=3, or use another transform."
         )
     if crop_pct is not None:
         config["crop_pct"] = crop_pct
     checks = {
         f"scale={scale}": (
             0 < scale[0] <= scale[1] <= 1,
-            "two shares of the area, above 0 and up to 1, the least first",
+            "two shares of the area, above 0 and up to 1, the smaller first",
         ),
-        f"ratio={ratio}": (0 < ratio[0] <= ratio[1], "two of width over height, above 0, the least first"),
+        f"ratio={ratio}": (0 < ratio[0] <= ratio[1], "two values of width over height, above 0, the smaller first"),
         f"flip={flip}": (0 <= flip <= 1, "a probability from 0 to 1"),
         f"crop_pct={config['crop_pct']}": (0.05 <= config["crop_pct"] <= 1, "from 0.05 to 1"),
     }
-    if broken := [f"{name} must be {rule}" for name, (fine, rule) in checks.items() if not fine]:
+    if broken := [f"{name} must be {rule}" for name, (valid, rule) in checks.items() if not valid]:
         raise ConfigError(f"transforms: {'; '.join(broken)}.")
     return config

@@ -1,4 +1,4 @@
-"""Hugging Face `datasets` objects, made in memory by the library itself."""
+"""Hugging Face `datasets` objects, created in memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_columns_are_found_by_their_features():
     assert all(type(label) is int for label in data.labels)
 
 
-def test_format_transform_and_order_of_the_object_do_no_harm():
+def test_format_and_transform_are_ignored_and_the_order_is_kept():
     table = hub_dataset().select([2, 1, 0])
     for changed in (table.with_format("torch"), table.with_transform(lambda rows: {"img": [0] * len(rows["img"])})):
         data = from_huggingface(changed, transform=seen)
@@ -56,25 +56,25 @@ def test_columns_by_name():
     assert (data.labels, data.class_names) == ([2, 0, 1], ["0", "1", "2"])
     with pytest.raises(InputError, match="class_encode_column"):
         from_huggingface(table, label_column="word")
-    with pytest.raises(InputError, match="image_column='image' is no column"):
+    with pytest.raises(InputError, match="image_column='image' is not a column"):
         from_huggingface(table, image_column="image", label_column="coarse")
     with pytest.raises(InputError, match="0 columns have the feature Image"):
         from_huggingface(table.remove_columns("img"), label_column="coarse")
 
 
-def test_what_is_no_single_split():
+def test_objects_that_are_not_a_single_split():
     with pytest.raises(InputError, match=r"dictionary of splits, \['test', 'train'\]"):
         from_huggingface(datasets.DatasetDict(train=hub_dataset(), test=hub_dataset()))
     with pytest.raises(InputError, match="streaming=False"):
         from_huggingface(hub_dataset().to_iterable_dataset())
-    with pytest.raises(InputError, match="ndarray is no map-style"):
+    with pytest.raises(InputError, match="ndarray is not a map-style"):
         from_huggingface(np.zeros(3))
 
 
 def test_missing_labels_and_images():
     with pytest.raises(InputError, match=r"labels\[1\] is -1"):
         from_huggingface(hub_dataset(labels=(0, -1, 1)))
-    with pytest.raises(InputError, match="whole number for every image"):
+    with pytest.raises(InputError, match="an integer for every image"):
         from_huggingface(hub_dataset(labels=(0, None, 1)))
     with pytest.raises(InputError, match=r"1 of 3 classes have no image; the first is label 2 \('c'\)"):
         from_huggingface(hub_dataset(names=("a", "b", "c")))
