@@ -65,10 +65,10 @@ def predict(
 
 
 def _read(path: Path) -> Image.Image:
-    from lpt_peft.data.sources import read_image
+    from lpt_peft.data.files.reading import open_image
 
     try:
-        return read_image(path)
+        return open_image(path)
     except Exception as error:  # decoders raise anything at all on broken bytes
         raise InputError(f"{path} cannot be read as an image: {type(error).__name__}: {str(error)[:200]}.") from error
 

@@ -36,7 +36,7 @@ def cifar_lt(
         imbalance: Largest over smallest class count of the training split: 100, 50 or 10 in the literature.
         kind: "exp", or "step", which keeps half of the classes complete and reduces the others.
         train: The training split; False opens all test images.
-        **options: transform, unreadable, verify and allow_empty of `LabelledImages`.
+        **options: Options of `LabelledImages`.
 
     Raises:
         InputError: A file of the archive is missing or differs from the original.

@@ -23,7 +23,7 @@ def from_dataset(
         dataset: Has `len(dataset)`, and `dataset[index]` is a tuple that starts with the image, PIL or a tensor.
         labels: Class of every image, (N,) integers; None uses the dataset's `targets` or `labels`.
         class_names: (C,); None uses the dataset's `classes` if it has them, otherwise the numbers.
-        **options: transform, unreadable, verify and allow_empty of `LabelledImages`.
+        **options: Options of `LabelledImages`.
 
     Raises:
         InputError: The dataset is not map-style, its labels are unknown, or they are invalid for `LabelledImages`.

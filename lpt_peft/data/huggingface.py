@@ -25,7 +25,7 @@ def from_huggingface(
         image_column: None uses the only column with the feature `Image`.
         label_column: None uses the only column with the feature `ClassLabel`, which also has the class names. A column
             of integers may be given instead; its class names are the numbers.
-        **options: transform, unreadable, verify and allow_empty of `LabelledImages`.
+        **options: Options of `LabelledImages`.
 
     Raises:
         InputError: The object is not a single map-style split, a column is missing, ambiguous or of another kind, or

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lpt_peft.data.files.path_list import PathList
 from lpt_peft.data.images import LabelledImages, Options
-from lpt_peft.data.sources import ImageFiles, PathList
+from lpt_peft.data.sources import ImageFiles
 from lpt_peft.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def image_list(
             lines are ignored.
         root: Folder that the paths are relative to.
         class_names: (C,); None uses the numbers.
-        **options: transform, unreadable, verify and allow_empty of `LabelledImages`.
+        **options: Options of `LabelledImages`.
 
     Raises:
         InputError: The list cannot be read or is empty, a line has no path or no label, `root` is not a folder, or the

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lpt_peft.data.files.path_list import PathList
 from lpt_peft.data.images import LabelledImages, Options
-from lpt_peft.data.sources import ImageFiles, PathList
+from lpt_peft.data.sources import ImageFiles
 from lpt_peft.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def inaturalist(
         root: Folder that each `file_name` is relative to; it contains `train_val2018`.
         class_names: (C,) names that the categories must have, for example those of the training set for a validation
             split; None accepts any.
-        **options: transform, unreadable, verify and allow_empty of `LabelledImages`.
+        **options: Options of `LabelledImages`.
 
     Raises:
         InputError: The file cannot be read or has another format, an image has no annotation or several, an id is

@@ -6,7 +6,6 @@ A source reads and names images. Not here: labels and unreadable images (`images
 from __future__ import annotations
 
 import os
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,20 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from lpt_peft.data.files.reading import open_image
 from lpt_peft.errors import InputError
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to 8-bit RGB; Pillow's own conversion would clip 16-bit grey at 255."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def read_image(path: Path) -> Image.Image:
-    """Read and decode an image file as RGB; every error of the decoder is raised here."""
-    with path.open("rb") as file:
-        return to_rgb(Image.open(file))
 
 
 class Images(Protocol):
@@ -36,46 +23,17 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Any:
-        """Read and decode an image; every error of the decoder is raised here."""
+        """Read and decode an image in its own mode; every error of the decoder is raised here."""
 
     def name(self, index: int) -> str:
         """Name of an image for messages: a path, or a row of a table."""
 
-    def present(self, index: int) -> bool:
-        """Check quickly whether the image exists; True where only reading can decide."""
-
-
-class PathList:
-    """Paths in a single block of bytes, so that 500,000 paths are two Python objects that worker processes share.
-
-    Example:
-        >>> paths = PathList()
-        >>> paths.append("a/1.jpg"), paths.append("b/2.jpg")
-        (None, None)
-        >>> len(paths), paths[1], list(paths)
-        (2, 'b/2.jpg', ['a/1.jpg', 'b/2.jpg'])
-    """
-
-    def __init__(self) -> None:
-        self._text = bytearray()
-        self._ends = array("q")
-
-    def append(self, path: str | bytes) -> None:
-        """Append a path; bytes are used as they are."""
-        self._text += os.fsencode(path)
-        self._ends.append(len(self._text))
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:
-        position = range(len(self))[index]
-        start = self._ends[position - 1] if position else 0
-        return os.fsdecode(bytes(self._text[start : self._ends[position]]))
+    def path(self, index: int) -> str | None:
+        """Path of the image; None if it is not a file of its own."""  # words: allow
 
 
 class ImageFiles:
-    """Files below a folder, read as RGB.
+    """Files below a folder.
 
     Args:
         root: The folder.
@@ -85,7 +43,7 @@ class ImageFiles:
         InputError: `root` is not a folder.
     """
 
-    def __init__(self, root: str | os.PathLike[str], paths: PathList) -> None:
+    def __init__(self, root: str | os.PathLike[str], paths: Sequence[str]) -> None:
         if not Path(root).is_dir():
             raise InputError(
                 f"root={os.fspath(root)!r} is not a folder; pass the folder that the paths are relative to."
@@ -97,16 +55,16 @@ class ImageFiles:
         return len(self._paths)
 
     def read(self, index: int) -> Image.Image:
-        """Read an image as RGB; orientation tags are ignored, as in torchvision."""
-        return read_image(Path(self.name(index)))
+        """Read and decode an image in its own mode."""
+        return open_image(self.path(index))
 
     def name(self, index: int) -> str:
         """Path including the root."""
-        return os.path.join(self._root, self._paths[index])  # noqa: PTH118 - a Path for each of 500,000 is slow
+        return self.path(index)
 
-    def present(self, index: int) -> bool:
-        """Check whether the file exists."""
-        return os.path.isfile(self.name(index))  # noqa: PTH113 - as above
+    def path(self, index: int) -> str:
+        """Path including the root."""
+        return os.path.join(self._root, self._paths[index])  # noqa: PTH118 - a Path for each of 500,000 is slow
 
 
 class ArrayImages:
@@ -132,13 +90,14 @@ class ArrayImages:
         """Row of the array."""
         return f"image {index} of {self._source}"
 
-    def present(self, index: int) -> bool:
-        """True for every row."""
-        return True
+    def path(self, index: int) -> None:
+        """None: the image is in memory."""
 
 
 class ItemImages:
     """Images of an indexable object that yields (image, ...) tuples, or dictionaries with an image under a key.
+
+    An image is a PIL image, a tensor, the bytes of a file, or a dictionary of `bytes` and `path` as in `datasets`.
 
     Args:
         items: Has `len(items)` and `items[index]`.
@@ -155,19 +114,22 @@ class ItemImages:
         return len(self._items)
 
     def read(self, index: int) -> Any:
-        """Return an image: RGB if it is a PIL image, otherwise unchanged."""
+        """Return an image in its own mode; files are decoded."""
         image = self._items[index][self._key]
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
         if image is None:
             raise ValueError("there is no image in this row")
-        return to_rgb(image) if isinstance(image, Image.Image) else image
+        if isinstance(image, (bytes, str, os.PathLike)):
+            return open_image(image)
+        return image
 
     def name(self, index: int) -> str:
         """Row of the object."""
         return f"image {index} of {self._source}"
 
-    def present(self, index: int) -> bool:
-        """True, because only reading can decide."""
-        return True
+    def path(self, index: int) -> None:
+        """None: only the object can read the image."""
 
 
 class SubsetSource:
@@ -188,6 +150,6 @@ class SubsetSource:
         """Name of the image in the other source."""
         return self._images.name(int(self._indices[index]))
 
-    def present(self, index: int) -> bool:
-        """Check whether the image exists in the other source."""
-        return self._images.present(int(self._indices[index]))
+    def path(self, index: int) -> str | None:
+        """Path of the image in the other source."""
+        return self._images.path(int(self._indices[index]))

@@ -5,13 +5,41 @@ A wrong mean or std silently lowers accuracy, so there are no default values her
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lpt_peft.data.files.reading import Color, Reading
 from lpt_peft.errors import ConfigError
 
 RECIPE_CROP_PCT = 224 / 256
 """The evaluation of the LPT paper: resize the shorter side to 256 and crop the central 224."""
+
+
+class ImageTransform:
+    """Transform from an image to a tensor; starts with the conversion to RGB.
+
+    Args:
+        reading: Orientation and background. `LabelledImages` reads images with it.
+        steps: Functions that are applied to the RGB image in their order.
+
+    Attributes:
+        reading: Orientation and background.
+        transforms: The functions.
+    """
+
+    def __init__(self, reading: Reading, steps: Sequence[Callable[[Any], Any]]) -> None:
+        self.reading = reading
+        self.transforms = list(steps)
+
+    def __call__(self, image: Any) -> Any:
+        """Transform a PIL image of any mode, or an object that the first function accepts."""
+        image = self.reading(image)
+        for step in self.transforms:
+            image = step(image)
+        return image
+
+    def __repr__(self) -> str:
+        return f"ImageTransform({self.reading}, {self.transforms})"
 
 
 def transforms(
@@ -22,8 +50,10 @@ def transforms(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
     crop_pct: float | None = None,
-) -> Any:
-    """Build a transform from an RGB PIL image to a tensor (C, H, W) float32.
+    exif: bool | None = None,
+    background: Color | None = None,
+) -> ImageTransform:
+    """Build a transform from a PIL image of any mode to a tensor (C, H, W) float32.
 
     Training applies torchvision's RandomResizedCrop and a random horizontal flip, which draw from torch's default
     generator, so that seeded and resumed runs repeat; the crop of timm draws from Python's `random`. Evaluation is
@@ -37,6 +67,8 @@ def transforms(
         flip: Probability of a horizontal flip; use 0 where left and right differ in meaning, as in digits.
         crop_pct: Replaces the value of `preprocess` in the evaluation: `RECIPE_CROP_PCT` for the 256 and 224 of the
             paper, 1 to keep the border.
+        exif: Follow the EXIF orientation; None uses `exif` of `preprocess`, or True if it is missing.
+        background: RGB colour behind transparent pixels; None uses `background` of `preprocess`, or white.
 
     Raises:
         ConfigError: The configuration has a missing key or is not for RGB images, or a setting is out of range.
@@ -50,16 +82,20 @@ def transforms(
     """
     from timm.data import create_transform  # noqa: PLC0415 - imported on use
     from timm.data.transforms import str_to_interp_mode  # noqa: PLC0415
-    from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop  # noqa: PLC0415
+    from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop  # noqa: PLC0415
 
+    given = {"exif": exif, "background": background}
+    reading = Reading.from_preprocess(
+        {**preprocess, **{key: value for key, value in given.items() if value is not None}}
+    )
     config = _checked(preprocess, scale, ratio, flip, crop_pct)
     evaluation = create_transform(**config, is_training=False)
     if not train:
-        return evaluation
+        return ImageTransform(reading, evaluation.transforms)
     interpolation = str_to_interp_mode(config["interpolation"])
     crop = RandomResizedCrop(config["input_size"][1:], scale, ratio, interpolation, antialias=True)
     to_tensor, normalize = evaluation.transforms[-2:]
-    return Compose([crop, RandomHorizontalFlip(flip), to_tensor, normalize])
+    return ImageTransform(reading, [crop, RandomHorizontalFlip(flip), to_tensor, normalize])
 
 
 def _checked(

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
 from lpt_peft import DualSampler, ShotMetrics
+from lpt_peft.data.files.path_list import PathList
 from lpt_peft.data.images import LabelledImages
-from lpt_peft.data.sources import ArrayImages, ImageFiles, PathList, SubsetSource, to_rgb
+from lpt_peft.data.sources import ArrayImages, ImageFiles, SubsetSource
 from lpt_peft.errors import ConfigError, InputError
 from tests.data.make import color, seen, write_png
 
@@ -41,8 +42,8 @@ class Fake:
     def name(self, index):
         return f"fake-{index}"
 
-    def present(self, index):
-        return index not in self.broken
+    def path(self, index):
+        return "/missing" if index in self.broken else None
 
 
 @pytest.fixture
@@ -78,22 +79,6 @@ def test_images_labels_names_and_counts(tmp_path):
         data[3]
     data.transform = lambda image: image.size
     assert data[0] == ((6, 5), 1)
-
-
-def test_every_mode_is_read_to_rgb(tmp_path):
-    paths = PathList()
-    for mode in ("L", "P", "RGBA", "CMYK", "1"):
-        Image.new(mode, (4, 4)).save(tmp_path / f"{mode}.tif")
-        paths.append(f"{mode}.tif")
-    assert {image.mode for image, _ in LabelledImages(ImageFiles(tmp_path, paths), [0, 0, 1, 1, 1])} == {"RGB"}
-
-
-def test_16_bit_grey_is_not_clipped(tmp_path):
-    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    assert Image.open(tmp_path / "ramp.png").mode == "I;16"
-    pixels = np.asarray(to_rgb(Image.open(tmp_path / "ramp.png")))
-    assert np.array_equal(pixels[..., 1].ravel(), np.arange(256))
 
 
 def test_samplers_and_metrics_take_labels_and_counts():
@@ -171,21 +156,82 @@ def test_error_names_path_and_index(files, index, cause):
     assert data.skipped == []
 
 
-def test_skip_reads_the_next_image_of_the_class(files):
+def test_skip_reads_the_next_image_of_the_class(files, caplog):
     data = LabelledImages(files, LABELS, unreadable="skip")
-    with pytest.warns(UserWarning, match=r"1\.png \(index 1\) cannot be read"):
-        image, _ = data[1]
-    assert seen(image) == color(2)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # one warning per data set
+        warnings.simplefilter("error")
+        image, _ = data[1]
+        assert seen(image) == color(2)
         assert (seen(data[4][0]), data[4][1]) == (color(3, 1), 1)
+    [record] = caplog.records  # of three unreadable images the first is logged
+    assert (record.name, record.levelname) == ("lpt_peft.data", "WARNING")
+    assert "1.png (index 1) cannot be read: FileNotFoundError" in record.message
     assert data.skipped == [files.name(index) for index in (1, 4, 5)]
     assert data.class_counts == [3, 3]
+    report = data.skipped_report()
+    assert "3 of 6 images cannot be read" in report
+    assert all(f"{files.name(index)} ({cause}" in report for index, cause in ((1, "FileNotFound"), (5, "Unidentified")))
+
+
+def test_skipped_images_are_not_logged_if_the_caller_reports_them(files, caplog):
+    data = LabelledImages(files, LABELS, unreadable="skip")
+    assert data.skipped_report() is None
+    data.unreadable_images.announce = False
+    assert seen(data[1][0]) == color(2)
+    assert not caplog.records
+    assert data.skipped == [files.name(1)]
+    assert not data.subset(range(6)).unreadable_images.announce
+
+
+def test_a_report_of_many_names_the_first():
+    data = LabelledImages(Fake(9, range(8)), [0] * 8 + [1] + [0] * 0, unreadable="skip", allow_empty=False)
+    with pytest.raises(InputError, match="Class 0 \\('0'\\) has no readable image, so fake-2 \\(index 2\\)"):
+        data[2]
+    assert data.skipped_report().startswith("8 of 9 images cannot be read")
+    assert data.skipped_report().count("SyntaxError: broken PNG file") == 5
+    assert data.skipped_report().endswith(", ...")
+
+
+def test_a_replacement_is_found_without_a_scan_of_the_data_set():
+    """Every access to a label is counted; a draw of a broken image may look at its own label only."""
+
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            type(self).reads += 1
+            return super().__getitem__(index)
+
+    size = 100_000
+    data = LabelledImages(Fake(size, {0}), [0] + [1] * (size - 2) + [0], unreadable="skip")
+    data.labels = Counted(data.labels)
+    assert data[0] == (size - 1, 0)
+    Counted.reads = 0
+    for _ in range(20):
+        assert data[0] == (size - 1, 0)
+    assert Counted.reads <= 60
+
+
+def test_a_class_with_many_unreadable_images_is_searched_once():
+    class CountedSource(Fake):
+        reads = 0
+
+        def read(self, index):
+            self.reads += 1
+            return super().read(index)
+
+    source = CountedSource(500, range(498))
+    data = LabelledImages(source, [0] * 499 + [1], unreadable="skip")
+    assert data[3] == (498, 0)
+    source.reads = 0
+    assert data[3] == (498, 0)
+    assert source.reads == 2, "the image and its replacement"
+    assert data[7] == (498, 0)
+    assert source.reads == 4, "images that are known to be unreadable are not tried again"
 
 
 @quick
 @given(st.data())
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_replacements_are_as_documented(draw):
     labels = draw.draw(st.lists(st.integers(0, 3), min_size=2, max_size=20).filter(lambda rows: len(set(rows)) > 1))
     labels = [sorted(set(labels)).index(label) for label in labels]
@@ -204,7 +250,6 @@ def test_replacements_are_as_documented(draw):
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_images_skipped_by_workers_are_known_to_the_main_process(files, start):
     data = LabelledImages(files, LABELS, transform=pil_to_tensor, unreadable="skip")
     loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context=start)
@@ -219,20 +264,20 @@ def test_error_of_a_worker_is_the_same_error(files):
         list(loader)
 
 
-def test_verify_finds_unreadable_images_early(files):
+def test_verify_finds_unreadable_images_early(files, caplog):
     with pytest.raises(InputError, match=r"1 of 6 images are missing: .*1\.png\. Repair"):
         LabelledImages(files, LABELS, verify="exists")
     with pytest.raises(InputError, match=r"3 of 6 images cannot be read: .*1\.png, .*4\.png, .*5\.png\."):
         LabelledImages(files, LABELS, verify="decode")
-    with pytest.warns(UserWarning, match="3 of 6 images cannot be read"):
-        data = LabelledImages(files, LABELS, unreadable="skip", verify="decode")
+    data = LabelledImages(files, LABELS, unreadable="skip", verify="decode")
+    assert "3 of 6 images cannot be read" in caplog.text
     assert data.skipped == [files.name(index) for index in (1, 4, 5)]
     assert seen(data[5][0]) == color(3, 1)
     with pytest.raises(InputError, match=r"fake-4, \.\.\."):
         LabelledImages(Fake(9, range(9)), [0, 1, 1, 1, 1, 1, 1, 1, 1], verify="exists")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        LabelledImages(Fake(2), [0, 1], verify="decode", unreadable="skip")
+    caplog.clear()
+    LabelledImages(Fake(2), [0, 1], verify="decode", unreadable="skip")
+    assert not caplog.records
 
 
 def test_memory_errors_are_not_blamed_on_the_image():
@@ -251,7 +296,6 @@ def test_errors_of_the_transform_are_raised():
     assert data.skipped == []
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_subset_keeps_names_options_and_skipped_images():
     data = LabelledImages(Fake(6, {4}), LABELS, ["a", "b"], transform=str, unreadable="skip", verify="decode")
     subset = data.subset([5, 0, 4])
@@ -271,9 +315,9 @@ def test_subset_keeps_names_options_and_skipped_images():
 
 def test_sources_name_their_images():
     array = ArrayImages(np.zeros((3, 2, 2, 3), np.uint8), "zeros")
-    assert (array.name(2), array.present(2)) == ("image 2 of zeros", True)
+    assert (array.name(2), array.path(2)) == ("image 2 of zeros", None)
     subset = SubsetSource(Fake(5, {3}), [3, 1])
-    assert (subset.name(0), subset.present(0), subset.present(1), subset.read(1)) == ("fake-3", False, True, 1)
+    assert (subset.name(0), subset.path(0), subset.path(1), subset.read(1)) == ("fake-3", "/missing", None, 1)
 
 
 @quick

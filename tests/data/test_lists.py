@@ -194,7 +194,7 @@ def test_image_folder_agrees_with_torchvision(folders):
     data, reference = image_folder(folders, verify="decode"), ImageFolder(str(folders))
     assert (data.labels, data.class_names) == (reference.targets, reference.classes)
     assert [seen(image) for image, _ in data] == [seen(image) for image, _ in reference]
-    assert [data._images.name(index) for index in range(5)] == [path for path, _ in reference.samples]
+    assert [data.images.name(index) for index in range(5)] == [path for path, _ in reference.samples]
     assert image_folder(f"{folders}/").labels == data.labels
 
 
