@@ -1,7 +1,7 @@
 """Class folders: random trees against an independent walk, and links, junk and look-alikes case by case."""
 
 # The oracle works on plain strings.
-# ruff: noqa: PTH
+# ruff: noqa: PTH110, PTH112, PTH113, PTH114, PTH122, PTH208
 
 from __future__ import annotations
 
