@@ -67,4 +67,5 @@ def reason_of_ending(name: str) -> str:
         ('HEIC photo; pip install pillow-heif', 'not an image (.txt)', 'not an image (no ending)')
     """
     ending = PurePath(name).suffix.lower()
-    return _REASONS.get(ending, f"not an image ({ending or 'no ending'})")
+    described = ending if len(ending) < 10 and ending.isprintable() else "unusual ending"
+    return _REASONS.get(ending, f"not an image ({described or 'no ending'})")

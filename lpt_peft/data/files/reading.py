@@ -22,7 +22,7 @@ from lpt_peft.errors import ConfigError, InputError
 Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
 
-_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC = 0x0112, 258, 262
+ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC = 0x0112, 258, 262
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -107,13 +107,21 @@ def open_image(file: str | os.PathLike[str] | bytes | BinaryIO) -> Image.Image:
     if isinstance(file, (str, os.PathLike)):
         with Path(file).open("rb") as opened:
             return open_image(opened)
-    stream = BytesIO(file) if isinstance(file, bytes) else file
-    try:
-        image = Image.open(stream, formats=readable_formats())
-    except UnidentifiedImageError as error:
-        raise UnidentifiedImageError(f"not an image: {_explain(stream)}") from error
+    image = identify(BytesIO(file) if isinstance(file, bytes) else file)
     image.load()
     return image
+
+
+def identify(stream: BinaryIO) -> Image.Image:
+    """Read the header of an image; `load()` of the result decodes the pixels.
+
+    Raises:
+        OSError: The content is not an image.
+    """
+    try:
+        return Image.open(stream, formats=readable_formats())
+    except UnidentifiedImageError as error:
+        raise UnidentifiedImageError(f"not an image: {_explain(stream)}") from error
 
 
 def read_image(file: str | os.PathLike[str] | bytes | BinaryIO, reading: Reading | None = None) -> Image.Image:
@@ -134,7 +142,7 @@ def read_image(file: str | os.PathLike[str] | bytes | BinaryIO, reading: Reading
 def orientation_of(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 where it is missing or the EXIF data are broken."""
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # broken EXIF data of a readable image raise all kinds of exceptions
         return 1
 

@@ -73,7 +73,8 @@ class DataSummary:
         if self.empty:
             lines.append(f"{len(self.empty)} classes without an image: {_names(self.empty)}")
         lines += [
-            f"{len(files)} left out: {reason}: {_names(files)}" for reason, files in sorted(self.left_out.items())
+            f"{len(files)} left out: {printable(reason)}: {_names(files)}"
+            for reason, files in sorted(self.left_out.items())
         ]
         if self.unreadable:
             lines.append(f"{len(self.unreadable)} cannot be read: {_names(self.unreadable)}")
