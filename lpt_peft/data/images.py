@@ -162,6 +162,10 @@ class LabelledImages(Dataset[tuple[Any, int]]):
             len(self), self.class_names, self.class_counts, self._left_out, tuple(self.skipped), tuple(self._notes)
         )
 
+    def add_note(self, note: str) -> None:
+        """Add a remark to the summary."""
+        self._notes.append(note)
+
     def skipped_report(self) -> str | None:
         """Describe the unreadable images found so far: count, the first names and causes; None if there are none.
 
