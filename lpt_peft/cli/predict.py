@@ -106,10 +106,10 @@ def _predictions(run: LoadedRun, paths: Sequence[Path], show: int) -> Iterator[l
 
 def _load(path: Path, transform: Callable[[Image.Image], Tensor]) -> tuple[Tensor | None, str]:
     """The image as a tensor (C, H, W), or None and the reason."""
-    from lpt_peft.data.sources import read_rgb
+    from lpt_peft.data.files.reading import open_image
 
     try:
-        return transform(read_rgb(path)), ""
+        return transform(open_image(path)), ""
     except MemoryError:
         raise
     except Exception as error:  # decoders raise anything on damaged bytes
