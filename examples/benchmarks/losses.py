@@ -1,9 +1,9 @@
-"""Time of forward and backward of the losses against cross-entropy, at the size of iNaturalist 2018.
+"""Forward and backward time of the losses compared with cross-entropy, at the size of iNaturalist 2018.
 
     python examples/benchmarks/losses.py [--device cuda] [--threads 1]
 
-Prints medians of interleaved rounds, each with its ratio to `torch.nn.functional.cross_entropy`. "train" draws noise,
-which on a CPU takes more time than all the rest, as torch's generator makes one number after the other.
+Prints medians of interleaved rounds with their ratios to `torch.nn.functional.cross_entropy`. In "train" mode the
+losses draw noise, which takes most of the time on a CPU because torch generates random numbers sequentially.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lpt_peft.losses import AGCLLoss, LPTLoss
 
 
 def variants(logits: Tensor, target: Tensor, counts: Tensor) -> dict[str, Callable[[], object]]:
-    """Name -> forward and backward of one loss on the same logits."""
+    """Forward and backward steps by name, all with the same logits."""
     agcl, lpt = AGCLLoss(counts), LPTLoss(counts, epochs=10)
     noiseless, noiseless_lpt = AGCLLoss(counts).eval(), LPTLoss(counts, epochs=10).eval()
     output = SimpleNamespace(logits=logits, similarity=logits.new_zeros(len(logits), 0))
@@ -40,12 +40,12 @@ def variants(logits: Tensor, target: Tensor, counts: Tensor) -> dict[str, Callab
 
 
 def seconds(step: Callable[[], object], device: str) -> float:
-    """Wall-clock time of one call, with the device's queue empty before and after."""
-    wait = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
-    wait()
+    """Wall-clock time of a call, synchronized before and after."""
+    synchronize = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
+    synchronize()
     start = time.perf_counter()
     step()
-    wait()
+    synchronize()
     return time.perf_counter() - start
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from lpt_peft.data.checks import checked_classes
 from lpt_peft.data.sources import Chosen, Images
 from lpt_peft.errors import ConfigError, InputError
-from lpt_peft.samplers.checks import Labels, whole
+from lpt_peft.samplers.checks import Labels, checked_integer
 
 Unreadable = Literal["error", "skip"]
 Verify = Literal["no", "exists", "decode"]
@@ -128,7 +128,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         Raises:
             InputError: An index is out of range, or a class is left without an image.
         """
-        places = [whole("index", index, 0, len(self) - 1, InputError) for index in indices]
+        places = [checked_integer("index", index, 0, len(self) - 1, InputError) for index in indices]
         part = LabelledImages(
             Chosen(self._images, places),
             [self.labels[place] for place in places],

@@ -396,7 +396,7 @@ def test_presets(data, tmp_path, capsys, monkeypatch):
     [
         ("{", "cannot be read"),
         ("[]", "one JSON object"),
-        ('{"backbone": "a", "shot_rule": []}', "shot_rule=[] must be one of lift, oltr, lpt"),
+        ('{"backbone": "a", "shot_rule": []}', "shot_rule=[] must be one of lpt, lift, oltr"),
         ('{"backbone": "a", "colour": 1}', "RunSettings has no colour"),
         ('{"backbone": "a", "images": {"colour": 1}}', "ImageSettings has no colour"),
         ('{"backbone": "a", "images": {"scale": 1}}', "scale=1 must be two numbers"),

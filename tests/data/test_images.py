@@ -138,9 +138,9 @@ def test_labels_are_taken_exactly_if_no_class_is_empty(labels):
         ([0, 1], ["a", "b\nc"], r"class name 'b\\nc' holds"),
         ([0, 0], ["only"], "All 2 images are of one class"),
         ([0, 1, 2], ["a", "b"], r"labels\[2\] is 2, but there are 2 class names"),
-        ([0.0, 1.0], None, "whole numbers"),
+        ([0.0, 1.0], None, "integers, not float64"),
         ([[0, 1], [1, 0]], None, "one-dimensional"),
-        (["cat", "dog"], None, "whole numbers"),
+        (["cat", "dog"], None, "integers, not <U3"),
     ],
 )
 def test_bad_labels(labels, names, words):
@@ -265,7 +265,7 @@ def test_subset_keeps_names_policy_and_what_was_found():
         data.subset([0, 1])
     assert data.subset([0, 1], allow_empty=True).class_counts == [2, 0]
     for index in (6, -1):
-        with pytest.raises(InputError, match=f"index={index} must be a whole number from 0 to 5"):
+        with pytest.raises(InputError, match=f"index={index} must be an integer from 0 to 5"):
             data.subset([0, index])
 
 

@@ -1,4 +1,4 @@
-"""Base of the losses that know class counts: settings checked when assigned, counts and delta as buffers."""
+"""Base class of losses that depend on class counts."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from lpt_peft.errors import LPTError
+from lpt_peft.losses.agcl_rows import Noise
 from lpt_peft.losses.checks import check_settings, checked_class_counts
-from lpt_peft.losses.rows import Noise
 
 
-class CountedLoss(nn.Module):
-    """Holds class counts, the delta of A-GCL derived from them, and settings.
+class ClassCountsLoss(nn.Module):
+    """Class counts, the delta of A-GCL derived from them, and settings.
 
-    The settings in `_SETTINGS` and `class_counts` may be assigned at any time: an assignment is checked like an
-    argument, and what follows from it is computed anew.
+    The settings in `_SETTINGS` and `class_counts` can be assigned at any time. An assigned value is checked like an
+    argument, and the buffers that depend on it are updated.
     """
 
     _SETTINGS: ClassVar[tuple[str, ...]]
-    _DERIVED_FROM: ClassVar[tuple[str, ...]] = ("normalize",)  # settings that a buffer is computed from
+    _DERIVED_FROM: ClassVar[tuple[str, ...]] = ("normalize",)  # settings that a buffer depends on
     class_counts: Tensor
     normalize: bool
     _delta: Tensor
@@ -31,20 +31,20 @@ class CountedLoss(nn.Module):
         self.normalize = normalize
         self.register_buffer("class_counts", checked_class_counts(class_counts).clone(), persistent=False)
         self.register_buffer("_delta", None, persistent=False)
-        self._derive()
+        self._update_buffers()
 
-    def _derive(self) -> None:
-        """Compute the buffers that follow from counts and settings."""
-        self._delta = delta_of(self.class_counts, torch.float32, self.normalize)
+    def _update_buffers(self) -> None:
+        """Compute the buffers that depend on counts and settings."""
+        self._delta = compute_delta(self.class_counts, torch.float32, self.normalize)
 
     def _delta_in(self, dtype: torch.dtype) -> Tensor:
-        """Delta `(C,)`; float64, which no training uses, is computed from the counts at every call."""
-        return self._delta if dtype == torch.float32 else delta_of(self.class_counts, dtype, self.normalize)
+        """Delta `(C,)`. In float64, which training does not use, it is computed at every call."""
+        return self._delta if dtype == torch.float32 else compute_delta(self.class_counts, dtype, self.normalize)
 
-    def _noise_or(self, given: Tensor | None) -> Tensor | Noise:
-        """The noise given to the call, else a draw while training and none in eval."""
-        if given is not None:
-            return given
+    def _noise_or_default(self, noise: Tensor | None) -> Tensor | Noise:
+        """The given noise; None means a draw in `train()` mode and no noise in `eval()` mode."""
+        if noise is not None:
+            return noise
         return Noise.DRAW if self.training else Noise.NONE
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -56,15 +56,15 @@ class CountedLoss(nn.Module):
         super().__setattr__(name, value)
         if (name in self._DERIVED_FROM or name == "class_counts") and "_delta" in self._buffers:
             try:
-                self._derive()
+                self._update_buffers()
             except LPTError:
                 super().__setattr__(name, before)
                 raise
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CountedLoss:
-        """Move the buffers, as `to()` and `half()` do; delta stays float32."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ClassCountsLoss:
+        """Move the buffers for `to()` and `half()`; delta stays float32."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._derive()
+        self._update_buffers()
         return self
 
     def extra_repr(self) -> str:
@@ -75,8 +75,8 @@ class CountedLoss(nn.Module):
         )
 
 
-def delta_of(counts: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
-    """`(C,)`: log n_max - log n_j, with 1 as the largest if `normalize`, all 0 if the counts are equal."""
+def compute_delta(counts: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
+    """Compute `log n_max - log n_j` as `(C,)`; `normalize` scales the largest value to 1. Equal counts give zeros."""
     ratio = (counts.max() - counts).to(dtype) / counts.to(dtype)
-    delta = ratio.log1p()  # log(n_max / n_j), without the cancellation that a difference of logarithms has
+    delta = ratio.log1p()  # a difference of logarithms would lose digits
     return delta / delta.max().clamp_min(torch.finfo(dtype).tiny) if normalize else delta

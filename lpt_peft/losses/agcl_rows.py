@@ -1,7 +1,7 @@
-"""A-GCL of every row of a batch: the definition, and a closed-form loss with gradient for eager training.
+"""Per-row A-GCL with a closed-form gradient.
 
-`agcl_rows` computes the loss with the least work the situation allows. The checks are in `checks.py`; reductions,
-noise and branch weights belong to the losses that call it.
+`agcl_rows` uses the closed form in eager mode and plain differentiable operations elsewhere. Not here: input validation
+(`checks.py`) and reductions (`agcl.py`, `lpt.py`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LOGIT_LIMIT = 1e18  # beyond it, differences of logits and sums over a batch could overflow float32
-_BLOCK = 2**18  # logits per block on a CPU: the temporaries of a block stay in the cache
-_LARGEST_PRODUCT = 16  # integer exponents up to this one are computed by multiplication, faster than pow on a CPU
-
-_NOISE_STD = 1 / 3  # so the clamp to [-1, 1] cuts at three standard deviations
+_LOGIT_LIMIT = 1e18  # larger differences of logits, summed over a batch, could overflow float32
+_BLOCK = 2**18  # logits per block on a CPU, so that temporaries fit in the cache
+_LARGEST_PRODUCT = 16  # integer exponents up to this use multiplications, faster than pow on a CPU
+_NOISE_STD = 1 / 3  # the clamp to [-1, 1] is at three standard deviations
 
 
 class Noise(Enum):
-    """Noise that is not given as a tensor."""
+    """Noise other than a given tensor."""
 
     NONE = "none"
     DRAW = "draw"  # from torch's default generator
@@ -31,13 +30,13 @@ class Noise(Enum):
 
 @dataclass(frozen=True)
 class Branches:
-    """Settings of the rows. The batch has as many equal, consecutive parts as there are exponents.
+    """Settings of a batch that consists of equal, consecutive branches.
 
     Attributes:
-        gamma_pos: Exponent of the target's weight in each part.
-        gamma_neg: Exponent of the other classes' weights in each part.
+        gamma_pos: Exponent of the target's weight in each branch.
+        gamma_neg: Exponent of the other classes' weights in each branch.
         scale, margin, noise_scale, label_smoothing: See `agcl_loss`.
-        delta: `(C,)`, how much the noise lowers each class, in the dtype of the loss.
+        delta: `(C,)` in the dtype of the loss, see `agcl_loss`.
     """
 
     gamma_pos: tuple[float, ...]
@@ -50,20 +49,20 @@ class Branches:
 
 
 def agcl_rows(logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches) -> Tensor:
-    """A-GCL of each row, see `agcl_loss` for the equation.
+    """Compute A-GCL of each row; see `agcl_loss` for the equation.
 
     Args:
         logits: `(B, C)`, any floating dtype.
-        target: `(B,)` int64, 0 to `C - 1`. On a CUDA device, a label out of range fails torch's own assertion.
-        noise: `(B, C)`, or whether to draw it.
-        branches: The settings; `B` is a multiple of their number of parts.
+        target: `(B,)` int64, 0 to `C - 1`. A label out of range fails torch's own assertion on a CUDA device.
+        noise: `(B, C)`, or whether to draw noise.
+        branches: The settings; `B` is a multiple of the number of branches.
 
     Returns:
         `(B,)` in the dtype of `branches.delta`.
     """
     traced = torch.compiler.is_compiling() or functorch_is_active()
     if noise is Noise.DRAW and (traced or logits.device.type != "cpu"):
-        noise = _draw(logits, branches.delta.dtype)  # on a CPU each block draws its own, while it is in the cache
+        noise = _draw(logits, branches.delta.dtype)  # on a CPU, each block draws its noise
     if traced:
         return _definition(logits, target, noise, branches)
     if torch.is_grad_enabled() and logits.requires_grad:
@@ -73,26 +72,26 @@ def agcl_rows(logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: B
 
 
 def functorch_is_active() -> bool:
-    """Whether a transform of torch.func is running: its tensors take no in-place shortcuts and have no values."""
+    """Whether a torch.func transform is active; its tensors have no values and allow no in-place operations."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
 def _draw(logits: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
-    """A clamped Gaussian draw of the shape of `logits`."""
+    """Draw clamped Gaussian noise with the shape of `logits`."""
     noise = torch.empty_like(logits, dtype=dtype, requires_grad=False)
     return noise.normal_(0, _NOISE_STD, generator=generator).clamp(-1, 1)
 
 
 def _definition(logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches) -> Tensor:
-    """The loss as differentiable operations, for compilers, torch.func and second derivatives."""
+    """Compute the loss with differentiable operations, for compilers, torch.func and second derivatives."""
     delta = branches.delta
     gamma_pos, gamma_neg = (_column(gammas, logits, delta.dtype) for gammas in (branches.gamma_pos, branches.gamma_neg))
     label = target[:, None]
     z = logits.to(delta.dtype).clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
     if isinstance(noise, Tensor):
         z = z - branches.scale * branches.noise_scale * noise.to(delta.dtype).abs() * delta
-    # The target's term comes from its log-odds against all other classes, as 1 - p_y is 0 once p_y rounds to 1
-    # and its power then has no finite gradient: log p_y = logsigmoid(odds), log(1 - p_y) = logsigmoid(-odds).
+    # 1 - p_y is 0 once p_y rounds to 1, and its power then has no finite gradient. Log-odds avoid this:
+    # log p_y = logsigmoid(odds), log(1 - p_y) = logsigmoid(-odds).
     own = z.gather(1, label) - branches.scale * branches.margin
     z = z.scatter(1, label, -2 * _LOGIT_LIMIT)
     others = z.logsumexp(dim=1, keepdim=True)
@@ -106,7 +105,7 @@ def _definition(logits: Tensor, target: Tensor, noise: Tensor | Noise, branches:
 
 
 class _Rows(torch.autograd.Function):
-    """Loss and gradient in one pass; the second derivative goes through `_definition`, with the same noise."""
+    """Loss and gradient in one pass; second derivatives use `_definition` with the same noise."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches) -> Tensor:
@@ -136,12 +135,12 @@ class _Rows(torch.autograd.Function):
 def _in_blocks(
     logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches, gradient: Tensor | None
 ) -> Tensor:
-    """`_closed_form` of the batch, which fills `gradient`: in blocks of rows on a CPU, at once on a device."""
+    """Apply `_closed_form` to the batch and fill `gradient`: in blocks of rows on a CPU, all at once on a device."""
     blocks = {
         rows.start: _closed_form(
             logits[rows],
             target[rows, None],
-            _of_block(noise, logits, rows, branches.delta.dtype),
+            _noise_of_block(noise, logits, rows, branches.delta.dtype),
             branches,
             gamma_pos=gamma_pos,
             gamma_neg=gamma_neg,
@@ -152,14 +151,14 @@ def _in_blocks(
     return torch.cat([blocks[start] for start in sorted(blocks)])
 
 
-def _of_block(noise: Tensor | Noise, logits: Tensor, rows: slice, dtype: torch.dtype) -> Tensor | None:
+def _noise_of_block(noise: Tensor | Noise, logits: Tensor, rows: slice, dtype: torch.dtype) -> Tensor | None:
     if isinstance(noise, Tensor):
         return noise[rows]
     return _draw(logits[rows], dtype) if noise is Noise.DRAW else None
 
 
 def _draw_again(logits: Tensor, branches: Branches, random_state: Tensor) -> Tensor:
-    """The noise that the blocks drew, starting from this state of the generator."""
+    """Repeat the draw of the blocks from the saved generator state."""
     generator = torch.Generator().set_state(random_state)
     dtype = branches.delta.dtype
     blocks = {rows.start: _draw(logits[rows], dtype, generator) for rows, _, _ in _blocks(logits, branches)}
@@ -167,19 +166,19 @@ def _draw_again(logits: Tensor, branches: Branches, random_state: Tensor) -> Ten
 
 
 def _blocks(logits: Tensor, branches: Branches) -> Iterator[tuple[slice, float | Tensor, float | Tensor]]:
-    """Rows and their exponents: numbers for blocks within one part, columns where a block has several parts.
+    """Yield rows and their exponents: numbers for a block within a branch, columns for a block with several branches.
 
-    The last part comes first: this is the order in which the noise of the figures in docs/ was drawn.
+    The last branch comes first, because the results in docs/ were drawn in this order.
     """
     gammas = branches.gamma_pos, branches.gamma_neg
     if logits.device.type != "cpu":
         columns = [_column(values, logits, branches.delta.dtype) for values in gammas]
         yield slice(0, len(logits)), columns[0], columns[1]
         return
-    part = len(logits) // len(branches.gamma_pos)
+    branch = len(logits) // len(branches.gamma_pos)
     step = max(1, _BLOCK // logits.shape[1])
     for index, (gamma_pos, gamma_neg) in reversed(list(enumerate(zip(*gammas, strict=True)))):
-        first, end = index * part, (index + 1) * part
+        first, end = index * branch, (index + 1) * branch
         for start in range(first, end, step):
             yield slice(start, min(start + step, end)), gamma_pos, gamma_neg
 
@@ -194,7 +193,7 @@ def _closed_form(
     gamma_neg: float | Tensor,
     gradient: Tensor | None,
 ) -> Tensor:
-    """Loss `(R,)` of rows with `label (R, 1)`; writes d loss / d logits to `gradient (R, C)` unless it is None.
+    """Compute the loss `(R,)` of rows with `label (R, 1)` and write its gradient to `gradient (R, C)` if given.
 
     With q the softmax without the target, p_j = q_j (1 - p_y) for j != y. Writing P for the positive and N for the
     sum of the negative terms, o for the log-odds of the target and r_j = p_j ** gamma_neg:
@@ -205,7 +204,7 @@ def _closed_form(
     delta = branches.delta
     uniform = branches.label_smoothing / logits.shape[1]
     certain = 1 - branches.label_smoothing + uniform
-    floor = torch.finfo(delta.dtype).tiny ** 0.4  # smaller weights count as 0: denormal numbers are slow on a CPU
+    floor = torch.finfo(delta.dtype).tiny ** 0.4  # smaller weights become 0, because denormal numbers are slow on a CPU
 
     z = logits.to(delta.dtype).clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
     if noise is not None:
@@ -238,7 +237,7 @@ def _closed_form(
 
 
 def _power(q: Tensor, gamma: float | Tensor, floor: float) -> Tensor:
-    """`q ** gamma` of probabilities as a new tensor, 0 where a numeric exponent gives less than `floor`."""
+    """Compute `q ** gamma` of probabilities; for a number `gamma`, results below `floor` become 0."""
     if isinstance(gamma, Tensor):
         return q.pow(gamma)
     if gamma == 0:
@@ -255,11 +254,11 @@ def _power(q: Tensor, gamma: float | Tensor, floor: float) -> Tensor:
 
 
 def _column(gammas: tuple[float, ...], logits: Tensor, dtype: torch.dtype) -> float | Tensor:
-    """`(B, 1)` exponents of the rows, or the number that all parts share."""
+    """Exponents `(B, 1)` of the rows, or a number if all branches share it."""
     if len(set(gammas)) == 1:
         return gammas[0]
-    part = len(logits) // len(gammas)
+    branch = len(logits) // len(gammas)
     column = logits.new_empty((len(logits), 1), dtype=dtype)
     for index, gamma in enumerate(gammas):
-        column[index * part : (index + 1) * part] = gamma
+        column[index * branch : (index + 1) * branch] = gamma
     return column

@@ -1,4 +1,4 @@
-"""Shot rules: how many training images make a class many-, medium- or few-shot."""
+"""Shot rules: thresholds for many-, medium- and few-shot classes."""
 
 from __future__ import annotations
 
@@ -13,36 +13,40 @@ from lpt_peft.metrics.checks import as_integers
 
 @dataclass(frozen=True, kw_only=True)
 class ShotRule:
-    """Which numbers `n` of training images make a class many-, medium- or few-shot.
+    """Numbers `n` of training images for which a class is many-, medium- or few-shot.
+
+    The defaults are those of the published LPT results.
 
     Args:
-        many: Classes with more training images are many-shot; with `many_inclusive` those with as many, too.
-        few: Classes with fewer training images are few-shot; with `few_inclusive` those with as many, too.
-        many_inclusive: `n >= many` instead of `n > many`.
-        few_inclusive: `n <= few` instead of `n < few`.
+        many: Many-shot threshold: `n > many`, or `n >= many` with `many_inclusive`.
+        few: Few-shot threshold: `n < few`, or `n <= few` with `few_inclusive`.
+        many_inclusive: Whether a class with exactly `many` training images is many-shot.
+        few_inclusive: Whether a class with exactly `few` training images is few-shot.
 
     Raises:
-        ConfigError: A threshold is no whole number of at least 0, or some class would be both many- and few-shot.
+        ConfigError: A threshold is not an integer of at least 0, or a class could be both many- and few-shot.
 
     Example:
-        >>> print(ShotRule(few_inclusive=True))
+        >>> print(ShotRule())
         many: n > 100, medium: 20 < n <= 100, few: n <= 20
     """
 
     many: int = 100
     few: int = 20
     many_inclusive: bool = False
-    few_inclusive: bool = False
+    few_inclusive: bool = True
 
     def __post_init__(self) -> None:
         for name, value in (("many", self.many), ("few", self.few)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least 0; usual are many=100, few=20.")
+                raise ConfigError(
+                    f"{name}={value!r} must be an integer of at least 0; usual values are many=100, few=20."
+                )
         first_many, last_few = self.bounds
         if first_many <= last_few:
             raise ConfigError(
-                f"many={self.many} and few={self.few} overlap: a class of {first_many} training images would be both "
-                f"many- and few-shot. Choose few below many."
+                f"many={self.many} and few={self.few} overlap: a class with {first_many} training images would be both "
+                f"many- and few-shot. Choose few smaller than many."
             )
 
     @property
@@ -59,14 +63,15 @@ class ShotRule:
 
 
 SHOT_RULES: Mapping[str, ShotRule] = {
-    "lift": ShotRule(),  # LIFT (Shi et al., ICML 2024) and decoupling (Kang et al., ICLR 2020): > 100, < 20
-    "oltr": ShotRule(many_inclusive=True, few_inclusive=True),  # OLTR (Liu et al., CVPR 2019): >= 100, <= 20
-    "lpt": ShotRule(few_inclusive=True),  # LPT's published figures (Dong et al., ICLR 2023): > 100, <= 20
+    "lpt": ShotRule(),  # > 100, <= 20: published LPT results (Dong et al., ICLR 2023)
+    "lift": ShotRule(few_inclusive=False),  # > 100, < 20: LIFT (ICML 2024), decoupling (Kang et al., ICLR 2020)
+    "oltr": ShotRule(many_inclusive=True),  # >= 100, <= 20: OLTR (Liu et al., CVPR 2019)
 }
+"""Published shot rules by name. "lpt" is the default throughout the library."""
 
 
-def shot_groups(class_counts: Tensor | Sequence[int], rule: ShotRule = SHOT_RULES["lift"]) -> Tensor:
-    """Shot group of every class, (C,) int64: 0 many-, 1 medium-, 2 few-shot.
+def shot_groups(class_counts: Tensor | Sequence[int], rule: ShotRule = SHOT_RULES["lpt"]) -> Tensor:
+    """Assign every class to a shot group, (C,) int64: 0 many-, 1 medium-, 2 few-shot.
 
     Args:
         class_counts: Training images per class, (C,) integers of at least 0.
@@ -77,7 +82,7 @@ def shot_groups(class_counts: Tensor | Sequence[int], rule: ShotRule = SHOT_RULE
 
     Example:
         >>> shot_groups([500, 101, 100, 20, 19, 0]).tolist()
-        [0, 0, 1, 1, 2, 2]
+        [0, 0, 1, 2, 2, 2]
     """
     counts = as_integers("class_counts", class_counts)
     first_many, last_few = rule.bounds

@@ -1,0 +1,153 @@
+"""Input validation of the losses, and where it reads values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lpt_peft.errors import ConfigError, InputError
+from lpt_peft.losses import AGCLLoss, LPTLoss, agcl_loss
+from tests.host_reads import count_host_reads
+from tests.losses.oracle import COUNTS, Output, batch
+
+
+def test_class_counts_of_any_integer_type():
+    logits, target, noise = batch()
+    expected = agcl_loss(logits, target, COUNTS, noise)
+    tensor = torch.tensor(COUNTS)
+    for counts in (tuple(COUNTS), tensor, tensor.to(torch.uint8), tensor.double(), tensor.numpy(), [*COUNTS[:-1], 1.0]):
+        assert torch.equal(agcl_loss(logits, target, counts, noise), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", [lambda: AGCLLoss(COUNTS), lambda: LPTLoss(COUNTS, 3)])
+def test_no_host_read_in_forward_and_backward(make, training, monkeypatch):
+    """No read for labels treated as on a device, nor on "meta", where every read is an error."""
+    criterion = make().train(training)
+    for device in ("cpu", "meta"):
+        criterion = criterion.to(device)
+        monkeypatch.setattr("lpt_peft.losses.checks.can_read_values", lambda tensor: False)
+        logits = torch.randn(8, 6, device=device, requires_grad=True)
+        similarity = torch.rand(8, 2, device=device, requires_grad=True)
+        target = torch.randint(6, (8,), device=device)
+        inputs = Output(logits, similarity) if isinstance(criterion, LPTLoss) else logits
+        with count_host_reads() as reads:
+            if isinstance(criterion, LPTLoss):
+                criterion.set_epoch(1)
+            criterion(inputs, target).backward()
+            if isinstance(criterion, LPTLoss):
+                criterion.terms(inputs, target)
+        assert reads == [], reads.locations
+        assert logits.grad.shape == logits.shape
+
+
+def test_labels_are_read_on_a_cpu_only():
+    logits, target, _ = batch(8)
+    loss = AGCLLoss(COUNTS)
+    with count_host_reads() as reads:
+        loss(logits, target)
+    assert reads == ["aten._local_scalar_dense"]
+    loss.to("meta")(logits.to("meta"), target.to("meta"))  # reading a value would raise
+
+
+def test_unchecked_label_out_of_range_fails_in_torch(monkeypatch):
+    """On a CUDA device, the same index fails torch's assertion."""
+    monkeypatch.setattr("lpt_peft.losses.checks.can_read_values", lambda tensor: False)
+    for label in (-1, 6):
+        with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+            AGCLLoss(COUNTS)(torch.zeros(1, 6, requires_grad=True), torch.tensor([label]))
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ([5, 0, 3], r"class_counts\[1\]=0 .*at least 1.*remove classes without training images"),
+        ([5, 3, -2], r"class_counts\[2\]=-2 "),
+        ([5.0, 2.5], r"class_counts\[1\]=2.5 .*integer"),
+        ([math.nan, 2.0], r"class_counts\[0\]=nan "),
+        ([2.0, math.inf], r"class_counts\[1\]=inf "),
+        ([1e30, 2.0], r"class_counts\[0\]=1.*e\+30 "),
+        ([], "class_counts must be one integer per class.*bincount"),
+        ([[1, 2]], r"shape \(1, 2\).*bincount"),
+        (7, r"class_counts must be .* shape \(\)"),
+        ([True, True], "torch.bool"),
+        ([1j, 2], "complex"),
+        ([1, None], "class_counts must be one integer per class, not"),
+        ("many", "class_counts must be one integer per class, not 'many'"),
+        ({0: 5, 1: 3}, "class_counts must be one integer per class, not"),
+        ([[1], [2, 3]], "class_counts must be one integer per class, not"),
+        ([2**70], "class_counts must be one integer per class, not"),
+    ],
+)
+def test_invalid_class_counts(counts, words):
+    logits, target = torch.zeros(1, 2), torch.tensor([0])
+    for call in (lambda: AGCLLoss(counts), lambda: LPTLoss(counts, 1), lambda: agcl_loss(logits, target, counts)):
+        with pytest.raises(InputError, match=words):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target": torch.tensor([0, 1, 6, 0])}, "label 6, but class_counts has the classes 0 to 5"),
+        ({"target": torch.tensor([0, -100, 2, 0])}, "label -100.*drop rows"),
+        ({"target": torch.zeros(4)}, r"integer dtype, not torch.float32.*\.long\(\)"),
+        (
+            {"target": torch.full((4, 6), 1 / 6)},
+            r"torch.float32 of shape \(4, 6\), as returned by Mixup.*cross_entropy",
+        ),
+        ({"target": torch.zeros(4, dtype=torch.bool)}, "not torch.bool"),
+        ({"noise": torch.zeros(4, 6, requires_grad=True)}, r"noise requires a gradient.*noise.detach\(\)"),
+        ({"target": torch.zeros(3, dtype=torch.long)}, r"target must have shape \(B,\) = \(4,\), not \(3,\)"),
+        ({"target": torch.zeros(4, 6, dtype=torch.long)}, r"target must have shape .* not \(4, 6\)"),
+        ({"target": torch.tensor(1)}, r"target must have shape .* not \(\)"),
+        ({"logits": torch.zeros(4, 5)}, "logits have 5 columns, but class_counts has 6 entries"),
+        ({"logits": torch.zeros(6)}, r"logits must be floating point \(B, C\) .* shape \(6,\)"),
+        ({"logits": torch.zeros(4, 6, 2)}, r"logits must be floating point .* shape \(4, 6, 2\)"),
+        ({"logits": torch.zeros(4, 6, dtype=torch.long)}, "logits must be floating point .* torch.int64"),
+        ({"logits": torch.zeros(0, 6), "target": torch.zeros(0, dtype=torch.long)}, "with B > 0"),
+        ({"noise": torch.zeros(6)}, r"noise must have the shape of logits, \(4, 6\), not \(6,\)"),
+        ({"noise": torch.zeros(4, 1)}, r"noise must have the shape of logits, \(4, 6\), not \(4, 1\)"),
+    ],
+)
+def test_invalid_batches(change, words):
+    call = {"logits": torch.zeros(4, 6), "target": torch.zeros(4, dtype=torch.long), "noise": None, **change}
+    with pytest.raises(InputError, match=words):
+        agcl_loss(**call, class_counts=COUNTS)
+    with pytest.raises(InputError, match=words):
+        AGCLLoss(COUNTS)(**call)
+    output = Output(call.pop("logits"), torch.zeros(4, 2))
+    with pytest.raises(InputError, match=words):
+        LPTLoss(COUNTS, 3)(output, epoch=0, **call)
+
+
+@pytest.mark.parametrize("name", ["scale", "margin", "noise_scale", "gamma_pos", "gamma_neg", "label_smoothing"])
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "0.1", True, None])
+def test_invalid_settings(name, value):
+    logits, target, _ = batch(2)
+    for call in (
+        lambda **keywords: AGCLLoss(COUNTS, **keywords),
+        lambda **keywords: LPTLoss(COUNTS, 3, **keywords),
+        lambda **keywords: agcl_loss(logits, target, COUNTS, **keywords),
+    ):
+        with pytest.raises(ConfigError, match=f"{name}=.* must be a finite number"):
+            call(**{name: value})
+
+
+def test_settings_out_of_range():
+    with pytest.raises(ConfigError, match=r"scale=0 .*greater than 0"):
+        AGCLLoss(COUNTS, scale=0)
+    with pytest.raises(ConfigError, match=r"label_smoothing=1.1 .*from 0 to 1"):
+        AGCLLoss(COUNTS, label_smoothing=1.1)
+    with pytest.raises(ConfigError, match="reduction='avg' must be 'mean', 'sum' or 'none'"):
+        AGCLLoss(COUNTS, reduction="avg")
+    with pytest.raises(ConfigError, match="normalize='no' must be True or False"):
+        AGCLLoss(COUNTS, normalize="no")
+    for name in ("instance_gamma_pos", "instance_gamma_neg", "eta", "match_weight"):
+        with pytest.raises(ConfigError, match="=-1 must be a finite number"):
+            LPTLoss(COUNTS, 3, **{name: -1})
+    for epochs in (0, -3, math.nan, None):
+        with pytest.raises(ConfigError, match=r"epochs=.*greater than 0"):
+            LPTLoss(COUNTS, epochs)
