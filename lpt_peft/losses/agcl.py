@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from lpt_peft.losses.checks import Reduction, check_batch, check_settings, check
 def agcl_loss(
     logits: Tensor,
     target: Tensor,
-    class_counts: Sequence[int] | Tensor,
+    class_counts: Sequence[int] | Mapping[int, int] | Tensor,
     noise: Tensor | None = None,
     *,
     scale: float = 20.0,
@@ -48,8 +48,9 @@ def agcl_loss(
         logits: `(B, C)`, any floating dtype: `scale` times the cosines.
         target: `(B,)`, any integer dtype: class indices, 0 to `C - 1`. On a CPU, a label out of range is an error
             that names the label. On a GPU, torch's own device assertion fails, because a check would synchronize.
-        class_counts: `(C,)` integers of at least 1: training images of each class. If all are equal, delta is 0. They
-            are checked at every call, which synchronizes if the tensor is on a GPU; `AGCLLoss` checks them once.
+        class_counts: `(C,)` integers of at least 1: training images of each class; or a mapping from label to count. If
+            all are equal, delta is 0. The counts are checked at every call, which synchronizes if the tensor is on a
+            GPU; `AGCLLoss` checks them once.
         noise: `(B, C)`: a Gaussian draw clamped to [-1, 1], without gradient. None means no noise.
         scale: Scale `s` of the cosine classifier. It converts margin and noise, which are cosines, into logits.
         margin: Amount by which the target's cosine must exceed the others.
@@ -102,7 +103,7 @@ class AGCLLoss(ClassCountsLoss):
     is an attribute that can be assigned later; the new value is checked.
 
     Args:
-        class_counts: `(C,)` integers of at least 1: training images of each class.
+        class_counts: `(C,)` integers of at least 1: training images of each class; or a mapping from label to count.
         scale: Scale of the cosine classifier. See `agcl_loss` for this and all settings below.
         margin: Amount by which the target's cosine must exceed the others.
         noise_scale: Largest amount that the noise subtracts from a cosine.
@@ -136,7 +137,7 @@ class AGCLLoss(ClassCountsLoss):
 
     def __init__(
         self,
-        class_counts: Sequence[int] | Tensor,
+        class_counts: Sequence[int] | Mapping[int, int] | Tensor,
         *,
         scale: float = 20.0,
         margin: float = 0.1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +26,7 @@ class ClassCountsLoss(nn.Module):
     normalize: bool
     _delta: Tensor
 
-    def __init__(self, class_counts: Sequence[int] | Tensor, normalize: bool) -> None:
+    def __init__(self, class_counts: Sequence[int] | Mapping[int, int] | Tensor, normalize: bool) -> None:
         super().__init__()
         self.normalize = normalize
         self.register_buffer("class_counts", checked_class_counts(class_counts).clone(), persistent=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lpt_peft._classes import counts_in_order
 from lpt_peft.errors import ConfigError, InputError
 from lpt_peft.losses.agcl_rows import functorch_is_active
 
@@ -20,10 +21,13 @@ def loss_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def checked_class_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
-    """Class counts `(C,)` as int64. The values are checked unless torch.compile is tracing."""
+def checked_class_counts(class_counts: Sequence[int] | Mapping[int, int] | Tensor) -> Tensor:
+    """Class counts `(C,)` as int64, sorted by label. The values are checked unless torch.compile is tracing."""
+    class_counts = counts_in_order(class_counts)
     try:
         counts = torch.as_tensor(class_counts)
+        if counts.dtype == torch.float32 and not isinstance(class_counts, Tensor):
+            counts = torch.as_tensor(class_counts, dtype=torch.float64)  # Python floats above 2^24 are exact in float64
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"class_counts must be one integer per class, not {class_counts!r:.50}: {error}.") from error
     if counts.ndim != 1 or len(counts) == 0 or counts.dtype == torch.bool or counts.is_complex():
@@ -33,7 +37,9 @@ def checked_class_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
         )
     integers = counts.detach().long()
     if not torch.compiler.is_compiling():
-        invalid = (integers < 1) | (integers != counts)  # long() changes NaN, infinity and fractions
+        invalid = integers < 1
+        if counts.is_floating_point():
+            invalid |= integers != counts  # long() changes NaN, infinity and fractions
         if invalid.any():
             index = int(invalid.nonzero()[0])
             raise InputError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
@@ -40,7 +40,7 @@ class LPTLoss(ClassCountsLoss):
     after resuming, call `set_epoch` before the first step, as for the sampler.
 
     Args:
-        class_counts: `(C,)` integers of at least 1: training images of each class.
+        class_counts: `(C,)` integers of at least 1: training images of each class; or a mapping from label to count.
         epochs: Number of epochs in the phase, greater than 0.
         eta: Initial weight of the instance-balanced branch; it decreases linearly to 0.
         match_weight: Weight of the match term relative to A-GCL.
@@ -88,7 +88,7 @@ class LPTLoss(ClassCountsLoss):
 
     def __init__(
         self,
-        class_counts: Sequence[int] | Tensor,
+        class_counts: Sequence[int] | Mapping[int, int] | Tensor,
         epochs: float,
         *,
         eta: float = 0.5,

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lpt_peft.errors import ConfigError, InputError, StateError
-from lpt_peft.metrics.checks import as_integers, first_true
+from lpt_peft.metrics.checks import Counts, as_integers, first_true
 from lpt_peft.metrics.result import Average, ShotResult, check_average, shot_metrics
 from lpt_peft.metrics.shot_rules import SHOT_RULES, ShotRule
 
@@ -26,7 +26,7 @@ class ShotMetrics:
     are kept. They are transferred and checked together when results are requested, so `update` does not synchronize.
 
     Args:
-        class_counts: Training images per class, (C,) integers of at least 0.
+        class_counts: Training images per class, (C,) integers of at least 0; or a mapping from label to count.
         many, few, few_inclusive, many_inclusive: The thresholds of `ShotRule`, by default those of the published LPT
             results; `from_rule` accepts the names of the published rules.
         average: "class" or "image": how `overall`, `many`, `medium` and `few` are averaged.
@@ -47,7 +47,7 @@ class ShotMetrics:
 
     def __init__(
         self,
-        class_counts: Tensor | Sequence[int],
+        class_counts: Counts,
         *,
         many: int = 100,
         few: int = 20,
@@ -62,7 +62,7 @@ class ShotMetrics:
         self.reset()
 
     @classmethod
-    def from_rule(cls, name: str, class_counts: Tensor | Sequence[int], *, average: Average = "class") -> ShotMetrics:
+    def from_rule(cls, name: str, class_counts: Counts, *, average: Average = "class") -> ShotMetrics:
         """Create metrics with a published rule of `SHOT_RULES`: "lpt" (the default), "lift" or "oltr".
 
         Raises:

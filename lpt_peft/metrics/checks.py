@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from lpt_peft._classes import counts_in_order
 from lpt_peft.errors import InputError
 
+Counts = Tensor | Sequence[int] | Mapping[int, int]
 
-def as_integers(name: str, values: Tensor | Sequence[int], size: int | None = None) -> Tensor:
+
+def as_integers(name: str, values: Counts, size: int | None = None) -> Tensor:
     """Copy to int64 on the CPU: labels (B,) from 0 to `size` - 1 or, without `size`, counts (C,) of at least 0."""
     if size is None:
         hint = "Count labels with torch.bincount(labels, minlength=num_classes)."
+        values = counts_in_order(values, name)
     else:
         hint = f"Labels go from 0 to {size - 1}, the indices of class_counts; scores need .argmax(dim=1)."
     try:

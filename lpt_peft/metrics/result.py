@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from lpt_peft.errors import ConfigError, InputError
-from lpt_peft.metrics.checks import as_integers, first_true
+from lpt_peft.metrics.checks import Counts, as_integers, first_true
 from lpt_peft.metrics.shot_rules import SHOT_RULES, ShotRule, shot_groups
 
 Average = Literal["class", "image"]
@@ -64,9 +63,9 @@ class ShotResult:
 
 
 def shot_metrics(
-    correct: Tensor | Sequence[int],
-    total: Tensor | Sequence[int],
-    class_counts: Tensor | Sequence[int],
+    correct: Counts,
+    total: Counts,
+    class_counts: Counts,
     rule: ShotRule = SHOT_RULES["lpt"],
     average: Average = "class",
 ) -> ShotResult:
@@ -75,7 +74,7 @@ def shot_metrics(
     Args:
         correct: Correctly classified test images of each class, (C,) integers.
         total: Test images of each class, (C,) integers.
-        class_counts: Training images of each class, (C,) integers of at least 0.
+        class_counts: Training images of each class, (C,) integers of at least 0; or a mapping from label to count.
         rule: The shot thresholds.
         average: "class" or "image": whether `overall`, `many`, `medium` and `few` weight classes or images equally.
 

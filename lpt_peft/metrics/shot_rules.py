@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from lpt_peft.errors import ConfigError
-from lpt_peft.metrics.checks import as_integers
+from lpt_peft.metrics.checks import Counts, as_integers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +70,11 @@ SHOT_RULES: Mapping[str, ShotRule] = {
 """Published shot rules by name. "lpt" is the default throughout the library."""
 
 
-def shot_groups(class_counts: Tensor | Sequence[int], rule: ShotRule = SHOT_RULES["lpt"]) -> Tensor:
+def shot_groups(class_counts: Counts, rule: ShotRule = SHOT_RULES["lpt"]) -> Tensor:
     """Assign every class to a shot group, (C,) int64: 0 many-, 1 medium-, 2 few-shot.
 
     Args:
-        class_counts: Training images per class, (C,) integers of at least 0.
+        class_counts: Training images per class, (C,) integers of at least 0; or a mapping from label to count.
         rule: The thresholds.
 
     Raises:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,8 +19,17 @@ def test_class_counts_of_any_integer_type():
     logits, target, noise = batch()
     expected = agcl_loss(logits, target, COUNTS, noise)
     tensor = torch.tensor(COUNTS)
-    for counts in (tuple(COUNTS), tensor, tensor.to(torch.uint8), tensor.double(), tensor.numpy(), [*COUNTS[:-1], 1.0]):
+    forms = [tuple(COUNTS), tensor, tensor.to(torch.uint8), tensor.double(), tensor.numpy(), [*COUNTS[:-1], 1.0]]
+    forms += [list(tensor), list(tensor.numpy()), tensor.numpy().astype(np.uint16), tensor.float().numpy()]
+    forms += [Counter(label for label in (5, 3, 4, 0, 2, 1) for _ in range(COUNTS[label]))]
+    forms += [{str(label): count for label, count in reversed(list(enumerate(COUNTS)))}]
+    for counts in forms:
         assert torch.equal(agcl_loss(logits, target, counts, noise), expected)
+        assert AGCLLoss(counts).class_counts.tolist() == LPTLoss(counts, 2).class_counts.tolist() == COUNTS
+    loss = AGCLLoss([1] * 6)
+    loss.class_counts = Counter({5: 1, 0: 120, 1: 57, 3: 30, 2: 30, 4: 4})
+    assert loss.class_counts.tolist() == COUNTS
+    assert AGCLLoss([2**24 + 1.0, 3]).class_counts.tolist() == [2**24 + 1, 3], "not rounded to float32"
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -76,7 +87,16 @@ def test_unchecked_label_out_of_range_fails_in_torch(monkeypatch):
         ([1j, 2], "complex"),
         ([1, None], "class_counts must be one integer per class, not"),
         ("many", "class_counts must be one integer per class, not 'many'"),
-        ({0: 5, 1: 3}, "class_counts must be one integer per class, not"),
+        ({0: 5, 2: 3}, "class_counts is a dict .* missing 1, out of range 2"),
+        ({"cat": 5, "dog": 3}, "class_counts has 'cat' where an integer label is needed"),
+        (Counter([0, 0, 1]).values(), "class_counts is a dict_values"),
+        ({5, 3}, "class_counts is a set"),
+        ((count for count in [5, 3]), "class_counts is a generator"),
+        ({0: 5, 1: 0}, r"class_counts\[1\]=0 .*at least 1"),
+        ([np.bool_(True)], "torch.bool"),
+        (["5", "3"], "class_counts must be one integer per class, not"),
+        (np.array([5, 3], dtype=object), "class_counts must be one integer per class, not"),
+        ([2**24 + 1.5, 2.0], r"class_counts\[0\]=16777217.5 "),
         ([[1], [2, 3]], "class_counts must be one integer per class, not"),
         ([2**70], "class_counts must be one integer per class, not"),
     ],

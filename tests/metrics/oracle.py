@@ -84,5 +84,5 @@ def assert_same(result, expected, abs=1e-12):
     for name, value in expected.items():
         values, figures = (value, result[name]) if isinstance(value, list) else ([value], [result[name]])
         assert len(values) == len(figures), name
-        for ours, theirs in zip(figures, values, strict=True):
-            assert ours == (pytest.approx(theirs, abs=abs) if isinstance(theirs, float) else theirs), name
+        for figure, reference in zip(figures, values, strict=True):
+            assert figure == (pytest.approx(reference, abs=abs) if isinstance(reference, float) else reference), name

@@ -49,12 +49,12 @@ def test_permuting_classes_changes_no_mean(order):
     logits, target = draw(200)
     renamed = ShotMetrics([COUNTS[j] for j in order])
     renamed.update(logits[:, list(order)], torch.tensor([list(order).index(label) for label in target.tolist()]))
-    ours, theirs = renamed.compute().to_dict(), filled(logits, target).compute().to_dict()
-    assert ours.pop("per_class") == [theirs["per_class"][j] for j in order]
-    assert theirs["worst_class"] is not None
-    assert theirs["per_class"][order[ours.pop("worst_class")]] == theirs["worst_accuracy"]
-    del theirs["per_class"], theirs["worst_class"]
-    assert_same(ours, theirs, abs=1e-6)  # the float32 softmax adds its terms in a different order
+    permuted, expected = renamed.compute().to_dict(), filled(logits, target).compute().to_dict()
+    assert permuted.pop("per_class") == [expected["per_class"][j] for j in order]
+    assert expected["worst_class"] is not None
+    assert expected["per_class"][order[permuted.pop("worst_class")]] == expected["worst_accuracy"]
+    del expected["per_class"], expected["worst_class"]
+    assert_same(permuted, expected, abs=1e-6)  # the float32 softmax adds its terms in a different order
 
 
 def test_merge_keeps_the_rule_and_does_not_change_other():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -69,6 +70,11 @@ def test_logits_without_softmax(value, dtype):
         ([True, False], "class_counts must be integers .*bool"),
         ([[1, 2]], r"class_counts must be integers .*\(1, 2\)"),
         (7, "class_counts must be integers"),
+        ({0: 5, 2: 3}, "class_counts is a dict .* missing 1, out of range 2"),
+        ({"cat": 5, "dog": 3}, "class_counts has 'cat' where an integer label is needed"),
+        (Counter([0, 0, 1]).values(), "class_counts is a dict_values"),
+        ({5, 3}, "class_counts is a set"),
+        ({0: 5, 1: -3}, r"class_counts\[1\]=-3 is negative"),
         (["a"], "class_counts must be a tensor or sequence of integers"),
         (None, "class_counts must be a tensor or sequence of integers"),
     ],
@@ -87,3 +93,12 @@ def test_invalid_counters():
         shot_metrics([1], [2, 2], [5, 5])
     with pytest.raises(InputError, match=r"total\[0\]=-2 is negative"):
         shot_metrics([0, 0], [-2, 2], [5, 5])
+
+
+def test_counts_as_mappings_are_sorted_by_label():
+    labels = [2, 2, 2, 0, 1, 1]
+    assert ShotMetrics(Counter(labels)).class_counts.tolist() == [1, 2, 3]
+    assert shot_groups({"1": 5, "0": 500}).tolist() == [0, 2]
+    result = shot_metrics(correct=Counter([1, 0]), total=Counter([1, 1, 0]), class_counts={1: 5, 0: 500})
+    assert (result.many, result.few) == (1.0, 0.5)
+    assert ShotMetrics.from_rule("lpt", Counter(labels)).class_counts.tolist() == [1, 2, 3]

@@ -68,12 +68,12 @@ def test_geometric_and_harmonic_mean_with_an_accuracy_of_zero():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_calibration_error_matches_torchmetrics_and_brute_force(dtype):
     logits, target = draw(1000, dtype=dtype)
-    ours = filled(logits, target).compute().expected_calibration_error
+    error = filled(logits, target).compute().expected_calibration_error
     wide = logits if dtype == torch.float64 else logits.float()
-    peer = float(MulticlassCalibrationError(SIZE, n_bins=15, norm="l1")(wide, target))
-    assert ours == pytest.approx(peer, abs=2e-6)
-    assert ours == pytest.approx(brute_ece(wide.double().numpy(), target.numpy()), abs=1e-6)
-    assert ours > 0.01
+    reference = float(MulticlassCalibrationError(SIZE, n_bins=15, norm="l1")(wide, target))
+    assert error == pytest.approx(reference, abs=2e-6)
+    assert error == pytest.approx(brute_ece(wide.double().numpy(), target.numpy()), abs=1e-6)
+    assert error > 0.01
 
 
 def test_calibration_error_of_saturated_softmax():

@@ -33,8 +33,8 @@ def test_published_rules_at_boundary_counts(name):
     result = metrics.compute()
     rates = [1, 1, 1, 0, 0, 0]
     for group, label in enumerate(("many", "medium", "few")):
-        chosen = [rate for rate, where in zip(rates, BY_HAND[name], strict=True) if where == group]
-        assert getattr(result, label) == pytest.approx(sum(chosen) / len(chosen))
+        selected = [rate for rate, where in zip(rates, BY_HAND[name], strict=True) if where == group]
+        assert getattr(result, label) == pytest.approx(sum(selected) / len(selected))
     assert result.rule == WORDS[name] + "; mean over classes"
 
 
