@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from lpt_peft.losses.agcl_rows import Branches, Noise, agcl_rows
+from lpt_peft.losses.agcl_definition import Branches, Noise
+from lpt_peft.losses.agcl_rows import agcl_rows
 from lpt_peft.losses.base import ClassCountsLoss, compute_delta
 from lpt_peft.losses.checks import Reduction, check_batch, check_settings, checked_class_counts, loss_dtype
 
@@ -46,8 +47,10 @@ def agcl_loss(
 
     Args:
         logits: `(B, C)`, any floating dtype: `scale` times the cosines.
-        target: `(B,)`, any integer dtype: class indices, 0 to `C - 1`. On a CPU, a label out of range is an error
-            that names the label. On a GPU, torch's own device assertion fails, because a check would synchronize.
+        target: `(B,)`, any integer dtype: class indices, 0 to `C - 1`. Or `(B, C)`, floating point: probabilities, for
+            which the loss is the expectation over labels drawn from them, `sum_y target_y * loss(y)`. On a CPU, a label
+            out of range and a row that is not a distribution are errors. A GPU would have to synchronize for a check:
+            there, torch's own device assertion fails for the label, and the loss of the row is NaN.
         class_counts: `(C,)` integers of at least 1: training images of each class; or a mapping from label to count. If
             all are equal, delta is 0. The counts are checked at every call, which synchronizes if the tensor is on a
             GPU; `AGCLLoss` checks them once.
@@ -84,11 +87,12 @@ def agcl_loss(
         gamma_neg=gamma_neg,
         label_smoothing=label_smoothing,
     )
-    counts = checked_class_counts(class_counts).to(logits.device)
-    check_batch(logits, target, noise, num_classes=len(counts))
+    counts = checked_class_counts(class_counts)
+    counts = counts.to(logits.device) if isinstance(logits, Tensor) else counts
+    check_batch(logits, target, noise, counts)
     delta = compute_delta(counts, loss_dtype(logits), normalize)
     branches = Branches((gamma_pos,), (gamma_neg,), scale, margin, noise_scale, label_smoothing, delta)
-    return _reduce(agcl_rows(logits, target.long(), Noise.NONE if noise is None else noise, branches), reduction)
+    return _reduce(agcl_rows(logits, target, Noise.NONE if noise is None else noise, branches), reduction)
 
 
 class AGCLLoss(ClassCountsLoss):
@@ -163,8 +167,8 @@ class AGCLLoss(ClassCountsLoss):
             """See `forward`."""
 
     def forward(self, logits: Tensor, target: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Compute the loss of `logits (B, C)` for `target (B,)`; `noise (B, C)` replaces the draw. See `agcl_loss`."""
-        check_batch(logits, target, noise, num_classes=len(self.class_counts))
+        """Compute the loss of `logits (B, C)` for `target`; `noise (B, C)` replaces the draw. See `agcl_loss`."""
+        check_batch(logits, target, noise, self.class_counts)
         branches = Branches(
             (self.gamma_pos,),
             (self.gamma_neg,),
@@ -174,7 +178,7 @@ class AGCLLoss(ClassCountsLoss):
             self.label_smoothing,
             self._delta_in(loss_dtype(logits)),
         )
-        return _reduce(agcl_rows(logits, target.long(), self._noise_or_default(noise), branches), self.reduction)
+        return _reduce(agcl_rows(logits, target, self._noise_or_default(noise), branches), self.reduction)
 
 
 def _reduce(rows: Tensor, reduction: Reduction) -> Tensor:

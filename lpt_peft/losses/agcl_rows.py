@@ -1,51 +1,30 @@
 """Per-row A-GCL with a closed-form gradient.
 
-`agcl_rows` uses the closed form in eager mode and plain differentiable operations elsewhere. Not here: input validation
-(`checks.py`) and reductions (`agcl.py`, `lpt.py`).
+Not here: the loss as differentiable operations (`agcl_definition.py`), input validation (`checks.py`) and reductions
+(`agcl.py`, `lpt.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LOGIT_LIMIT = 1e18  # larger differences of logits, summed over a batch, could overflow float32
+from lpt_peft.losses.agcl_definition import (
+    LOGIT_LIMIT,
+    Branches,
+    Noise,
+    agcl_of_labels,
+    agcl_of_probabilities,
+    draw_noise,
+    gamma_column,
+)
+
 _BLOCK = 2**18  # logits per block on a CPU, so that temporaries fit in the cache
 _LARGEST_PRODUCT = 16  # integer exponents up to this use multiplications, faster than pow on a CPU
-_NOISE_STD = 1 / 3  # the clamp to [-1, 1] is at three standard deviations
-
-
-class Noise(Enum):
-    """Noise other than a given tensor."""
-
-    NONE = "none"
-    DRAW = "draw"  # from torch's default generator
-
-
-@dataclass(frozen=True)
-class Branches:
-    """Settings of a batch that consists of equal, consecutive branches.
-
-    Attributes:
-        gamma_pos: Exponent of the target's weight in each branch.
-        gamma_neg: Exponent of the other classes' weights in each branch.
-        scale, margin, noise_scale, label_smoothing: See `agcl_loss`.
-        delta: `(C,)` in the dtype of the loss, see `agcl_loss`.
-    """
-
-    gamma_pos: tuple[float, ...]
-    gamma_neg: tuple[float, ...]
-    scale: float
-    margin: float
-    noise_scale: float
-    label_smoothing: float
-    delta: Tensor
 
 
 def agcl_rows(logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches) -> Tensor:
@@ -53,7 +32,8 @@ def agcl_rows(logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: B
 
     Args:
         logits: `(B, C)`, any floating dtype.
-        target: `(B,)` int64, 0 to `C - 1`. A label out of range fails torch's own assertion on a CUDA device.
+        target: `(B,)` integers, 0 to `C - 1`, or `(B, C)` probabilities. A label out of range fails torch's own
+            assertion on a CUDA device; a row that is not a probability distribution has loss NaN.
         noise: `(B, C)`, or whether to draw noise.
         branches: The settings; `B` is a multiple of the number of branches.
 
@@ -61,10 +41,13 @@ def agcl_rows(logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: B
         `(B,)` in the dtype of `branches.delta`.
     """
     traced = torch.compiler.is_compiling() or functorch_is_active()
-    if noise is Noise.DRAW and (traced or logits.device.type != "cpu"):
-        noise = _draw(logits, branches.delta.dtype)  # on a CPU, each block draws its noise
+    if noise is Noise.DRAW and (traced or logits.device.type != "cpu" or target.is_floating_point()):
+        noise = draw_noise(logits, branches.delta.dtype)  # in the closed form on a CPU, each block draws its noise
+    if target.is_floating_point():
+        return agcl_of_probabilities(logits, target, noise, branches)
+    target = target.long()
     if traced:
-        return _definition(logits, target, noise, branches)
+        return agcl_of_labels(logits, target, noise, branches)
     if torch.is_grad_enabled() and logits.requires_grad:
         loss: Tensor = _Rows.apply(logits, target, noise, branches)
         return loss
@@ -76,36 +59,8 @@ def functorch_is_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
-def _draw(logits: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
-    """Draw clamped Gaussian noise with the shape of `logits`."""
-    noise = torch.empty_like(logits, dtype=dtype, requires_grad=False)
-    return noise.normal_(0, _NOISE_STD, generator=generator).clamp(-1, 1)
-
-
-def _definition(logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches) -> Tensor:
-    """Compute the loss with differentiable operations, for compilers, torch.func and second derivatives."""
-    delta = branches.delta
-    gamma_pos, gamma_neg = (_column(gammas, logits, delta.dtype) for gammas in (branches.gamma_pos, branches.gamma_neg))
-    label = target[:, None]
-    z = logits.to(delta.dtype).clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
-    if isinstance(noise, Tensor):
-        z = z - branches.scale * branches.noise_scale * noise.to(delta.dtype).abs() * delta
-    # 1 - p_y is 0 once p_y rounds to 1, and its power then has no finite gradient. Log-odds avoid this:
-    # log p_y = logsigmoid(odds), log(1 - p_y) = logsigmoid(-odds).
-    own = z.gather(1, label) - branches.scale * branches.margin
-    z = z.scatter(1, label, -2 * _LOGIT_LIMIT)
-    others = z.logsumexp(dim=1, keepdim=True)
-    log_other = F.logsigmoid(others - own)
-    positive = (gamma_pos * log_other).exp() * F.logsigmoid(own - others)
-    log_p = z - (others - log_other)
-    weight = (gamma_neg * log_p).exp().scatter(1, label, 0.0)
-    negative = (weight * log_p).sum(dim=1, keepdim=True)
-    uniform = branches.label_smoothing / logits.shape[1]
-    return -((1 - branches.label_smoothing + uniform) * positive + uniform * negative).squeeze(1)
-
-
 class _Rows(torch.autograd.Function):
-    """Loss and gradient in one pass; second derivatives use `_definition` with the same noise."""
+    """Loss and gradient in one pass; second derivatives use `agcl_of_labels` with the same noise."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches) -> Tensor:
@@ -124,7 +79,7 @@ class _Rows(torch.autograd.Function):
                 noise = _draw_again(logits, ctx.branches, ctx.random_state)
             elif ctx.noise is Noise.NONE:
                 noise = Noise.NONE
-            loss = _definition(logits, target, noise, ctx.branches)
+            loss = agcl_of_labels(logits, target, noise, ctx.branches)
             (slope,) = torch.autograd.grad(loss, logits, upstream[0], create_graph=True)
         else:
             slope = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -154,14 +109,14 @@ def _in_blocks(
 def _noise_of_block(noise: Tensor | Noise, logits: Tensor, rows: slice, dtype: torch.dtype) -> Tensor | None:
     if isinstance(noise, Tensor):
         return noise[rows]
-    return _draw(logits[rows], dtype) if noise is Noise.DRAW else None
+    return draw_noise(logits[rows], dtype) if noise is Noise.DRAW else None
 
 
 def _draw_again(logits: Tensor, branches: Branches, random_state: Tensor) -> Tensor:
     """Repeat the draw of the blocks from the saved generator state."""
     generator = torch.Generator().set_state(random_state)
     dtype = branches.delta.dtype
-    blocks = {rows.start: _draw(logits[rows], dtype, generator) for rows, _, _ in _blocks(logits, branches)}
+    blocks = {rows.start: draw_noise(logits[rows], dtype, generator) for rows, _, _ in _blocks(logits, branches)}
     return torch.cat([blocks[start] for start in sorted(blocks)])
 
 
@@ -172,7 +127,7 @@ def _blocks(logits: Tensor, branches: Branches) -> Iterator[tuple[slice, float |
     """
     gammas = branches.gamma_pos, branches.gamma_neg
     if logits.device.type != "cpu":
-        columns = [_column(values, logits, branches.delta.dtype) for values in gammas]
+        columns = [gamma_column(values, logits, branches.delta.dtype) for values in gammas]
         yield slice(0, len(logits)), columns[0], columns[1]
         return
     branch = len(logits) // len(branches.gamma_pos)
@@ -206,11 +161,11 @@ def _closed_form(
     certain = 1 - branches.label_smoothing + uniform
     floor = torch.finfo(delta.dtype).tiny ** 0.4  # smaller weights become 0, because denormal numbers are slow on a CPU
 
-    z = logits.to(delta.dtype).clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
+    z = logits.to(delta.dtype).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
     if noise is not None:
         z.addcmul_(noise.to(delta.dtype).abs(), delta, value=-branches.scale * branches.noise_scale)
     own = z.gather(1, label) - branches.scale * branches.margin
-    z.scatter_(1, label, -2 * _LOGIT_LIMIT)
+    z.scatter_(1, label, -2 * LOGIT_LIMIT)
     largest = z.amax(1, keepdim=True)
     q = torch.softmax(z, 1) if gradient is None else torch.softmax(z, 1, out=gradient)
     others = largest - q.amax(1, keepdim=True).log_()  # logsumexp, from the largest softmax = 1 / sum
@@ -251,14 +206,3 @@ def _power(q: Tensor, gamma: float | Tensor, floor: float) -> Tensor:
         if bit == "1":
             power = power.mul_(base)
     return power
-
-
-def _column(gammas: tuple[float, ...], logits: Tensor, dtype: torch.dtype) -> float | Tensor:
-    """Exponents `(B, 1)` of the rows, or a number if all branches share it."""
-    if len(set(gammas)) == 1:
-        return gammas[0]
-    branch = len(logits) // len(gammas)
-    column = logits.new_empty((len(logits), 1), dtype=dtype)
-    for index, gamma in enumerate(gammas):
-        column[index * branch : (index + 1) * branch] = gamma
-    return column

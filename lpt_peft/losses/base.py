@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lpt_peft.errors import LPTError
-from lpt_peft.losses.agcl_rows import Noise
+from lpt_peft.losses.agcl_definition import Noise
 from lpt_peft.losses.checks import check_settings, checked_class_counts
 
 
@@ -50,6 +51,7 @@ class ClassCountsLoss(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._SETTINGS:
             check_settings(**{name: value})
+            value = float(value) if isinstance(value, np.generic) else value
         elif name == "class_counts":
             value = checked_class_counts(value).clone()
         before: Any = getattr(self, name, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lpt_peft._classes import counts_in_order
 from lpt_peft.errors import ConfigError, InputError
+from lpt_peft.losses.agcl_definition import is_distribution
 from lpt_peft.losses.agcl_rows import functorch_is_active
 
 Reduction = Literal["mean", "sum", "none"]
@@ -49,11 +51,12 @@ def checked_class_counts(class_counts: Sequence[int] | Mapping[int, int] | Tenso
     return integers
 
 
-def check_batch(logits: Tensor, target: Tensor, noise: Tensor | None, num_classes: int) -> None:
-    """Check logits (B, C), labels (B,) from 0 to C - 1 and noise (B, C) or None.
+def check_batch(logits: Tensor, target: Tensor, noise: Tensor | None, class_counts: Tensor) -> None:
+    """Check logits (B, C), labels (B,) from 0 to C - 1 or probabilities (B, C), and noise (B, C) or None.
 
-    The range of the labels is checked where reading them costs nothing: on a CPU, outside torch.compile and torch.func.
+    Values are checked where reading them costs nothing: on a CPU, outside torch.compile and torch.func.
     """
+    num_classes = len(class_counts)
     if not isinstance(logits, Tensor):
         raise InputError(f"logits must be a tensor (B, C), not {type(logits).__name__}: pass output.logits.")
     if logits.ndim != 2 or not logits.is_floating_point() or logits.shape[0] == 0:
@@ -64,22 +67,41 @@ def check_batch(logits: Tensor, target: Tensor, noise: Tensor | None, num_classe
         raise InputError(
             f"logits have {logits.shape[1]} columns, but class_counts has {num_classes} entries: pass one per column."
         )
-    if target.is_floating_point() and target.ndim == 2:
+    for name, tensor in (("target", target), ("noise", noise)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise InputError(f"{name} must be a tensor, not {type(tensor).__name__}: pass torch.as_tensor({name}).")
+        if tensor is not None and tensor.device != logits.device:
+            raise InputError(
+                f"{name} is on {tensor.device}, but logits are on {logits.device}: pass {name}.to(logits.device)."
+            )
+    if class_counts.device != logits.device:
         raise InputError(
-            f"target is {target.dtype} of shape {tuple(target.shape)}, as returned by Mixup and CutMix, but A-GCL is "
-            "defined for class indices only: use torch.nn.functional.cross_entropy for soft targets, or do not mix."
+            f"The loss is on {class_counts.device}, but logits are on {logits.device}: use criterion.to(logits.device)."
         )
-    if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
-        raise InputError(
-            f"target must be class indices of an integer dtype, not {target.dtype}: convert it with .long()."
-        )
-    if target.shape != logits.shape[:1]:
-        raise InputError(f"target must have shape (B,) = {tuple(logits.shape[:1])}, not {tuple(target.shape)}.")
     if noise is not None and noise.shape != logits.shape:
         raise InputError(f"noise must have the shape of logits, {tuple(logits.shape)}, not {tuple(noise.shape)}.")
     if noise is not None and noise.requires_grad:
         raise InputError("noise requires a gradient, but the loss has none with respect to it: pass noise.detach().")
-    if can_read_values(target):
+    _check_target(target, logits.shape[0], num_classes)
+
+
+def _check_target(target: Tensor, rows: int, num_classes: int) -> None:
+    found = f"not {target.dtype} of shape {tuple(target.shape)}"
+    rule = f"target must be class indices of shape ({rows},) or probabilities of shape ({rows}, {num_classes}), {found}"
+    integers = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+    if target.ndim == 2 and target.shape[1] == 1 < num_classes:
+        raise InputError(f"{rule}: pass target.squeeze(1){'' if integers else '.long()'}.")
+    if target.shape == (rows, num_classes):
+        if not target.is_floating_point():
+            raise InputError(f"{rule}: pass target.float() if it is one-hot.")
+        _check_probabilities(target)
+    elif target.ndim == 2 and target.shape[0] == rows:
+        raise InputError(f"{rule}: create Mixup, CutMix or one_hot with num_classes={num_classes}.")
+    elif target.shape != (rows,):
+        raise InputError(f"{rule}.")
+    elif not integers:
+        raise InputError(f"{rule}: pass target.long() if the values are class indices.")
+    elif can_read_values(target):
         labels = target.long()
         out_of_range = (labels < 0) | (labels >= num_classes)
         if out_of_range.any():
@@ -87,6 +109,16 @@ def check_batch(logits: Tensor, target: Tensor, noise: Tensor | None, num_classe
                 f"target contains the label {labels[out_of_range][0].item()}, but class_counts has the classes 0 to "
                 f"{num_classes - 1}: drop rows with ignored labels, or pass counts for all classes."
             )
+
+
+def _check_probabilities(target: Tensor) -> None:
+    if can_read_values(target) and not (valid := is_distribution(target)).all():
+        row = int((~valid).nonzero()[0])
+        raise InputError(
+            f"target[{row}] must be probabilities, but its smallest value is {target[row].min().item():.4g} and its "
+            f"sum is {target[row].sum(dtype=torch.float64).item():.4g}: pass scores through softmax(dim=1), and divide "
+            "multi-label targets by their number of labels."
+        )
 
 
 def can_read_values(tensor: Tensor) -> bool:
@@ -102,7 +134,7 @@ def check_settings(reduction: str = "mean", normalize: bool = True, **numbers: f
         raise ConfigError(f"normalize={normalize!r} must be True or False.")
     for name, value in numbers.items():
         positive, high = name in ("scale", "epochs"), 1 if name == "label_smoothing" else math.inf
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
         if not number or not 0 <= value <= high or (positive and value == 0):
             rule = "greater than 0" if positive else "from 0 to 1" if high == 1 else "of at least 0"
             raise ConfigError(f"{name}={value!r} must be a finite number {rule}.")

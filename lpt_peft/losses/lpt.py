@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from lpt_peft.errors import InputError
-from lpt_peft.losses.agcl_rows import Branches, agcl_rows
+from lpt_peft.losses.agcl_definition import Branches
+from lpt_peft.losses.agcl_rows import agcl_rows
 from lpt_peft.losses.base import ClassCountsLoss
 from lpt_peft.losses.checks import check_batch, loss_dtype
 
@@ -165,7 +167,7 @@ class LPTLoss(ClassCountsLoss):
 
         Args:
             output: Object with `logits (2B, C)` and `similarity (2B, k)`, instance-balanced half first.
-            target: `(2B,)` integer labels.
+            target: `(2B,)` integer labels or `(2B, C)` probabilities, see `agcl_loss`.
             epoch: Number of completed epochs for this call, from 0 to `epochs`; None uses the value of `set_epoch`.
             noise: `(2B, C)`, replaces the draw; see `agcl_loss`.
 
@@ -196,7 +198,7 @@ class LPTLoss(ClassCountsLoss):
                 "pass adapter(images, return_output=True)."
             )
         rows = logits.shape[0]
-        check_batch(logits, target, noise, num_classes=len(self.class_counts))
+        check_batch(logits, target, noise, self.class_counts)
         if similarity.ndim != 2 or similarity.shape[0] != rows:
             raise InputError(f"output.similarity must have shape ({rows}, k), not {tuple(similarity.shape)}.")
         if rows % 2:
@@ -215,7 +217,7 @@ class LPTLoss(ClassCountsLoss):
             self.label_smoothing,
             self._delta_in(loss_dtype(logits)),
         )
-        losses = agcl_rows(logits, target.long(), self._noise_or_default(noise), branches)
+        losses = agcl_rows(logits, target, self._noise_or_default(noise), branches)
         agcl = losses.view(2, -1).mean(1)
         if similarity.shape[1] == 0:  # phase "shared" has no match term
             return agcl, None, beta
@@ -228,9 +230,9 @@ class LPTLoss(ClassCountsLoss):
         Raises:
             InputError: `epoch` is not from 0 to `epochs`.
         """
-        if not 0 <= epoch <= self.epochs:
+        if not isinstance(epoch, Real) or not 0 <= epoch <= self.epochs:
             raise InputError(
-                f"epoch={epoch} must be from 0 to epochs={self.epochs}: count epochs from 0 in each phase."
+                f"epoch={epoch!r} must be from 0 to epochs={self.epochs}: count epochs from 0 in each phase."
             )
         return self.eta * (self.epochs - epoch) / self.epochs
 

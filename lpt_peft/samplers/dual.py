@@ -28,7 +28,7 @@ class DualSampler(EpochSampler[list[int]]):
     Mixup and CutMix act on the full batch. timm's `Mixup` mixes row i with row `batch_size - 1 - i`, so it always mixes
     an instance-balanced row with a class-balanced row. torchvision's `MixUp` and `CutMix` mix row i with row `i - 1`,
     which is in the same half except for the first row of each half. To keep the halves separate, mix `images[:h]` and
-    `images[h:]` separately. Both return soft targets, which `LPTLoss` does not accept.
+    `images[h:]` separately. Both return probabilities as targets, which `LPTLoss` accepts.
 
     Args:
         labels: Class of every image, (N,) integers of at least 0: a list, an array or an integer tensor.

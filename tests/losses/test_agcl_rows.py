@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lpt_peft.losses import AGCLLoss, agcl_loss
+from lpt_peft.losses import agcl_definition as definition
 from lpt_peft.losses import agcl_rows as rows_module
 from tests.losses.oracle import BRANCHES, COUNTS, batch, plain_agcl, plain_delta, with_gradient
 
@@ -33,7 +34,7 @@ def test_blocks_and_exponents_match_plain_formula(gammas, rows, monkeypatch):
 def test_exponent_columns_equal_exponent_numbers(gammas, gradient, monkeypatch):
     """Path of a GPU: all rows at once, with columns of exponents."""
     logits, target, noise = batch(8)
-    branches = rows_module.Branches(*gammas, 20.0, 0.1, 0.5, 0.1, plain_delta(COUNTS))
+    branches = definition.Branches(*gammas, 20.0, 0.1, 0.5, 0.1, plain_delta(COUNTS))
     logits.requires_grad_(gradient)
     upstream = torch.arange(1.0, 9.0, dtype=torch.float64)
 
@@ -42,7 +43,7 @@ def test_exponent_columns_equal_exponent_numbers(gammas, gradient, monkeypatch):
         return (loss, *torch.autograd.grad(loss, logits, upstream)) if gradient else (loss,)
 
     by_numbers = loss_and_gradient()
-    columns = [rows_module._column(values, logits, torch.float64) for values in gammas]
+    columns = [definition.gamma_column(values, logits, torch.float64) for values in gammas]
     monkeypatch.setattr(rows_module, "_blocks", lambda *args: iter([(slice(0, 8), *columns)]))
     torch.testing.assert_close(loss_and_gradient(), by_numbers, rtol=1e-12, atol=1e-15)
 
@@ -54,9 +55,9 @@ def test_definition_and_closed_form_agree_for_extreme_logits(branch, size):
     logits = size * torch.randn(64, 6, generator=generator, dtype=torch.float64)
     target = torch.randint(6, (64,), generator=generator)
     gammas = ((value,) for value in BRANCHES[branch].values())
-    branches = rows_module.Branches(*gammas, 20.0, 0.1, 0.5, 0.1, plain_delta(COUNTS))
-    actual = with_gradient(lambda x: rows_module.agcl_rows(x, target, rows_module.Noise.NONE, branches), logits)
-    expected = with_gradient(lambda x: rows_module._definition(x, target, rows_module.Noise.NONE, branches), logits)
+    branches = definition.Branches(*gammas, 20.0, 0.1, 0.5, 0.1, plain_delta(COUNTS))
+    actual = with_gradient(lambda x: rows_module.agcl_rows(x, target, definition.Noise.NONE, branches), logits)
+    expected = with_gradient(lambda x: definition.agcl_of_labels(x, target, definition.Noise.NONE, branches), logits)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 

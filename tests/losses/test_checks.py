@@ -113,16 +113,40 @@ def test_invalid_class_counts(counts, words):
     [
         ({"target": torch.tensor([0, 1, 6, 0])}, "label 6, but class_counts has the classes 0 to 5"),
         ({"target": torch.tensor([0, -100, 2, 0])}, "label -100.*drop rows"),
-        ({"target": torch.zeros(4)}, r"integer dtype, not torch.float32.*\.long\(\)"),
+        ({"target": torch.zeros(4)}, r"not torch.float32 of shape \(4,\): pass target\.long\(\) if"),
+        ({"target": torch.full((4, 5), 0.2)}, r"not torch.float32 of shape \(4, 5\): create Mixup.* num_classes=6"),
+        ({"target": torch.zeros(4, 5, dtype=torch.long)}, r"shape \(4, 5\): create Mixup.*one_hot with num_classes=6"),
+        ({"target": torch.zeros(4, 1, dtype=torch.long)}, r"shape \(4, 1\): pass target\.squeeze\(1\)\.$"),
+        ({"target": torch.zeros(4, 1)}, r"shape \(4, 1\): pass target\.squeeze\(1\)\.long\(\)\.$"),
         (
-            {"target": torch.full((4, 6), 1 / 6)},
-            r"torch.float32 of shape \(4, 6\), as returned by Mixup.*cross_entropy",
+            {"target": torch.zeros(4, 6)},
+            r"target\[0\] must be probabilities, .* smallest value is 0 and its sum is 0: ",
         ),
+        ({"target": torch.ones(4, 6)}, r"its sum is 6: .*softmax.*divide multi-label targets"),
+        ({"target": torch.eye(6)[:4] * 2 - torch.eye(6)[1:5]}, r"smallest value is -1 and its sum is 1: pass scores"),
+        ({"target": torch.full((4, 6), math.nan)}, r"smallest value is nan"),
+        (
+            {"target": torch.eye(6).repeat(2, 1)},
+            r"probabilities of shape \(4, 6\), not torch.float32 of shape \(12, 6\)",
+        ),
+        (
+            {"target": torch.eye(6)[:4].bool()},
+            r"not torch.bool of shape \(4, 6\): pass target\.float\(\) if it is one-hot",
+        ),
+        ({"target": torch.zeros(4, dtype=torch.complex64)}, "not torch.complex64"),
+        ({"target": [0, 1, 2, 3]}, r"target must be a tensor, not list: pass torch\.as_tensor\(target\)"),
+        ({"target": (torch.zeros(4), torch.zeros(4), 0.5)}, "target must be a tensor, not tuple"),
+        (
+            {"target": torch.zeros(4, dtype=torch.long, device="meta")},
+            r"target is on meta, but logits are on cpu: pass",
+        ),
+        ({"noise": torch.zeros(4, 6, device="meta")}, r"noise is on meta, but logits are on cpu: pass noise\.to"),
+        ({"noise": 0.5}, "noise must be a tensor, not float"),
         ({"target": torch.zeros(4, dtype=torch.bool)}, "not torch.bool"),
         ({"noise": torch.zeros(4, 6, requires_grad=True)}, r"noise requires a gradient.*noise.detach\(\)"),
-        ({"target": torch.zeros(3, dtype=torch.long)}, r"target must have shape \(B,\) = \(4,\), not \(3,\)"),
-        ({"target": torch.zeros(4, 6, dtype=torch.long)}, r"target must have shape .* not \(4, 6\)"),
-        ({"target": torch.tensor(1)}, r"target must have shape .* not \(\)"),
+        ({"target": torch.zeros(3, dtype=torch.long)}, r"class indices of shape \(4,\) or .* of shape \(3,\)\.$"),
+        ({"target": torch.zeros(4, 6, dtype=torch.long)}, r"torch.int64 of shape \(4, 6\): pass target\.float\(\) if"),
+        ({"target": torch.tensor(1)}, r"not torch.int64 of shape \(\)\.$"),
         ({"logits": torch.zeros(4, 5)}, "logits have 5 columns, but class_counts has 6 entries"),
         ({"logits": torch.zeros(6)}, r"logits must be floating point \(B, C\) .* shape \(6,\)"),
         ({"logits": torch.zeros(4, 6, 2)}, r"logits must be floating point .* shape \(4, 6, 2\)"),
@@ -171,3 +195,28 @@ def test_settings_out_of_range():
     for epochs in (0, -3, math.nan, None):
         with pytest.raises(ConfigError, match=r"epochs=.*greater than 0"):
             LPTLoss(COUNTS, epochs)
+
+
+def test_loss_on_another_device_than_the_logits():
+    for loss in (AGCLLoss(COUNTS), AGCLLoss(torch.tensor(COUNTS)).to("meta")):
+        device = "meta" if loss.class_counts.device.type == "cpu" else "cpu"
+        with pytest.raises(InputError, match=rf"loss is on .*, but logits are on {device}: use criterion\.to"):
+            loss(torch.zeros(4, 6, device=device), torch.zeros(4, dtype=torch.long, device=device))
+
+
+def test_numpy_numbers_as_settings():
+    logits, target, noise = batch()
+    expected = AGCLLoss(COUNTS, margin=0.25, label_smoothing=0.5, gamma_neg=2)(logits, target, noise)
+    loss = AGCLLoss(COUNTS, margin=np.float32(0.25), label_smoothing=np.float16(0.5), gamma_neg=np.int64(2))
+    assert loss(logits, target, noise) == expected
+    assert "margin=0.25" in repr(loss)
+    assert (
+        agcl_loss(logits, target, COUNTS, noise, margin=np.float32(0.25), label_smoothing=0.5, gamma_neg=2) == expected
+    )
+    assert LPTLoss(COUNTS, np.int64(4)).instance_weight(np.float32(2)) == 0.25
+    for value in (torch.tensor(0.1), np.float32("nan"), np.bool_(True), [0.1]):
+        with pytest.raises(ConfigError, match="margin=.* must be a finite number"):
+            AGCLLoss(COUNTS, margin=value)
+    for epoch in ("1", None, torch.tensor(1), [1]):
+        with pytest.raises(InputError, match="epoch=.* must be from 0 to epochs=4"):
+            LPTLoss(COUNTS, 4).set_epoch(epoch)
