@@ -46,7 +46,7 @@ def fit(
     settings: TrainSettings,
     output: Path,
     *,
-    shot_rule: str = "lift",
+    shot_rule: str = "lpt",
     about: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
     resume: bool = True,

@@ -41,7 +41,7 @@ def train(
     accelerator: Accelerator | None = None,
     checkpoints: Path | None = None,
     about: Mapping[str, Any] | None = None,
-    shot_rule: str = "lift",
+    shot_rule: str = "lpt",
     resume: bool = True,
     progress: bool | str = True,
 ) -> History:

@@ -113,7 +113,7 @@ def test_a_run_on_a_cast_backbone(tmp_path):
     loaded.cast_backbone(torch.bfloat16)
     assert torch.equal(predict(loaded, test)[0].logits, predict(adapter, test)[0].logits)
     assert not torch.equal(predict(loaded, test)[0].logits, full)
-    assert evaluate(loaded, test, ShotMetrics.from_rule("lift", COUNTS)) == results["test"]
+    assert evaluate(loaded, test, ShotMetrics.from_rule("lpt", COUNTS)) == results["test"]
     with pytest.raises(BackboneMismatchError, match="Or was the model cast"):
         load_prompts(tmp_path / "run" / "prompts", tiny_vit().bfloat16())
 
@@ -180,7 +180,7 @@ def test_validation_queries_and_test_run_in_the_runs_precision(precision, tmp_pa
     assert seen == {"train": {torch.bfloat16}, "eval": {torch.bfloat16}}
     assert sum(shape[0] for shape in counted) == sum(COUNTS), "the queries of k-means"
     accelerator = make_accelerator(settings)
-    metrics = ShotMetrics.from_rule("lift", COUNTS)
+    metrics = ShotMetrics.from_rule("lpt", COUNTS)
     test = striped_data(2)[0]
     assert evaluate(adapter, test, metrics, accelerator=accelerator) == results["test"]
     seen["eval"].clear()
