@@ -6,6 +6,7 @@ Not here: the training (`lpt_peft.recipe`), the flags (`run_settings.py`) and wh
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -52,7 +53,7 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
                 lines; a JSON of iNaturalist; cifar100-lt:ROOT; or hf:NAME. See --root, --val and --test.
             output: Folder for settings.json, checkpoints/, prompts/, history.json and results.json.
             run: All that the run is told.
-            preset: Begin with published settings: paper, places_lt, cifar100_lt or inat2018. Flags come after.
+            preset: Begin with published settings: paper or inat2018. Flags come after.
             config: Begin with the settings.json of another run. Flags come after.
             resume: Go on from the checkpoints in the folder; --no-resume throws them away.
             log_with: Where numbers go besides the terminal.
@@ -76,7 +77,7 @@ def run_training(
         from lpt_peft.cli.common.build_run import build_adapter
         from lpt_peft.cli.common.open_data import open_parts, set_transforms
         from lpt_peft.cli.common.tables import print_results
-        from lpt_peft.recipe.experiment import RESULTS, Parts, fit, write_json
+        from lpt_peft.recipe.experiment import RESULTS, Splits, fit, write_json
         from lpt_peft.recipe.train import make_accelerator
 
     parts = open_parts(data, run.images, run.training.seed)
@@ -93,7 +94,7 @@ def run_training(
         with telling_how_to_go_on():
             results = fit(
                 adapter,
-                Parts(**parts),
+                Splits(**parts),
                 run.training,
                 output,
                 shot_rule=run.shot_rule,
@@ -129,6 +130,8 @@ def _start(arguments: Sequence[str]) -> RunSettings | Any:
     start = RunSettings(backbone=tyro.MISSING)
     if given.preset:
         known = preset(given.preset)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"Preset {given.preset}. {known}", file=sys.stderr)
         images = replace(start.images, crop_pct=RECIPE_CROP_PCT)
         start = replace(start, training=known.settings, shot_rule=known.shot_rule, images=images)  # type: ignore[arg-type]
     return start

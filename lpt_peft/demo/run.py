@@ -24,7 +24,7 @@ from lpt_peft.demo.result import DemoResult, RowResult
 from lpt_peft.demo.rows import EPOCHS, Row, rows
 from lpt_peft.errors import ConfigError, LPTError
 from lpt_peft.metrics import ShotMetrics, ShotResult
-from lpt_peft.recipe import Parts, evaluate, fit, predict, run_phase
+from lpt_peft.recipe import Splits, evaluate, fit, predict, run_phase
 from lpt_peft.recipe.experiment import PROMPTS
 
 RUNS = "runs"
@@ -112,10 +112,10 @@ def train_row(
     bar = progress and f"{row.name}, seed {seed}"
     if isinstance(model, LongTailPromptAdapter):
         train_images = from_dataset(train_set, class_names=[str(digit) for digit in range(NUM_CLASSES)])
-        parts = Parts(train=train_images, test=test_set)
+        parts = Splits(train=train_images, test=test_set)
         return model, fit(model, parts, settings, folder, resume=resume, progress=bar)["test"]
     run_phase(model, train_set, train_set.labels, settings, settings.shared, name="head", progress=bar)
-    return model, evaluate(model, test_set, ShotMetrics(digits_counts()), num_workers=0)
+    return model, evaluate(model, test_set, ShotMetrics.from_rule("lpt", digits_counts()), num_workers=0)
 
 
 def _trained_parameters(model: nn.Module, row: Row) -> int:

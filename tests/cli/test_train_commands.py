@@ -26,12 +26,41 @@ from lpt_peft.cli.common.run_settings import ImageSettings, RunSettings
 from lpt_peft.errors import BackboneError, ConfigError, InputError
 from lpt_peft.recipe.loading.split import split_validation
 from lpt_peft.recipe.training.phase import PhaseRun
-from tests.recipe.tiny import in_child, in_ranks
+from tests.processes import Child, run_ranks
 
 BACKBONE = ["--backbone", "vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32"]
-SMALL = ["--batch-size", "8", "--shared.epochs", "2", "--group.epochs", "2", "--prompt-length", "2", "--pool-size", "4"]
+SMALL = [
+    "--batch-size",
+    "16",
+    "--shared.epochs",
+    "2",
+    "--group.epochs",
+    "2",
+    "--prompt-length",
+    "2",
+    "--pool-size",
+    "4",
+]
 SMALL += ["--shared.learning-rate", "2", "--flip", "0", "--scale", "0.9", "1", "--crop-pct", "1"]
 NAMES = ["ant", "bee", "cat"]
+
+
+def main_killed_in(method, where, words):
+    """The command, killed before a method of the phase, in this phase after so many steps."""
+    original = getattr(PhaseRun, method)
+
+    def killing(run, *args):
+        if (run.name, run.step) == where:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(run, *args)
+
+    setattr(PhaseRun, method, killing)
+    main(words)
+
+
+def main_of_rank(words, folder):
+    output = folder / ("run" if os.environ["RANK"] == "0" else "nobody")
+    return main([*words, "--output", str(output)])
 
 
 def write_images(folder, counts, seed=0):
@@ -170,7 +199,7 @@ def test_flags_come_after_the_settings_file(done, data, tmp_path, capsys):
     words = ["train", str(data), "--output", str(tmp_path), "--config", str(done / "settings.json")]
     assert main([*words, "--seed", "4", "--shared.epochs", "1", "--group.epochs", "0", "--json"]) == 0
     settings = json.loads((tmp_path / "settings.json").read_text())["training"]
-    assert (settings["seed"], settings["shared"]["epochs"], settings["batch_size"]) == (4, 1, 8)
+    assert (settings["seed"], settings["shared"]["epochs"], settings["batch_size"]) == (4, 1, 16)
     assert set(json.loads(capsys.readouterr().out)) == {"validation", "test"}
 
 
@@ -183,7 +212,7 @@ def test_phases_apart_are_the_phases_of_one_call(done, data, tmp_path, capsys):
     assert same_prompts(done, tmp_path / "second")
     capsys.readouterr()
     assert main(second) == 1
-    assert f"start_from is None here and was {first!r}" in capsys.readouterr().err
+    assert f"start_from is None now and was {first!r}" in capsys.readouterr().err
     others = write_images(tmp_path / "others", [4, 3, 0], seed=5)  # no cats
     words[1] = str(others)
     with pytest.warns(UserWarning, match="the head starts anew"):
@@ -204,9 +233,8 @@ def test_a_run_that_starts_anew_takes_the_place_of_the_old_one_when_it_is_done(d
     assert main(["evaluate", str(tmp_path), "--json"]) == 0
     old = json.loads(capsys.readouterr().out)
     other = [*words, "--no-resume", "--crop-pct", "0.5"]
-    with monkeypatch.context() as patch:
-        patch.setattr(PhaseRun, "finish", lambda run: os.kill(os.getpid(), signal.SIGKILL))
-        assert in_child(lambda: main(other)) == -signal.SIGKILL
+    with Child(main_killed_in, "finalize", ("shared", 2 * 4), other) as child:
+        assert child.wait() == -signal.SIGKILL, child.output
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == old, "prompts and settings of the run before"
@@ -280,25 +308,17 @@ def test_evaluate_measures_the_data_it_is_given(data, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["test"]["num_images"] == 3
 
 
-def test_killed_and_called_again(done, data, tmp_path, monkeypatch):
-    original = PhaseRun.advance
-
-    def deadly(run, *args):
-        if (run.name, run.step) == ("group", 5):
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(run, *args)
-
+def test_killed_and_called_again(done, data, tmp_path):
     words = ["train", str(data), "--output", str(tmp_path), *BACKBONE, *SMALL]
-    monkeypatch.setattr(PhaseRun, "advance", deadly)
-    assert in_child(lambda: main(words)) == -signal.SIGKILL
+    with Child(main_killed_in, "training_step", ("group", 5), words) as child:
+        assert child.wait() == -signal.SIGKILL, child.output
     assert main(["evaluate", str(tmp_path)]) == 1
-    monkeypatch.undo()
     assert main(words) == 0
     assert same_prompts(done, tmp_path)
 
 
 def test_control_c_saves_and_says_how_to_go_on(done, data, tmp_path, monkeypatch, capsys):
-    original = PhaseRun.advance
+    original = PhaseRun.training_step
 
     def interrupted(run, *args):
         if (run.name, run.step) == ("shared", 2):
@@ -306,7 +326,7 @@ def test_control_c_saves_and_says_how_to_go_on(done, data, tmp_path, monkeypatch
         original(run, *args)
 
     words = ["train", str(data), "--output", str(tmp_path), *BACKBONE, *SMALL]
-    monkeypatch.setattr(PhaseRun, "advance", interrupted)
+    monkeypatch.setattr(PhaseRun, "training_step", interrupted)
     assert main(words) == 130
     told = capsys.readouterr().err
     assert "stopped after step 3 of phase shared" in told
@@ -315,7 +335,7 @@ def test_control_c_saves_and_says_how_to_go_on(done, data, tmp_path, monkeypatch
     capsys.readouterr()
     before = (tmp_path / "settings.json").read_text()
     assert main([*words, "--flip", "0.5"]) == 1
-    assert "images.flip is 0.5 here and was 0.0" in capsys.readouterr().err
+    assert "images.flip is 0.5 now and was 0.0" in capsys.readouterr().err
     assert (tmp_path / "settings.json").read_text() == before
     assert main(["evaluate", str(tmp_path)]) == 1
     assert "no prompts yet" in capsys.readouterr().err
@@ -326,12 +346,7 @@ def test_control_c_saves_and_says_how_to_go_on(done, data, tmp_path, monkeypatch
 def test_two_processes_train_and_measure_together(data, tmp_path):
     """Only the first one needs the output folder; both halves of a batch are shared out, images counted once."""
     words = ["train", str(data), *BACKBONE, *SMALL, "--head-dropout", "0"]
-
-    def one():
-        output = tmp_path / ("run" if os.environ["RANK"] == "0" else "nobody")
-        assert main([*words, "--output", str(output)]) == 0
-
-    assert in_ranks(one) == [0, 0]
+    assert run_ranks(main_of_rank, words, tmp_path, init=False) == [0, 0]
     assert not (tmp_path / "nobody").exists()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["validation"]["num_images"], results["test"]["num_images"]) == (8, 15)
@@ -383,7 +398,7 @@ def test_presets(data, tmp_path, capsys, monkeypatch):
     assert run.training.init_groups == "random"
     assert (run.shot_rule, run.images.crop_pct) == ("lpt", 224 / 256)
     assert main([*words, "--preset=places"]) == 1
-    assert "there are paper, places_lt" in capsys.readouterr().err
+    assert "the presets are paper, inat2018" in capsys.readouterr().err
     assert main([*words, "--preset", "paper", "--config", "x.json"]) == 1
     assert "give one of them" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -402,7 +417,7 @@ def test_presets(data, tmp_path, capsys, monkeypatch):
         ('{"backbone": "a", "images": {"scale": 1}}', "scale=1 must be two numbers"),
         ('{"backbone": "a", "images": {"flip": "x"}}', "flip='x' must be float"),
         ('{"backbone": "a", "pretrained": 1}', "pretrained=1 must be bool"),
-        ('{"backbone": "a", "prompts": 3}', "PromptSettings needs names and values"),
+        ('{"backbone": "a", "prompts": 3}', "PromptSettings needs a mapping of names to values"),
         ('{"backbone": "a", "training": {"lr": 1}}', "TrainSettings has no lr"),
     ],
 )

@@ -57,7 +57,7 @@ def test_probe_is_the_plain_backbone_under_a_head():
 
 @pytest.mark.slow
 def test_command_goes_on_and_writes_everything(tmp_path, capsys, monkeypatch):
-    original, steps, at = PhaseRun.advance, [], 3 * 2 * 21 + 5  # in the fourth row
+    original, steps, at = PhaseRun.training_step, [], 3 * 2 * 21 + 5  # in the fourth row
 
     def interrupted(run, *args):
         steps.append((run.name, run.step))
@@ -65,7 +65,7 @@ def test_command_goes_on_and_writes_everything(tmp_path, capsys, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         original(run, *args)
 
-    monkeypatch.setattr(PhaseRun, "advance", interrupted)
+    monkeypatch.setattr(PhaseRun, "training_step", interrupted)
     words = ["demo", "--output", str(tmp_path), "--epochs", "2"]
     assert main(words) == 130
     told = capsys.readouterr().err

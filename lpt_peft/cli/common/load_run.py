@@ -53,7 +53,7 @@ def open_trained(folder: Path) -> Trained:
         adapter=adapter.eval(),
         class_names=list(names),
         images=ImageSettings() if run is None else run.images,
-        shot_rule="lift" if run is None else run.shot_rule,
+        shot_rule="lpt" if run is None else run.shot_rule,
         training=TrainSettings() if run is None else run.training,
         data=data,
     )

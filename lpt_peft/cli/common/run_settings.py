@@ -72,7 +72,7 @@ class RunSettings:
     start_from: str | None = None
     """A prompt file, folder or Hub repository, whose shared prompt the run begins with, and whose head if the classes
     are the same; with --shared.epochs 0 it trains phase "group" alone."""
-    shot_rule: Literal["lift", "oltr", "lpt"] = "lift"
+    shot_rule: Literal["lift", "oltr", "lpt"] = "lpt"
     """Which counts are many, medium and few."""
     prompts: Annotated[PromptSettings, tyro.conf.arg(name="")] = field(default_factory=PromptSettings)
     images: Annotated[ImageSettings, tyro.conf.arg(name="")] = field(default_factory=ImageSettings)
