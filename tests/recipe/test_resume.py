@@ -171,7 +171,7 @@ def runs_of_ranks(*folders):
     return [run(folder, FULL, validation=striped_data(1)[0]) for folder in folders]
 
 
-def test_two_processes_of_which_one_is_killed(tmp_path):
+def test_a_killed_rank_of_two(tmp_path):
     """Rank 1 in a step of phase 2, and rank 0, which writes, during a checkpoint; then both start again."""
     points = [(tmp_path / "step", 1, "step", 13), (tmp_path / "write", 0, "write", 5 * SYNCS + 1)]
     for point in points:

@@ -59,5 +59,5 @@ class DivergenceFlag:
             gradient.mul_(factor)
 
     def first(self) -> tuple[int, float] | None:
-        """Number and loss of the first non-finite step; None if there was none. Waits for the device."""
+        """Number and loss of the first non-finite step, or None. Waits for the device."""
         return (int(self._step), float(self._loss)) if bool(self.found_inf) else None
