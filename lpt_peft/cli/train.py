@@ -7,6 +7,7 @@ Not here: the training (`lpt_peft.recipe`), the settings (`common/run_settings.p
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -55,7 +56,7 @@ def train_command(words: Sequence[str]) -> Callable[..., None]:
             data: The training images: a folder, a list, a JSON of iNaturalist, cifar100-lt:ROOT or hf:NAME.
             output: Folder for settings.json, checkpoints/, prompts/, history.json and results.json.
             run: Settings of the run.
-            preset: Start from published settings: paper, places_lt, cifar100_lt or inat2018. Flags override them.
+            preset: Start from published settings: paper or inat2018. Flags override them.
             config: Start from the settings.json of another run. Flags override it.
             resume: Resume from the checkpoints in the output folder; --no-resume deletes them.
             log_with: Log metrics to this tracker as well.
@@ -80,7 +81,7 @@ def run_training(
         from lpt_peft.cli.common.open_data import check_output, open_splits, set_transforms
         from lpt_peft.cli.common.streams import print_text
         from lpt_peft.cli.common.tables import print_results
-        from lpt_peft.recipe.experiment import RESULTS, Parts, fit, write_json
+        from lpt_peft.recipe.experiment import RESULTS, Splits, fit, write_json
         from lpt_peft.recipe.train import make_accelerator
 
     check_output(output, data, run.images)
@@ -97,7 +98,7 @@ def run_training(
     try:
         results = fit(
             adapter,
-            Parts(**splits),
+            Splits(**splits),
             run.training,
             output,
             shot_rule=run.shot_rule,
@@ -133,6 +134,8 @@ def _initial_settings(words: Sequence[str]) -> RunSettings | Any:
     start = RunSettings(backbone=tyro.MISSING)
     if given.preset:
         known = preset(given.preset)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"Preset {given.preset}. {known}", file=sys.stderr)
         images = replace(start.images, crop_pct=RECIPE_CROP_PCT)
         start = replace(start, training=known.settings, shot_rule=known.shot_rule, images=images)  # type: ignore[arg-type]
     return start

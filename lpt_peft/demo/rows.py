@@ -20,7 +20,7 @@ from lpt_peft.output import AdapterOutput
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 
 EPOCHS = 20
-_BASE = TrainSettings(batch_size=16, samples_per_class=1, clip_norm=5.0, num_workers=0)  # digits are in memory
+_BASE = TrainSettings(batch_size=32, samples_per_class=1, clip_norm=5.0, num_workers=0)  # digits are in memory
 
 
 class LinearProbe(nn.Module):
@@ -65,7 +65,7 @@ def build_adapter(num_classes: int) -> LongTailPromptAdapter:
 
 
 def rows(epochs: int = EPOCHS) -> list[Row]:
-    """Return the five rows; each trains for `epochs` epochs of steps of `2 B` images."""
+    """Return the five rows; each trains for `epochs` epochs of steps of 32 images."""
     skipped = PhaseSettings(epochs=0)
     plain: dict[str, Any] = {"sampling": "instance", "loss": "cross_entropy", "group": skipped}
     probe = PhaseSettings(epochs=epochs, learning_rate=2.0, weight_decay=0.01)

@@ -25,7 +25,7 @@ from lpt_peft.demo.result import DemoResult, RowResult
 from lpt_peft.demo.rows import EPOCHS, Row, rows
 from lpt_peft.errors import ConfigError, LPTError
 from lpt_peft.metrics import ShotMetrics, ShotResult
-from lpt_peft.recipe import Parts, evaluate, fit, predict, run_phase
+from lpt_peft.recipe import Splits, evaluate, fit, predict, run_phase
 from lpt_peft.recipe.experiment import PROMPTS
 
 RUNS, IMAGES = "runs", "test"
@@ -115,8 +115,8 @@ def train_row(
     bar = progress and f"{row.name}, seed {seed}"
     if isinstance(model, LongTailPromptAdapter):
         train_images = from_dataset(train_set, class_names=[str(digit) for digit in range(NUM_CLASSES)])
-        parts = Parts(train=train_images, test=test_set)
-        results = fit(model, parts, settings, folder, shot_rule=SHOT_RULE, resume=resume, progress=bar)
+        splits = Splits(train=train_images, test=test_set)
+        results = fit(model, splits, settings, folder, shot_rule=SHOT_RULE, resume=resume, progress=bar)
         return model, results["test"]
     run_phase(model, train_set, train_set.labels, settings, settings.shared, name="head", progress=bar)
     return model, evaluate(model, test_set, ShotMetrics.from_rule(SHOT_RULE, digits_counts()), num_workers=0)

@@ -12,7 +12,18 @@ from lpt_peft.cli.common.build_adapter import build_backbone
 from lpt_peft.cli.common.run_settings import RunSettings
 
 BACKBONE = ["--backbone", "vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32"]
-SMALL = ["--batch-size", "8", "--shared.epochs", "2", "--group.epochs", "2", "--prompt-length", "2", "--pool-size", "4"]
+SMALL = [
+    "--batch-size",
+    "16",
+    "--shared.epochs",
+    "2",
+    "--group.epochs",
+    "2",
+    "--prompt-length",
+    "2",
+    "--pool-size",
+    "4",
+]
 SMALL += ["--shared.learning-rate", "2", "--flip", "0", "--scale", "0.9", "1", "--crop-pct", "1"]
 NAMES = ["ant", "bee", "cat"]
 

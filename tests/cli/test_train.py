@@ -16,7 +16,7 @@ from lpt_peft.cli import main
 from lpt_peft.cli.common.run_settings import ImageSettings, RunSettings
 from lpt_peft.recipe.training.phase import PhaseRun
 from tests.cli.runs import BACKBONE, NAMES, SMALL, same_prompts, write_images
-from tests.recipe.tiny import in_child, in_ranks
+from tests.processes import Child, run_ranks
 
 
 def test_train_writes_its_documented_files(run):
@@ -58,7 +58,7 @@ def test_flags_override_the_settings_file(run, data, tmp_path, capsys):
     words = ["train", str(data), "--output", str(tmp_path), "--config", str(run / "settings.json")]
     assert main([*words, "--seed", "4", "--shared.epochs", "1", "--group.epochs", "0", "--json"]) == 0
     settings = json.loads((tmp_path / "settings.json").read_text())["training"]
-    assert (settings["seed"], settings["shared"]["epochs"], settings["batch_size"]) == (4, 1, 8)
+    assert (settings["seed"], settings["shared"]["epochs"], settings["batch_size"]) == (4, 1, 16)
     assert set(json.loads(capsys.readouterr().out)) == {"validation", "test"}
 
 
@@ -71,7 +71,7 @@ def test_two_runs_of_one_phase_equal_a_run_of_both(run, data, tmp_path, capsys):
     assert same_prompts(run, tmp_path / "second")
     capsys.readouterr()
     assert main(second) == 1
-    assert f"start_from is None here and was {first!r}" in capsys.readouterr().err
+    assert f"start_from is None now and was {first!r}" in capsys.readouterr().err
     others = write_images(tmp_path / "others", [4, 3, 0], seed=5)  # no cats
     words[1] = str(others)
     with pytest.warns(UserWarning, match="the head is new"):
@@ -85,16 +85,15 @@ def test_two_runs_of_one_phase_equal_a_run_of_both(run, data, tmp_path, capsys):
     assert not (tmp_path / "no").exists()
 
 
-def test_no_resume_replaces_the_old_run_when_the_new_one_is_complete(data, tmp_path, monkeypatch, capsys):
+def test_no_resume_replaces_the_old_run_when_the_new_one_is_complete(data, tmp_path, capsys):
     words = ["train", str(data), "--output", str(tmp_path), *BACKBONE, *SMALL, "--group.epochs", "0"]
     assert main(words) == 0
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path), "--json"]) == 0
     old = json.loads(capsys.readouterr().out)
     other = [*words, "--no-resume", "--crop-pct", "0.5"]
-    with monkeypatch.context() as patch:
-        patch.setattr(PhaseRun, "finish", lambda run: os.kill(os.getpid(), signal.SIGKILL))
-        assert in_child(lambda: main(other)) == -signal.SIGKILL
+    with Child(main_killed_in, "finalize", ("shared", 2 * 4), other) as child:
+        assert child.wait() == -signal.SIGKILL, child.output
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == old, "prompts and settings of the old run"
@@ -150,25 +149,30 @@ def test_other_files_in_the_folder_of_checkpoints_stay(data, tmp_path):
     assert file.exists()
 
 
-def test_a_killed_run_resumes(run, data, tmp_path, monkeypatch):
-    original = PhaseRun.advance
+def main_killed_in(method, place, words):
+    """Run the command; it is killed before a method of the phase, at a step (phase, step)."""
+    original = getattr(PhaseRun, method)
 
     def kill(run, *args):
-        if (run.name, run.step) == ("group", 5):
+        if (run.name, run.step) == place:
             os.kill(os.getpid(), signal.SIGKILL)
         original(run, *args)
 
+    setattr(PhaseRun, method, kill)
+    main(words)
+
+
+def test_a_killed_run_resumes(run, data, tmp_path):
     words = ["train", str(data), "--output", str(tmp_path), *BACKBONE, *SMALL]
-    monkeypatch.setattr(PhaseRun, "advance", kill)
-    assert in_child(lambda: main(words)) == -signal.SIGKILL
+    with Child(main_killed_in, "training_step", ("group", 5), words) as child:
+        assert child.wait() == -signal.SIGKILL, child.output
     assert main(["evaluate", str(tmp_path)]) == 1
-    monkeypatch.undo()
     assert main(words) == 0
     assert same_prompts(run, tmp_path)
 
 
 def test_control_c_saves_and_names_the_way_to_resume(run, data, tmp_path, monkeypatch, capsys):
-    original = PhaseRun.advance
+    original = PhaseRun.training_step
 
     def interrupt(run, *args):
         if (run.name, run.step) == ("shared", 2):
@@ -176,7 +180,7 @@ def test_control_c_saves_and_names_the_way_to_resume(run, data, tmp_path, monkey
         original(run, *args)
 
     words = ["train", str(data), "--output", str(tmp_path), *BACKBONE, *SMALL]
-    monkeypatch.setattr(PhaseRun, "advance", interrupt)
+    monkeypatch.setattr(PhaseRun, "training_step", interrupt)
     assert main(words) == 130
     err = capsys.readouterr().err
     assert "stopped after step 3 of phase shared" in err
@@ -185,7 +189,7 @@ def test_control_c_saves_and_names_the_way_to_resume(run, data, tmp_path, monkey
     capsys.readouterr()
     before = (tmp_path / "settings.json").read_text()
     assert main([*words, "--flip", "0.5"]) == 1
-    assert "images.flip is 0.5 here and was 0.0" in capsys.readouterr().err
+    assert "images.flip is 0.5 now and was 0.0" in capsys.readouterr().err
     assert (tmp_path / "settings.json").read_text() == before
     assert main(["evaluate", str(tmp_path)]) == 1
     assert "no prompts yet" in capsys.readouterr().err
@@ -193,15 +197,15 @@ def test_control_c_saves_and_names_the_way_to_resume(run, data, tmp_path, monkey
     assert same_prompts(run, tmp_path)
 
 
+def main_of_rank(words, folder):
+    output = folder / ("run" if os.environ["RANK"] == "0" else "unused")
+    return main([*words, "--output", str(output)])
+
+
 def test_two_processes_train_and_measure_together(data, tmp_path):
     """Only the first process writes, and each image is counted once."""
     words = ["train", str(data), *BACKBONE, *SMALL, "--head-dropout", "0"]
-
-    def train():
-        output = tmp_path / ("run" if os.environ["RANK"] == "0" else "unused")
-        assert main([*words, "--output", str(output)]) == 0
-
-    assert in_ranks(train) == [0, 0]
+    assert run_ranks(main_of_rank, words, tmp_path, init=False) == [0, 0]
     assert not (tmp_path / "unused").exists()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["validation"]["num_images"], results["test"]["num_images"]) == (8, 15)
@@ -253,7 +257,7 @@ def test_presets(data, tmp_path, capsys, monkeypatch):
     assert run.training.init_groups == "random"
     assert (run.shot_rule, run.images.crop_pct) == ("lpt", 224 / 256)
     assert main([*words, "--preset=places"]) == 1
-    assert "there are paper, places_lt" in capsys.readouterr().err
+    assert "the presets are paper, inat2018" in capsys.readouterr().err
     assert main([*words, "--preset", "paper", "--config", "x.json"]) == 1
     assert "give one of them" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -272,7 +276,7 @@ def test_presets(data, tmp_path, capsys, monkeypatch):
         ('{"backbone": "a", "images": {"scale": 1}}', "scale=1 must be two numbers"),
         ('{"backbone": "a", "images": {"flip": "x"}}', "flip='x' must be float"),
         ('{"backbone": "a", "pretrained": 1}', "pretrained=1 must be bool"),
-        ('{"backbone": "a", "prompts": 3}', "PromptSettings needs names and values"),
+        ('{"backbone": "a", "prompts": 3}', "PromptSettings needs a mapping of names to values"),
         ('{"backbone": "a", "training": {"lr": 1}}', "TrainSettings has no lr"),
     ],
 )

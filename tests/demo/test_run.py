@@ -59,7 +59,7 @@ def test_the_probe_is_the_backbone_with_a_head():
 
 @pytest.mark.slow
 def test_the_command_resumes_and_writes_its_documented_files(tmp_path, capsys, monkeypatch):
-    original, steps, at = PhaseRun.advance, [], 3 * 2 * 21 + 5  # in the fourth row
+    original, steps, at = PhaseRun.training_step, [], 3 * 2 * 21 + 5  # in the fourth row
 
     def interrupt(run, *args):
         steps.append((run.name, run.step))
@@ -67,7 +67,7 @@ def test_the_command_resumes_and_writes_its_documented_files(tmp_path, capsys, m
             os.kill(os.getpid(), signal.SIGINT)
         original(run, *args)
 
-    monkeypatch.setattr(PhaseRun, "advance", interrupt)
+    monkeypatch.setattr(PhaseRun, "training_step", interrupt)
     words = ["demo", "--output", str(tmp_path), "--epochs", "2"]
     assert main(words) == 130
     err = capsys.readouterr().err
