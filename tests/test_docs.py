@@ -18,7 +18,8 @@ import lpt_peft
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
-PACKAGES = ["losses", "samplers", "metrics", "checkpoint", "hub", "recipe", "demo", "backbones"]
+AUTOMODULES = set(re.findall(r"^\.\. automodule:: (\S+)", REFERENCE, re.MULTILINE))
+PACKAGES = [path.parent.name for path in ROOT.glob("lpt_peft/*/__init__.py") if "__all__" in path.read_text("utf-8")]
 
 
 def load_check_words() -> ModuleType:
@@ -62,3 +63,53 @@ def test_readme_code_trains_on_a_folder_of_images(tmp_path: Path, monkeypatch: p
     assert page["model"].phase == "group"
     for name in ("shared.prompts", "pool.prompts", "pool.keys", "head.weight"):
         assert not torch.equal(before[name], after[name]), name
+
+
+def test_reference_lists_every_public_name_with_the_adapter_first() -> None:
+    table = re.findall(r"^\| (?:\{py:\w+\})?`(?:~lpt_peft\.[\w.]*?)?(\w+)` \|", REFERENCE, re.MULTILINE)
+    assert table[0] == "LongTailPromptAdapter"
+    assert sorted(table) == sorted(lpt_peft.__all__), "lpt_peft.__all__ and the table of docs/reference.md must be equal"
+
+
+@pytest.mark.parametrize("name", re.findall(r"\{py:\w+\}`~([\w.]+)`", REFERENCE))
+def test_reference_links_to_documented_modules(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    assert hasattr(importlib.import_module(module), attribute)
+    assert module in AUTOMODULES
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_reference_documents_public_packages(package: str) -> None:
+    """Sphinx lists what `__all__` lists, so a package is complete if it is on the page and every name exists."""
+    module = importlib.import_module(f"lpt_peft.{package}")
+    assert f"lpt_peft.{package}" in AUTOMODULES, f"add `.. automodule:: lpt_peft.{package}` to docs/reference.md"
+    for name in module.__all__:
+        value = getattr(module, name)
+        documented = isinstance(value, type) or callable(value)
+        assert not documented or value.__doc__, f"{package}.{name} has no docstring"
+
+
+def test_reference_documents_the_modules_of_data() -> None:
+    files = {path.stem for path in (ROOT / "lpt_peft" / "data").glob("[!_]*.py")} - {"checks"}
+    assert {f"lpt_peft.data.{name}" for name in files} <= AUTOMODULES
+
+
+def test_check_words_finds_phrases_across_lines_and_in_names() -> None:
+    check_words = load_check_words()
+    text = "# the run goes\n# on.\ndef test_labels_that_are_none(): ...\nx = None if y is None else z\n"  # words: allow
+    found = [(line, phrase) for line, phrase, _ in check_words.hits(text)]
+    assert found == [(1, "goes # on"), (3, "are_none")]  # words: allow
+
+
+def test_check_words_has_an_exception_for_quotations() -> None:
+    check_words = load_check_words()
+    line = "says " + "learnt"
+    assert len(check_words.hits(line)) == 1
+    assert check_words.hits(f"{line}  # words: allow") == []
+
+
+def test_check_words_reads_all_prose() -> None:
+    names = {path.relative_to(ROOT).as_posix() for path in load_check_words().files()}
+    expected = {"README.md", "CITATION.cff", "Makefile", "docs/index.md", "lpt_peft/__init__.py", "tests/test_docs.py"}
+    assert names >= expected
+    assert not any("__pycache__" in name for name in names)
