@@ -91,7 +91,7 @@ def test_gpu_compiled(script, capsys):
 def test_gpu_names_what_the_budget_drops(script, capsys):
     report = script("gpu").main([*TINY, "--budget", "0", "--precisions", "float32"])
     out = capsys.readouterr().out
-    assert "Dropped, for the time budget of 0 s: float32, batch 4, eager; float32, batch 2, eager." in out
+    assert "Dropped to fit the time budget of 0 s: float32, batch 4, eager; float32, batch 2, eager." in out
     assert not any(places(table) for table in report.tables)
     assert "| full tuning | - | dropped | dropped | - | - |" in out
 
@@ -107,7 +107,7 @@ def test_gpu_drops_the_least_important_cells(script, monkeypatch, capsys):
     assert dropped.startswith("float32, batch 2, compiled (full tuning: eval, frozen + head: eval, ")
     assert dropped.endswith("adapter, phase group: step)")
     assert dropped.count(": ") == 10
-    assert f"Dropped, for the time budget of 240 s: {dropped}." in capsys.readouterr().out
+    assert f"Dropped to fit the time budget of 240 s: {dropped}." in capsys.readouterr().out
 
 
 def test_gpu_goes_on_after_a_cell_without_memory(script, monkeypatch, capsys):
@@ -150,7 +150,7 @@ def test_gpu_refuses(script, capsys, words, told):
 
 
 def test_gpu_takes_plain_vits_of_timm_only(script):
-    with pytest.raises(SystemExit, match="resnet18 is a ResNet; give one of timm's VisionTransformer"):
+    with pytest.raises(SystemExit, match="resnet18 is a ResNet; give a VisionTransformer of timm"):
         script("gpu").main(["--model", "resnet18", "--device", "cpu"])
 
 

@@ -1,9 +1,10 @@
-"""The README's code, the reference page, the word list and the files for GitHub."""
+"""Tests of the README's code, the reference page, the word list and the files for GitHub."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from types import ModuleType
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
 import lpt_peft
@@ -68,7 +70,7 @@ def test_readme_code_trains_on_a_folder_of_images(tmp_path: Path, monkeypatch: p
 def test_reference_lists_every_public_name_with_the_adapter_first() -> None:
     table = re.findall(r"^\| (?:\{py:\w+\})?`(?:~lpt_peft\.[\w.]*?)?(\w+)` \|", REFERENCE, re.MULTILINE)
     assert table[0] == "LongTailPromptAdapter"
-    assert sorted(table) == sorted(lpt_peft.__all__), "lpt_peft.__all__ and the table of docs/reference.md must be equal"
+    assert sorted(table) == sorted(lpt_peft.__all__), "docs/reference.md must list lpt_peft.__all__"
 
 
 @pytest.mark.parametrize("name", re.findall(r"\{py:\w+\}`~([\w.]+)`", REFERENCE))
@@ -85,8 +87,8 @@ def test_reference_documents_public_packages(package: str) -> None:
     assert f"lpt_peft.{package}" in AUTOMODULES, f"add `.. automodule:: lpt_peft.{package}` to docs/reference.md"
     for name in module.__all__:
         value = getattr(module, name)
-        documented = isinstance(value, type) or callable(value)
-        assert not documented or value.__doc__, f"{package}.{name} has no docstring"
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert value.__doc__, f"{package}.{name} has no docstring"
 
 
 def test_reference_documents_the_modules_of_data() -> None:
@@ -103,7 +105,7 @@ def test_check_words_finds_phrases_across_lines_and_in_names() -> None:
 
 def test_check_words_has_an_exception_for_quotations() -> None:
     check_words = load_check_words()
-    line = "says " + "learnt"
+    line = "says learnt"  # words: allow
     assert len(check_words.hits(line)) == 1
     assert check_words.hits(f"{line}  # words: allow") == []
 
@@ -113,3 +115,68 @@ def test_check_words_reads_all_prose() -> None:
     expected = {"README.md", "CITATION.cff", "Makefile", "docs/index.md", "lpt_peft/__init__.py", "tests/test_docs.py"}
     assert names >= expected
     assert not any("__pycache__" in name for name in names)
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_pin_actions_and_permissions(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "concurrency" in workflow
+    for name, job in workflow["jobs"].items():
+        assert "timeout-minutes" in job or "uses" in job, name
+        assert set(job.get("permissions", {})) <= {"id-token"}, name
+    for action in re.findall(r"uses: (\S+)", text):
+        assert re.search(r"@v\d+|@release/v\d+$", action) or (ROOT / action).is_file(), action
+    for script in re.findall(r"sh (tests/[\w/]+\.sh)", text):
+        assert (ROOT / script).is_file(), script
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for target in re.findall(r"make ([a-z-]+)", text):
+        assert target in targets, f"{path.name} runs make {target}"
+
+
+def test_ci_covers_the_supported_versions_of_python_and_torch() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    matrix = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]["tests"]
+    versions = matrix["strategy"]["matrix"]["python"]
+    assert versions == re.findall(r"Python :: (3\.\d+)", project)
+    assert f'requires-python = ">={versions[0]}"' in project
+    oldest = re.search(r'"torch>=([\d.]+)"', project)
+    assert oldest
+    assert any(f"torch=={oldest[1]} " in step.get("run", "") for step in matrix["steps"])
+
+
+def test_only_the_publishing_job_of_a_release_gets_a_token() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8"))["jobs"]
+    assert [name for name, job in jobs.items() if "id-token" in job.get("permissions", {})] == ["publish"]
+    assert set(jobs["publish"]["needs"]) == {"checks", "build"}
+    assert jobs["publish"]["environment"]["name"] == "pypi"
+    assert not any("run" in step for step in jobs["publish"]["steps"]), "no code of ours runs beside the token"
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
+def test_issue_forms_have_the_fields_that_github_requires(path: Path) -> None:
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert form["name"]
+    assert form["description"]
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    assert fields
+    assert len({field["id"] for field in fields}) == len(fields)
+    for field in fields:
+        assert field["type"] in {"dropdown", "input", "textarea"}
+        assert field["attributes"]["label"]
+        assert set(field) <= {"type", "id", "attributes", "validations"}
+        assert field["type"] != "dropdown" or all(isinstance(option, str) for option in field["attributes"]["options"])
+
+
+def test_citation_names_the_paper_and_this_software() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["license"] == "Apache-2.0"
+    assert "version" not in citation, "the version is in _version.py only"
+    paper = citation["preferred-citation"]
+    assert paper["title"] == "LPT: Long-tailed Prompt Tuning for Image Classification"
+    assert [author["family-names"] for author in paper["authors"]] == ["Dong", "Zhou", "Yan", "Zuo"]
