@@ -23,7 +23,7 @@ WORDS = {
     "storeys?": "layer",
     "whole numbers?": "integer",
     "told|tells?": "given, configured; reports, states",
-    "(is|are|was|were) none": "is invalid, is missing",
+    r"(?<!there\s)(is|are|was|were) none": "is invalid, is missing",
     "company": "compatibility",
     "(break|breaks|broke|broken) off": "interrupted, stopped",
     "dear|dearer": "expensive",

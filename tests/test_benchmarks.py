@@ -43,7 +43,9 @@ def test_gpu_at_tiny_size(script, tmp_path, capsys):
     report = gpu.main(["--tiny", "--json", str(tmp_path / "gpu.json")])
     expected = {(row, column) for row in gpu.ROWS for column in ("eval", "step")} - {("plain ViT", "step")}
     settings = [(table.precision, table.batch, table.mode) for table in report.tables]
-    assert settings == [(precision, batch, "eager") for precision in gpu.PRECISIONS for batch in (4, 2)]
+    assert settings == [
+        (precision, batch, "eager") for precision in script("_gpu_options").PRECISIONS for batch in (4, 2)
+    ]
     for table in report.tables:
         assert places(table) == expected, table.title
         assert all(len(table.cell(*place).samples) == 2 for place in expected)

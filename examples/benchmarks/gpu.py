@@ -26,13 +26,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import timm
 import torch
 import torch.nn.functional as F
+from _gpu_options import TINY_VIT, parse
 from _gpu_report import BASE, COLUMNS, Cell, LossTime, Report, Table
 from _measure import interleaved, seconds
 from _variants import LinearProbe, LoRA, TokenConcatenation
@@ -50,13 +50,7 @@ ROWS = (PLAIN, FULL, PROBE, LORA, TOKENS, SHARED, GROUP)
 IMPORTANCE = [(PLAIN, "eval"), (FULL, "step")]
 IMPORTANCE += [(row, column) for row in (GROUP, SHARED, TOKENS, LORA) for column in COLUMNS]
 IMPORTANCE += [(PROBE, "step"), (PROBE, "eval"), (FULL, "eval")]
-PRECISIONS = ("bf16 autocast", "bf16 weights", "float32")
-MODES = ("eager", "compiled")
 MIN_ROUNDS = 3
-
-TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-TINY = {"model": "vit_tiny_patch16_224", "batch": [4, 2], "classes": 11, "loss_classes": [11, 29], "repeats": 2}
-TINY |= {"prompt_length": 2, "device": "cpu", "modes": ["eager"], "backend": "eager"}
 
 
 class Benchmark:
@@ -282,40 +276,9 @@ def long_tailed_counts(classes: int) -> list[int]:
     return [round(1000 * 0.005 ** (index / (classes - 1))) for index in range(classes)]
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the options; --tiny changes the defaults of the others."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_base_patch16_224", help="a VisionTransformer of timm")
-    parser.add_argument("--image-size", type=int, help="pixels per side (default: that of the model)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[128, 8], help="even, the most important first")
-    parser.add_argument("--classes", type=int, default=365)
-    parser.add_argument(
-        "--loss-classes", type=int, nargs="+", default=[365, 8142], help="classes of the table of losses"
-    )
-    parser.add_argument("--prompt-length", type=int, default=10)
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--backend", default="inductor", help="backend of torch.compile")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds of each table, fewer if time is short")
-    parser.add_argument(
-        "--budget", type=float, default=240, help="seconds; cells that do not fit are dropped and listed"
-    )
-    parser.add_argument("--device", help="default: cuda if available, else cpu")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write all samples to this file")
-    parser.add_argument("--tiny", action="store_true", help="a ViT of two blocks on the CPU, eager mode only")
-    if parser.parse_known_args(arguments)[0].tiny:
-        parser.set_defaults(**TINY)
-    options = parser.parse_args(arguments)
-    if odd := [batch for batch in options.batch if batch < 2 or batch % 2]:
-        parser.error(f"--batch {odd[0]}: LPTLoss needs two equal halves; give an even number.")
-    if options.repeats < 1 or min(options.classes, *options.loss_classes) < 2:
-        parser.error("--repeats must be at least 1, --classes and --loss-classes at least 2.")
-    return options
-
-
 def main(arguments: Sequence[str] | None = None) -> Report:
     """Run the benchmark and print the report."""
-    options = parse(arguments)
+    options = parse(arguments, __doc__)
     torch.manual_seed(0)
     # Every cell compiles the same forward for another model; beyond the limit it would silently run uncompiled.
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
