@@ -67,6 +67,19 @@ def test_readme_code_trains_on_a_folder_of_images(tmp_path: Path, monkeypatch: p
         assert not torch.equal(before[name], after[name]), name
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda path: path.name)
+def test_links_between_files_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = ROOT / name if name else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, target
+
+
 def test_reference_lists_every_public_name_with_the_adapter_first() -> None:
     table = re.findall(r"^\| (?:\{py:\w+\})?`(?:~lpt_peft\.[\w.]*?)?(\w+)` \|", REFERENCE, re.MULTILINE)
     assert table[0] == "LongTailPromptAdapter"
