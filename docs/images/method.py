@@ -1,7 +1,7 @@
 """Draws docs/images/method.png, the picture of the method in the README: `python docs/images/method.py`.
 
 Needs the extra `lpt_peft[demo]` (matplotlib). The colours are those of Okabe and Ito, which colour-blind readers can
-tell apart; every coloured box also has a label.
+distinguish; every coloured box also has a label.
 """
 
 from __future__ import annotations
