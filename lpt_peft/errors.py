@@ -19,6 +19,10 @@ class InputError(LPTError, ValueError):
     """Labels, counts or tensors from the caller break a rule."""
 
 
+class UnlabelledError(InputError):
+    """The images have no labels, for example a test set without class folders."""
+
+
 class StateError(LPTError, RuntimeError):
     """The object's current state does not allow the call."""
 
