@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lpt_peft._text import control_character
 from lpt_peft.errors import ConfigError, InputError
 from lpt_peft.samplers.checks import Labels, checked_labels
 
@@ -30,10 +31,10 @@ def checked_classes(
     rows = checked_labels(labels)
     names = None if class_names is None else [str(name) for name in class_names]
     for name in names or ():
-        if not name.isprintable():
+        if (found := control_character(name)) is not None:
             raise InputError(
-                f"The class name {name!r} has characters that cannot be printed or are not UTF-8, which a prompt file "
-                "cannot store. Rename the class or its folder."
+                f"The class name {name!r} contains {found}, a control character or a byte that is not UTF-8, which a "
+                "prompt file cannot store. Rename the class or its folder."
             )
     if allow_empty and names is None:
         raise ConfigError(

@@ -76,8 +76,7 @@ def build_adapter(run: RunSettings, class_names: Sequence[str]) -> LongTailPromp
 @torch.no_grad()
 def _start_from(source: str, adapter: LongTailPromptAdapter, class_names: Sequence[str]) -> None:
     prompts = read_prompts(source)
-    replace_prompts(adapter, prompts, part="shared")
-    if prompts.metadata.label_names == tuple(class_names):
-        adapter.head.weight.copy_(prompts.tensors["head.weight"])
-    else:
-        warnings.warn(f"The classes of {source} are not those of the images: the head is new.", stacklevel=2)
+    named = prompts.metadata.label_names is not None
+    replace_prompts(adapter, prompts, part="shared", label_names=class_names if named else None)
+    if not named:
+        warnings.warn(f"{source} does not name its classes: the head is new.", stacklevel=2)
