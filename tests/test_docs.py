@@ -104,11 +104,6 @@ def test_reference_documents_public_packages(package: str) -> None:
             assert value.__doc__, f"{package}.{name} has no docstring"
 
 
-def test_reference_documents_the_modules_of_data() -> None:
-    files = {path.stem for path in (ROOT / "lpt_peft" / "data").glob("[!_]*.py")} - {"checks"}
-    assert {f"lpt_peft.data.{name}" for name in files} <= AUTOMODULES
-
-
 def test_check_words_finds_phrases_across_lines_and_in_names() -> None:
     check_words = load_check_words()
     text = "# the run goes\n# on.\ndef test_labels_that_are_none(): ...\nx = None if y is None else z\n"  # words: allow
