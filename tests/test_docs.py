@@ -164,6 +164,9 @@ def test_only_the_publishing_job_of_a_release_gets_a_token() -> None:
     assert set(jobs["publish"]["needs"]) == {"checks", "build"}
     assert jobs["publish"]["environment"]["name"] == "pypi"
     assert not any("run" in step for step in jobs["publish"]["steps"]), "no code of ours runs beside the token"
+    data_files = re.findall(r"grep -F (lpt_peft/\S+)", str(jobs["build"]["steps"]).replace("\\n", "\n"))
+    assert len(data_files) == 2
+    assert all((ROOT / name).is_file() for name in data_files), data_files
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
