@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lpt_peft._numerics import at_least_float32, cosine
 from lpt_peft.config import PromptConfig
-from lpt_peft.errors import ConfigError, InputError
+from lpt_peft.errors import ConfigError, InputError, StateError
 
 _INIT_STD = 0.02
+_UNKNOWN = -(2**62)  # stays negative whatever training adds
 
 
 class SharedPrompt(nn.Module):
@@ -192,12 +193,29 @@ class PromptPool(nn.Module):
         self.prompts.copy_(prompts.expand_as(self.prompts))
 
     def dead_groups(self) -> list[int]:
-        """Return the groups that no image has selected in training mode since `reset_usage()`."""
+        """Return the groups that no image has selected in training mode since `reset_usage()`.
+
+        Raises:
+            StateError: The counts are unknown: the prompts were loaded from a file that does not hold them.
+        """
+        if bool((self.usage < 0).any()):
+            raise StateError(
+                "It is unknown which groups are dead: these prompts were loaded without usage counts. Call "
+                "pool.reset_usage(), run training images through the adapter in train mode, then ask again."
+            )
         return [group for group, count in enumerate(self.usage.tolist()) if count == 0]
 
     def reset_usage(self) -> None:
         """Reset the usage counts."""
         self.usage.zero_()
+
+    @torch.no_grad()
+    def load_usage(self, usage: Tensor | None) -> None:
+        """Set the counts (m,) int64; None makes them unknown until `reset_usage()`."""
+        if usage is None:
+            self.usage.fill_(_UNKNOWN)
+        else:
+            self.usage.copy_(usage)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(module)`."""

@@ -11,12 +11,12 @@ import timm
 import torch
 from torch import nn
 
+from lpt_peft._prompt_content import replace_prompts
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
-from lpt_peft.checkpoint.swap import swap_prompts
 from lpt_peft.cli.common.run_settings import RunSettings
 from lpt_peft.errors import BackboneError, ConfigError
-from lpt_peft.hub.load import read_prompts
+from lpt_peft.hub import read_prompts
 
 BUNDLED = "glyph_vit"
 
@@ -76,7 +76,7 @@ def build_adapter(run: RunSettings, class_names: Sequence[str]) -> LongTailPromp
 @torch.no_grad()
 def _start_from(source: str, adapter: LongTailPromptAdapter, class_names: Sequence[str]) -> None:
     prompts = read_prompts(source)
-    swap_prompts(adapter, prompts, part="shared")
+    replace_prompts(adapter, prompts, part="shared")
     if prompts.metadata.label_names == tuple(class_names):
         adapter.head.weight.copy_(prompts.tensors["head.weight"])
     else:

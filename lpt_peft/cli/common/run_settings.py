@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from lpt_peft._json import loads
 from lpt_peft.cli.common.messages import without_errno
-from lpt_peft.cli.common.paths import SETTINGS, home_path
+from lpt_peft.cli.common.paths import home_path
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe.settings import TrainSettings, known
 
@@ -115,12 +116,10 @@ def read_settings(file: Path) -> dict[str, Any]:
         ConfigError: The file cannot be read, or is not a JSON object.
     """
     try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        data = file.read_bytes()
+    except OSError as error:
         raise ConfigError(f"The settings {file} cannot be read: {without_errno(str(error))}.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"The settings {file} must be one JSON object, as {SETTINGS} of an output folder.")
-    return content
+    return loads(data, f"The settings file {file}", ConfigError)
 
 
 def _pair(name: str, value: Any) -> tuple[float, float]:
