@@ -1,4 +1,4 @@
-"""Seeded randomness that gives the caller's back: the one place where torch's default generator is seeded."""
+"""Seeding torch's default generators for the duration of a block; no other module seeds them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Inside, torch's default generators start at `seed`; outside, they are as if nothing had been drawn."""
+    """Seed torch's default generators inside the context and restore their state afterwards."""
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

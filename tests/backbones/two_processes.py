@@ -1,6 +1,6 @@
-"""What two gloo processes compute with DDP and FSDP2 on every row of the table; run by test_compatibility.py.
+"""DDP and FSDP2 on every row of the table, on two gloo processes; run by test_compatibility.py.
 
-Each process has half of the batch. Gradients of what the phase learns are written as whole tensors.
+Each process has half of the batch. Gradients of trainable parameters are written as full tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TARGET = torch.tensor([0, 3, 1, 4])
 
 
 def objective(model: nn.Module, batch: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy and the match term, which gives the keys their gradient."""
+    """Cross-entropy and the match term, which trains the keys."""
     out: Any = model(batch, return_output=True)
     match = 1 - out.similarity.mean() if out.similarity.numel() else 0.0
     return nn.functional.cross_entropy(out.logits, target) + match
@@ -49,12 +49,12 @@ def shard(adapter: LongTailPromptAdapter) -> None:
     """FSDP2, block by block."""
     for block in adapter.backbone.blocks:
         fully_shard(block)
-    # CLIP's logit_scale: fully_shard takes no parameter without a dimension, and the adapter has no use for it.
+    # CLIP's logit_scale: fully_shard takes no 0-d parameter, and the adapter does not use it.
     fully_shard(adapter, ignored_params={parameter for parameter in adapter.parameters() if parameter.ndim == 0})
 
 
 def saved(row: str, phase: str, kind: str) -> dict[str, Any]:
-    """A prompt file's bytes, and what `adapter_state_dict` gave, after an evaluation; `kind` as in `gradients`."""
+    """Bytes of a prompt file, and the `adapter_state_dict`, after an evaluation; `kind` as in `gradients`."""
     adapter = build(row, phase).eval()
     if kind == "FSDP2":
         shard(adapter)
