@@ -1,4 +1,4 @@
-"""Small models, one or more of each ecosystem, and an adapter on each: the rows of the table in docs/backbones.md."""
+"""Small models of each library, and an adapter on each: the rows of the table in docs/backbones.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIDE = 32
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: how to build the model, and what its ecosystem calls things."""
+    """A row of the table: how to build the model, and the names that its library uses."""
 
     make: Callable[[], nn.Module]
     lora: list[str] | str = field(default_factory=lambda: ["qkv"])
@@ -35,7 +35,7 @@ def timm_model(name: str, **options: Any) -> nn.Module:
 
 
 def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model on the meta device; on the CPU where the library reads numbers while it builds (timm before 1.0.21)."""
+    """A model on the meta device, or on the CPU if the library reads values while it builds (timm before 1.0.21)."""
     try:
         with torch.device("meta"):
             return make()
@@ -59,14 +59,14 @@ def recompute(model: Any) -> None:
 
 
 def open_clip_model(**vision: Any) -> nn.Module:
-    """A whole CLIP, text tower and all."""
+    """A CLIP with its text tower."""
     text = {"context_length": 8, "vocab_size": 32, "width": 48, "heads": 3, "layers": 1}
     vision = {"image_size": SIDE, "patch_size": 8, "layers": 4, "width": 48, "head_width": 16, **vision}
     return open_clip.CLIP(embed_dim=20, vision_cfg=vision, text_cfg=text)
 
 
 def timm_tower() -> nn.Module:
-    """A whole CLIP whose images go through timm's smallest ViT."""
+    """A CLIP with timm's smallest ViT as visual tower."""
     model = open_clip_model(
         timm_model_name="test_vit", timm_model_pretrained=False, timm_pool="token", timm_proj="linear"
     )
@@ -94,7 +94,7 @@ ROWS: dict[str, Row] = {
 
 
 def make(row: str) -> nn.Module:
-    """The row's model with weights that matter, in eval mode; the same weights at every call."""
+    """The row's model with random weights, in eval mode; the same weights in every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = ROWS[row].make()
@@ -105,7 +105,7 @@ def make(row: str) -> nn.Module:
 
 
 def wrap(model: nn.Module) -> LongTailPromptAdapter:
-    """An adapter with prompts far apart; the same at every call."""
+    """An adapter with large prompts; the same in every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         adapter = LongTailPromptAdapter.wrap(model, 5, prompt_length=3, pool_size=4, head_dropout=0.0)

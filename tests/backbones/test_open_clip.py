@@ -1,4 +1,4 @@
-"""open_clip's visual towers against token concatenation, and what is refused."""
+"""open_clip's visual towers against token concatenation, and refusals."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ def whole(kind="CLIP", *, dtype=torch.float64, **vision):
 
 
 def timm_tower(name, *, depth=2, size=None, dtype=torch.float64, **options):
-    """TimmModel passes neither depth nor size on to timm."""
+    """TimmModel does not pass depth and size to timm."""
     few = functools.partial(timm.create_model, depth=depth, **({"img_size": size} if size else {}))
     with mock.patch.object(timm, "create_model", few):
         return seeded(lambda: TimmModel(name, 20, image_size=size or 224, **options), dtype)
 
 
 def feature_of(model):
-    """By the tower's own forward; its first token where it pools nothing."""
+    """The tower's own forward; its first token if it does not pool."""
     tower = getattr(model, "visual", model)
 
     def feature(images):
@@ -124,11 +124,11 @@ def features(model, images, prompts):
 def assert_equals_concatenation(model, dim, images=IMAGES, batch=None):
     plain = feature_of(model)(images)
     prompts = make_prompts(dim, batch=batch)
-    wanted, wanted_gradients = with_prompts(blocks_of(model), feature_of(model), images, prompts)
+    expected, expected_gradients = with_prompts(blocks_of(model), feature_of(model), images, prompts)
     got = features(model, images, prompts)
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
-    for one, two in zip(torch.autograd.grad((got**2).sum(), prompts), wanted_gradients, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for actual, value in zip(torch.autograd.grad((got**2).sum(), prompts), expected_gradients, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-11, atol=1e-11)
     assert (got - plain).abs().max() > 1e-3 * plain.abs().max(), "the prompt had no effect"
 
 
@@ -148,7 +148,7 @@ def test_adapter_in_both_phases(name):
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_whole_model(kind):
-    """The adapter takes what encode_image takes, and the text tower is left alone."""
+    """The adapter takes the arguments of encode_image, and the text tower does not change."""
     clip = whole(kind)
     text = [module for name, module in clip.named_modules() if not name.startswith("visual") and name]
     classes = [type(module) for module in text]
@@ -225,12 +225,12 @@ def test_timm_towers(options, training):
     backbone = find_backbone(tower)
     prompts = make_prompts(backbone.dim, batch=3)
     with prepended_prompts(tower.trunk.blocks, prompts):
-        wanted = tower(images)
-    wanted_gradients = torch.autograd.grad((wanted**2).sum(), prompts)
+        expected = tower(images)
+    expected_gradients = torch.autograd.grad((expected**2).sum(), prompts)
     got = features(tower, images, prompts)
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
-    for one, two in zip(torch.autograd.grad((got**2).sum(), prompts), wanted_gradients, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11 * float(two.abs().max()))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for actual, value in zip(torch.autograd.grad((got**2).sum(), prompts), expected_gradients, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-11, atol=1e-11 * float(value.abs().max()))
     assert not torch.allclose(got, tower(images), atol=1e-3)
     info = backbone.info()
     assert (info.library, info.architecture, info.depth) == ("open_clip", options["name"], 2)
@@ -259,14 +259,14 @@ def test_transformer_that_is_not_batch_first():
         rows = prompt.transpose(0, 1)
         handles.append(block.register_forward_pre_hook(lambda _, args, rows=rows: (torch.cat([args[0], rows]),)))
         handles.append(block.register_forward_hook(lambda _, args, out: out[:-4]))
-    wanted = tower(IMAGES)
-    wanted_gradients = torch.autograd.grad((wanted**2).sum(), prompts)
+    expected = tower(IMAGES)
+    expected_gradients = torch.autograd.grad((expected**2).sum(), prompts)
     for handle in handles:
         handle.remove()
     got = features(tower, IMAGES, prompts)
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
-    for one, two in zip(torch.autograd.grad((got**2).sum(), prompts), wanted_gradients, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for actual, value in zip(torch.autograd.grad((got**2).sum(), prompts), expected_gradients, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(tower(IMAGES), plain, rtol=0, atol=0)
     assert all(not block.attn.batch_first for block in tower.transformer.resblocks)
 
@@ -277,23 +277,25 @@ def test_patch_dropout_keeps_the_same_patches_in_both_passes():
     prompts = make_prompts(24, batch=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        wanted, _ = with_prompts(blocks_of(tower), tower, IMAGES, prompts)
+        expected, _ = with_prompts(blocks_of(tower), tower, IMAGES, prompts)
         torch.manual_seed(3)
-        torch.testing.assert_close(features(ours, IMAGES, prompts), wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(features(ours, IMAGES, prompts), expected, rtol=1e-12, atol=1e-12)
         adapter = LongTailPromptAdapter.wrap(copy.deepcopy(tower), 7, pool_size=5)
         adapter.phase = "group"
         torch.manual_seed(4)
         query = adapter(IMAGES, return_output=True).query
         torch.manual_seed(4)
-        wanted, _ = with_prompts(blocks_of(tower), tower, IMAGES, list(adapter.shared.prompts.clone().requires_grad_()))
-    torch.testing.assert_close(query, wanted, rtol=1e-12, atol=1e-12)
+        expected, _ = with_prompts(
+            blocks_of(tower), tower, IMAGES, list(adapter.shared.prompts.clone().requires_grad_())
+        )
+    torch.testing.assert_close(query, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, CUSTOM], ids=["native", "custom"])
 def test_checkpointing_with_two_passes_before_one_backward(options):
     tower = tiny(**options)
     first, second = make_prompts(24, batch=None), make_prompts(24, batch=3, seed=9)
-    wanted = [with_prompts(blocks_of(tower), tower, IMAGES, prompts)[1] for prompts in (first, second)]
+    expected = [with_prompts(blocks_of(tower), tower, IMAGES, prompts)[1] for prompts in (first, second)]
     tower.set_grad_checkpointing()
     calls = Counter()
     backbone = find_backbone(tower)
@@ -306,8 +308,8 @@ def test_checkpointing_with_two_passes_before_one_backward(options):
     assert calls["block"] == 4
     gradients = torch.autograd.grad(total, first + second)
     assert calls["block"] == 8, "not recomputed"
-    for one, two in zip(gradients, [*wanted[0], *wanted[1]], strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
+    for actual, value in zip(gradients, [*expected[0], *expected[1]], strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -318,7 +320,7 @@ def test_neutral_outside_the_adapter_and_after_unwrap(options, training):
     keys, classes = list(clip.state_dict()), [type(module) for module in clip.modules()]
     tensors, trainable = copy.deepcopy(clip.state_dict()), [p.requires_grad for p in clip.parameters()]
     plain = clip.encode_image(IMAGES)
-    # Freezing alone changes torch's choice of kernels inside nn.MultiheadAttention, and with it the last bits.
+    # Freezing alone changes the kernels in nn.MultiheadAttention, and with them the last bits.
     frozen = copy.deepcopy(clip).requires_grad_(False).encode_image(IMAGES)
     adapter = LongTailPromptAdapter.wrap(clip, 7)
     adapter(IMAGES)
@@ -336,12 +338,12 @@ def test_neutral_outside_the_adapter_and_after_unwrap(options, training):
 def test_deepcopy_pickle_and_compile(phase, options):
     adapter = LongTailPromptAdapter.wrap(whole(**options), 7, pool_size=5)
     adapter.phase = phase
-    wanted = adapter(IMAGES)
-    assert torch.equal(copy.deepcopy(adapter)(IMAGES), wanted)
-    assert torch.equal(pickle.loads(pickle.dumps(adapter))(IMAGES), wanted)
+    expected = adapter(IMAGES)
+    assert torch.equal(copy.deepcopy(adapter)(IMAGES), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(adapter))(IMAGES), expected)
     torch._dynamo.reset()
     compiled = torch.compile(adapter, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(IMAGES), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(compiled(IMAGES), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, CUSTOM], ids=["native", "custom"])
@@ -349,12 +351,12 @@ def test_bfloat16_autocast(options):
     tower = tiny(dtype=torch.float32, **options)
     prompts = [prompt.detach().float().requires_grad_() for prompt in make_prompts(24, batch=None)]
     with torch.autocast("cpu", torch.bfloat16):
-        wanted, wanted_gradients = with_prompts(blocks_of(tower), tower, IMAGES.float(), prompts)
+        expected, expected_gradients = with_prompts(blocks_of(tower), tower, IMAGES.float(), prompts)
         got = features(tower, IMAGES.float(), prompts)
         gradients = torch.autograd.grad((got**2).sum(), prompts)
-    assert (got - wanted).norm() < 0.03 * wanted.norm()
-    for one, two in zip(gradients, wanted_gradients, strict=True):
-        assert (one - two).norm() < 0.1 * two.norm()
+    assert (got - expected).norm() < 0.03 * expected.norm()
+    for actual, value in zip(gradients, expected_gradients, strict=True):
+        assert (actual - value).norm() < 0.1 * value.norm()
 
 
 @pytest.fixture
@@ -366,23 +368,23 @@ def tiny_config(monkeypatch):
 @pytest.mark.usefixtures("tiny_config")
 @pytest.mark.parametrize("precision", ["bf16", "pure_bf16", "fp32"])
 def test_models_of_the_factory_in_every_precision(precision):
-    """In bf16 open_clip keeps its norms in float32 (LayerNormFp32), which the self-check must stand."""
+    """In bf16 open_clip keeps its norms in float32 (LayerNormFp32), which the self-check must support."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         clip = open_clip.create_model("tiny", precision=precision)
     assert any(isinstance(module, LayerNormFp32) for module in clip.modules()) == (precision == "bf16")
     images = IMAGES.to(open_clip.get_input_dtype(precision) or torch.float32)
     prompts = [prompt.detach().to(images.dtype).requires_grad_() for prompt in make_prompts(24, batch=3)]
-    wanted, _ = with_prompts(blocks_of(clip), clip.encode_image, images, prompts)
+    expected, _ = with_prompts(blocks_of(clip), clip.encode_image, images, prompts)
     got = features(clip, images, prompts)
-    assert (got - wanted).norm() < (1e-5 if precision == "fp32" else 0.03) * wanted.norm()
+    assert (got - expected).norm() < (1e-5 if precision == "fp32" else 0.03) * expected.norm()
 
 
 @pytest.mark.usefixtures("tiny_config")
 @pytest.mark.parametrize(
     ("resize_mode", "crop_mode"), [("shortest", "center"), ("longest", "border"), ("squash", "squash")]
 )
-def test_preprocess_is_what_the_factory_recorded(resize_mode, crop_mode):
+def test_preprocess_equals_the_record_of_the_factory(resize_mode, crop_mode):
     clip, _, transform = open_clip.create_model_and_transforms(
         "tiny", image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6), image_resize_mode=resize_mode
     )
@@ -398,7 +400,7 @@ def test_preprocess_is_what_the_factory_recorded(resize_mode, crop_mode):
         }
 
 
-def test_preprocess_of_a_bare_tower_is_open_clips_default():
+def test_preprocess_of_a_tower_is_the_default_of_open_clip():
     preprocess = find_backbone(tiny(image_size=(32, 16))).preprocess()
     assert preprocess["input_size"] == [3, 32, 16]
     assert preprocess["mean"] == list(open_clip.OPENAI_DATASET_MEAN)
@@ -439,12 +441,12 @@ def test_feature_width(pruned):
     assert find_backbone(tiny(attentional_pool=True, **POOLER)).feature_dim == 20
 
 
-def test_number_of_classes_must_be_told():
+def test_num_classes_is_required():
     with pytest.raises(ConfigError, match="num_classes="):
         LongTailPromptAdapter.wrap(whole())
 
 
-def test_prompt_file_goes_from_the_whole_model_to_the_tower(tmp_path):
+def test_prompt_file_of_a_model_loads_on_its_tower(tmp_path):
     clip = whole("CoCa", dtype=torch.float32)
     adapter = LongTailPromptAdapter.wrap(copy.deepcopy(clip), 7, pool_size=5)
     adapter.phase = "group"
@@ -458,8 +460,8 @@ def test_prompt_file_goes_from_the_whole_model_to_the_tower(tmp_path):
     [({}, r"attn"), ({}, r"mlp\.c_(fc|proj)"), (CUSTOM, r"(attn\.out_proj|mlp\.c_fc)")],
     ids=["attention", "mlp", "custom"],
 )
-def test_lora_comes_along(options, targets, recwarn):
-    """peft wraps the nn.MultiheadAttention itself; the oracle is the model with LoRA, by concatenation."""
+def test_lora_and_prompts(options, targets, recwarn):
+    """PEFT wraps the nn.MultiheadAttention; the oracle is the model with LoRA, by concatenation."""
     clip = whole(**options)
     targets = rf"visual\.transformer\.resblocks\.\d\.{targets}"
     config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
@@ -472,7 +474,7 @@ def test_lora_comes_along(options, targets, recwarn):
 
 
 def test_dropout_of_the_custom_block():
-    """Of outputs: a function in its place, which the oracle can follow. Of attention: random while training only."""
+    """Dropout of outputs is replaced by a function for the oracle; that of attention is random in training only."""
     tower = tiny(**CUSTOM)
     for block in blocks_of(tower):
         block.attn.out_drop = nn.Softsign()
@@ -488,7 +490,7 @@ def test_dropout_of_the_custom_block():
 
 
 def test_cosine_attention(monkeypatch):
-    """open_clip 3.3 cannot run it (bmm on four dimensions): it is refused, and right as soon as upstream can."""
+    """open_clip 3.3 cannot run it (bmm on four dimensions), so it is refused until open_clip can."""
     tower = tiny(scaled_cosine_attn=True, scale_heads=True)
     with pytest.raises(RuntimeError, match="3D tensor"):
         tower(IMAGES)
@@ -502,7 +504,7 @@ def test_cosine_attention(monkeypatch):
     assert_equals_concatenation(tower, 24, batch=3)
 
 
-def test_refusals_say_why_and_what_works():
+def test_refusals_have_a_reason_and_an_alternative():
     with pytest.raises(BackboneError, match=r"ModifiedResNet cannot take prompts: .*convolutional.*ViT-B-32"):
         LongTailPromptAdapter.wrap(ModifiedResNet([1, 1, 1, 1], 16, 2, 64, 8), 7)
     with pytest.raises(BackboneError, match=r"ModifiedResNet cannot take prompts"):
@@ -537,7 +539,7 @@ class OtherBlock(ResidualAttentionBlock):
     pass
 
 
-def test_subclasses_that_change_the_way_are_refused():
+def test_subclasses_that_override_the_forward_are_refused():
     with pytest.raises(BackboneError, match=r"OtherForward overrides VisionTransformer\.forward.*keep that method"):
         LongTailPromptAdapter.wrap(tiny(cls=OtherForward), 7)
     tower = timm_tower("vit_tiny_patch16_224", depth=1, size=32)
@@ -565,7 +567,7 @@ def test_wrapping_twice_is_refused():
 
 
 @pytest.mark.parametrize("cls", [ResidualAttentionBlock, CustomResidualAttentionBlock])
-def test_drift_is_caught_and_nothing_changes(monkeypatch, cls):
+def test_changed_blocks_are_detected_and_left_unchanged(monkeypatch, cls):
     monkeypatch.setattr(cls, "forward", lambda self, q_x, **_: q_x + self.mlp(self.ln_2(q_x)))
     tower = tiny(**(CUSTOM if cls is CustomResidualAttentionBlock else {}))
     with pytest.raises(BackboneError, match=rf"Prompts do not work in {cls.__name__}"):
@@ -574,11 +576,11 @@ def test_drift_is_caught_and_nothing_changes(monkeypatch, cls):
 
 
 def test_masks_reach_blocks_without_a_prompt():
-    """A prompted class without a prompt is the original: also with a mask, as text towers call it."""
+    """A prompted class without a prompt computes the same as the original, also with a mask."""
     block, mask = tiny().transformer.resblocks[0], torch.full((5, 5), float("-inf"), dtype=torch.float64).triu(1)
     x = noise(2, 5, 24)
-    wanted = block(x, attn_mask=mask)
+    expected = block(x, attn_mask=mask)
     tower = tiny()
     find_backbone(tower).attach()
-    assert torch.equal(tower.transformer.resblocks[0](x, attn_mask=mask), wanted)
-    assert not torch.allclose(wanted, block(x))
+    assert torch.equal(tower.transformer.resblocks[0](x, attn_mask=mask), expected)
+    assert not torch.allclose(expected, block(x))
