@@ -14,10 +14,11 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch.utils.data import Dataset
 
+from lpt_peft._numbers import checked_integer
 from lpt_peft.data.checks import checked_classes
 from lpt_peft.data.sources import Chosen, Images
 from lpt_peft.errors import ConfigError, InputError
-from lpt_peft.samplers.checks import Labels, checked_integer
+from lpt_peft.samplers.checks import Labels
 
 Unreadable = Literal["error", "skip"]
 Verify = Literal["no", "exists", "decode"]
