@@ -26,6 +26,6 @@ def checked_integer(
 
 def is_finite_number(value: Any) -> bool:
     """Whether a value is a finite Python or NumPy number; booleans and tensors are not."""
-    return (
-        isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf
-    )  # torch.compile has no math.isfinite
+    number: Any = value  # Real has no arithmetic for mypy
+    # torch.compile cannot trace math.isfinite
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(number) < math.inf)
