@@ -1,4 +1,4 @@
-"""The backbone and the adapter that RunSettings describe."""
+"""The backbone and the adapter of a run."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ BUNDLED = "glyph_vit"
 
 
 def build_backbone(run: RunSettings) -> nn.Module:
-    """The ViT in eval mode; random weights, where none are asked for, are the same for the same seed.
+    """Build the ViT of a run, in eval mode; random weights are the same for the same seed.
 
     Raises:
-        BackboneError: timm has no such model, or its weights cannot be had.
-        ConfigError: The bundled one is asked for with other weights or of another size.
+        BackboneError: timm has no such model, or its weights are not available.
+        ConfigError: The settings ask for the bundled backbone with other weights or of another size.
     """
     if run.backbone == BUNDLED:
         if run.img_size is not None or run.backbone_weights is not None or not run.pretrained:
             raise ConfigError(
-                f"{BUNDLED} comes with its weights and is for 32 px: leave --img-size, --backbone-weights and "
-                "--no-pretrained out, or take another backbone."
+                f"{BUNDLED} comes with its weights and is for 32 px: leave out --img-size, --backbone-weights and "
+                "--no-pretrained, or choose another backbone."
             )
-        from lpt_peft.demo.backbone import glyph_vit
+        from lpt_peft.backbones.bundled.glyph_vit import glyph_vit
 
         bundled: nn.Module = glyph_vit()
         return bundled
     name = run.backbone.partition(".")[0]
     if name not in timm.list_models():
         near = timm.list_models(f"*{name}*")[:5] or timm.list_models("vit_base*")[:5]
-        raise BackboneError(f'timm {timm.__version__} has no model "{name}". Near it: {", ".join(near)}.')
+        raise BackboneError(f'timm {timm.__version__} has no model "{name}". Similar names: {", ".join(near)}.')
     options: dict[str, Any] = {} if run.img_size is None else {"img_size": run.img_size}
     if run.backbone_weights is not None:
         options["pretrained_cfg_overlay"] = {"file": str(run.backbone_weights)}
@@ -49,21 +49,21 @@ def build_backbone(run: RunSettings) -> nn.Module:
     try:
         with seeded(run.training.seed):
             vit: nn.Module = timm.create_model(run.backbone, pretrained=pretrained, num_classes=0, **options)
-    except Exception as error:  # of the network, the hub, timm or a damaged file
+    except Exception as error:  # of the network, the Hub, timm or a damaged file
         if not pretrained:
             raise BackboneError(f"timm cannot build {run.backbone}: {error}") from error
         raise BackboneError(
-            f"The weights of {run.backbone} cannot be had: {type(error).__name__}: {str(error)[:300]}. Without network "
-            "give a file, --backbone-weights FILE; for random weights, --no-pretrained."
+            f"The weights of {run.backbone} are not available: {type(error).__name__}: {str(error)[:300]}. Without a "
+            "network give a file, --backbone-weights FILE; for random weights, --no-pretrained."
         ) from error
     return vit.eval()
 
 
 def build_adapter(run: RunSettings, class_names: Sequence[str]) -> LongTailPromptAdapter:
-    """The backbone under fresh prompts, the same for the same seed; or under those that the run starts from.
+    """Wrap the backbone with new prompts, the same for the same seed, or with those that the run starts from.
 
     Raises:
-        LPTError: Whatever is wrong with backbone, sizes or prompt file.
+        LPTError: The backbone, the sizes or the prompt file are not usable.
     """
     vit = build_backbone(run)
     with seeded(run.training.seed):
@@ -80,4 +80,4 @@ def _start_from(source: str, adapter: LongTailPromptAdapter, class_names: Sequen
     if prompts.metadata.label_names == tuple(class_names):
         adapter.head.weight.copy_(prompts.tensors["head.weight"])
     else:
-        warnings.warn(f"The classes of {source} are not those of the images: the head starts anew.", stacklevel=2)
+        warnings.warn(f"The classes of {source} are not those of the images: the head is new.", stacklevel=2)

@@ -16,7 +16,7 @@ def open_backbone(model: Any) -> Backbone:
     Raises:
         BackboneError: The model inside cannot take prompts.
     """
-    from lpt_peft.backbones import find_backbone  # noqa: PLC0415 - the model inside may be of any ecosystem
+    from lpt_peft.backbones.detect import find_backbone  # noqa: PLC0415 - the model inside may be of any ecosystem
 
     mixed = not hasattr(model, "get_base_model")  # a PeftMixedModel
     backbone = find_backbone(model.base_model.model if mixed else model.get_base_model())

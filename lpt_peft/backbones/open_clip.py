@@ -3,7 +3,7 @@
 The model is a whole CLIP, CustomTextCLIP or CoCa, or a bare tower. Only the visual tower is driven: the text
 tower, whose blocks are of the same classes, is left alone. The feature is what the visual tower answers, behind
 its projection, not normalised. Not here: how a block takes prompts (`lpt_peft.prompting`), and timm's ViTs
-(`timm_families.py`).
+(`timm/families.py`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from lpt_peft._tensors import plain_tensors
-from lpt_peft.backbones import find_backbone
 from lpt_peft.backbones.base import BackboneInfo, Stream, refuse_offloaded, warn_of_multihead_lora
+from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.errors import BackboneError
 from lpt_peft.prompting import attach_blocks, batched, detach_blocks, run_block
 

@@ -1,6 +1,6 @@
-"""The bundled backbone: a ViT of 1.2 million parameters that reads printed characters and never saw a digit.
+"""The bundled backbone: a ViT of 1.2 million parameters trained on printed characters without digits.
 
-Made by `examples/pretrain_glyphs.py`; `glyph_vit.json` beside this file tells how.
+`examples/pretrain_glyphs.py` made it; `glyph_vit.json` records how.
 """
 
 from __future__ import annotations
@@ -13,19 +13,21 @@ from typing import Any
 from safetensors.torch import load
 from timm.models.vision_transformer import VisionTransformer
 
+NAME, TAG = "glyph_vit", "dejavu"
+
 
 @cache
 def glyph_config() -> dict[str, Any]:
-    """Content of `glyph_vit.json`: model_args, preprocess, pretraining."""
-    config: dict[str, Any] = json.loads(_file("glyph_vit.json").decode())
+    """Return the content of `glyph_vit.json`: model_args, preprocess, pretraining."""
+    config: dict[str, Any] = json.loads(_file(f"{NAME}.json").decode())
     return config
 
 
 def glyph_vit() -> VisionTransformer:
-    """A fresh copy of the backbone, without a head, in eval mode.
+    """Return a new copy of the backbone, without a head, in eval mode.
 
     A timm VisionTransformer: 32 px, patch 4, width 128, 6 blocks, 4 heads; inputs (B, 3, 32, 32)
-    normalised by mean 0.5 and std 0.5.
+    normalized by mean 0.5 and std 0.5.
 
     Example:
         >>> vit = glyph_vit()
@@ -34,11 +36,11 @@ def glyph_vit() -> VisionTransformer:
     """
     config = glyph_config()
     vit = VisionTransformer(**config["model_args"], num_classes=0, weight_init="skip")
-    vit.load_state_dict(load(_file("glyph_vit.safetensors")))
-    vit.pretrained_cfg = {"architecture": "glyph_vit", "tag": "dejavu", **config["preprocess"]}
+    vit.load_state_dict(load(_file(f"{NAME}.safetensors")))
+    vit.pretrained_cfg = {"architecture": NAME, "tag": TAG, **config["preprocess"]}
     vit._model_args = dict(config["model_args"])
     return vit.eval()
 
 
 def _file(name: str) -> bytes:
-    return resources.files("lpt_peft.demo").joinpath(name).read_bytes()
+    return resources.files("lpt_peft.backbones.bundled").joinpath(name).read_bytes()
