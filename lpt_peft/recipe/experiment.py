@@ -25,7 +25,9 @@ from lpt_peft.data.images import LabelledImages
 from lpt_peft.errors import StateError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.metrics.result import SHOTS
+from lpt_peft.recipe.checks import check_evaluation_split
 from lpt_peft.recipe.evaluate import evaluate
+from lpt_peft.recipe.parallel import on_main_process
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.train import make_accelerator, train
 
@@ -75,6 +77,9 @@ def fit(
     """
     accelerator = accelerator or make_accelerator(settings)
     metrics = ShotMetrics.from_rule(shot_rule, splits.train.class_counts)
+    on_main_process(accelerator, lambda: check_folder(output))
+    if splits.test is not None:
+        check_evaluation_split(adapter.to(accelerator.device), splits.test, "test", accelerator)
     history = train(
         adapter,
         splits.train,
@@ -95,7 +100,8 @@ def fit(
         for name, split in (("validation", splits.validation), ("test", splits.test))
         if split is not None
     }
-    if accelerator.is_main_process:
+
+    def write() -> None:
         values = {name: {shot: getattr(result, shot) for shot in SHOTS} for name, result in results.items()}
         adapter.save_pretrained(
             output / PROMPTS,
@@ -105,8 +111,29 @@ def fit(
         )
         write_json(output / HISTORY, history)
         write_json(output / RESULTS, {name: result.to_dict() for name, result in results.items()})
-    accelerator.wait_for_everyone()
+
+    on_main_process(accelerator, write)
     return results
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a file can be written into a folder, which is created if missing.
+
+    Raises:
+        StateError: It is not a folder, or not writable; the message names the reason.
+    """
+    probe = folder / f".{uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"lpt_peft")
+        probe.unlink()
+    except OSError as error:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+        raise StateError(
+            f"The output folder {folder} is not writable: {error.strerror or error}. Choose another folder, or change "
+            "its permissions."
+        ) from error
 
 
 def write_json(path: Path, content: Any) -> None:
