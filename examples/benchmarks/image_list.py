@@ -23,8 +23,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder  # noqa: F401 - counted among the imports
 
-from lpt_peft.cli.common.build_run import build_adapter
-from lpt_peft.cli.common.open_data import open_parts, set_transforms
+from lpt_peft.cli.common.build_adapter import build_adapter
+from lpt_peft.cli.common.open_data import open_splits, set_transforms
 from lpt_peft.cli.common.run_settings import ImageSettings, RunSettings
 from lpt_peft.data.folder import image_folder
 from lpt_peft.data.image_list import image_list
@@ -129,7 +129,7 @@ def measure_start(folder: Path, batch_size: int, results: Any) -> None:
         images=ImageSettings(root=folder),
         training=TrainSettings(batch_size=batch_size, num_workers=0),  # decoding is measured in this process
     )
-    splits = open_parts(str(folder / "list.txt"), run.images, 0)
+    splits = open_splits(str(folder / "list.txt"), run.images, 0)
     marks.append(("list read", time.perf_counter(), resident()))
     adapter = build_adapter(run, splits["train"].class_names)
     set_transforms(splits, adapter.backbone.preprocess(), run.images)

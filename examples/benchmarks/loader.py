@@ -28,8 +28,8 @@ import tyro
 from PIL import Image
 
 from lpt_peft.cli import main as lpt_peft
-from lpt_peft.cli.common.build_run import build_adapter
-from lpt_peft.cli.common.open_data import open_parts, set_transforms
+from lpt_peft.cli.common.build_adapter import build_adapter
+from lpt_peft.cli.common.open_data import open_splits, set_transforms
 from lpt_peft.cli.common.run_settings import RunSettings
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.recipe import PhaseSettings, TrainSettings, make_accelerator
@@ -92,7 +92,7 @@ class Benchmark:
         phase = PhaseSettings(epochs=1)
         training = TrainSettings(batch_size=settings.batch_size, shared=phase, group=replace(phase, epochs=0))
         run = RunSettings(backbone=settings.model, pretrained=False, img_size=settings.img_size, training=training)
-        splits = open_parts(str(folder), run.images, 0)
+        splits = open_splits(str(folder), run.images, 0)
         self.images: LabelledImages = splits["train"]
         self.training = training
         self._run, self._phase = run, phase
