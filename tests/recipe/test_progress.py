@@ -228,9 +228,8 @@ def test_too_few_distinct_queries_keep_random_keys_with_a_warning():
             reporter=Reporter(False, True),
         )
     assert torch.equal(adapter.pool.keys, keys)
-    assert [str(item.message)[:60] for item in caught] == [
-        "The training images give 2 distinct queries for 4 groups, too"
-    ]
+    [warning] = caught
+    assert str(warning.message).startswith("The training images give 2 distinct queries for 4 groups, too few")
 
 
 # Predictions of rare classes only
