@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,9 +13,11 @@ from torch import nn
 from lpt_peft._prompt_content import replace_prompts
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
+from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.run_settings import RunSettings
 from lpt_peft.errors import BackboneError, ConfigError
 from lpt_peft.hub import read_prompts
+from lpt_peft.recipe.training.head_init import copy_head_rows
 
 BUNDLED = "glyph_vit"
 
@@ -77,7 +78,5 @@ def build_adapter(run: RunSettings, class_names: Sequence[str]) -> LongTailPromp
 def _start_from(source: str, adapter: LongTailPromptAdapter, class_names: Sequence[str]) -> None:
     prompts = read_prompts(source)
     replace_prompts(adapter, prompts, part="shared")
-    if prompts.metadata.label_names == tuple(class_names):
-        adapter.head.weight.copy_(prompts.tensors["head.weight"])
-    else:
-        warnings.warn(f"The classes of {source} are not those of the images: the head is new.", stacklevel=2)
+    head = prompts.tensors["head.weight"]
+    notice(f"{source}: {copy_head_rows(adapter.head, class_names, head, prompts.metadata.label_names)}.")

@@ -75,7 +75,7 @@ class RunSettings:
     img_size: int | None = None
     """Side of an image in pixels; None: the backbone's."""
     start_from: str | None = None
-    """A prompt file, in a folder or on the Hub: start from its shared prompt, and its head if the classes match."""
+    """A prompt file, in a folder or on the Hub: start from its shared prompt and the head rows of equal classes."""
     shot_rule: Literal["lift", "oltr", "lpt"] = "lpt"
     """Which training counts make a class many-, medium- or few-shot."""
     prompts: Annotated[PromptSettings, tyro.conf.arg(name="")] = field(default_factory=PromptSettings)
