@@ -58,6 +58,11 @@ def _refuse_empty(rows: np.ndarray, size: int, names: list[str] | None) -> None:
         # Searched among the labels that occur: an array as long as an absurdly large label would not fit in memory.
         first = int(np.argmax(np.append(present, size) != np.arange(len(present) + 1)))
         missing = f"label {first}" if names is None else f"label {first} ({names[first]!r})"
+        if names is None and present[0] == 1 and present[-1] == len(present):
+            raise InputError(
+                f"Labels start at 1: subtract 1 from each, so that the {len(present)} classes have the labels 0 to "
+                f"{len(present) - 1}. Label 0 has no image."
+            )
         raise InputError(
             f"{size - len(present)} of {size} classes have no image; the first is {missing}. Number the classes that "
             f"have images 0 to {len(present) - 1} without a gap; {_SPLIT}."
