@@ -2,11 +2,11 @@
 
 The classes are letters and symbols of the twelve DejaVu Sans, Serif and Mono faces of matplotlib, drawn light on dark
 with random affine, elastic, stroke-width, blur, contrast and noise changes. The script writes
-`lpt_peft/demo/glyph_vit.safetensors`, the frozen backbone of `lpt-peft demo`, and `glyph_vit.json`, its configuration
-and training settings. Run it only to create these files again; it takes about 40 minutes on two CPU cores.
+`lpt_peft/backbones/bundled/glyph_vit.safetensors`, the frozen backbone of `lpt-peft demo`, and `glyph_vit.json`, its
+configuration and training settings. Run it only to create these files again; it takes about 40 minutes on 2 cores.
 
     pip install -e ".[demo]"
-    python examples/pretrain_glyphs.py --output lpt_peft/demo
+    python examples/pretrain_glyphs.py --output lpt_peft/backbones/bundled
 """
 
 from __future__ import annotations
