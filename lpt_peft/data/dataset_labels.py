@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lpt_peft._classes import names_in_order
+from lpt_peft.data.checks import distinct_names
 from lpt_peft.errors import InputError
 
 _OFFICIAL = ("targets", "labels")
@@ -140,13 +141,13 @@ def _names(dataset: Any) -> list[str] | None:
             names = list(listed) if set(names) != set(map(str, listed)) else names
     else:
         classes = getattr(dataset, "classes", None) or getattr(dataset, "class_names", None)
+        if isinstance(classes, Mapping):
+            return list(names_in_order(classes, "classes", unique=False))
         if not isinstance(classes, Sequence) or isinstance(classes, str):
             return None
         names = list(classes)
     # ImageNet of torchvision lists tuples of synonyms, and two classes named "crane".
-    texts = [", ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in names]
-    counts = Counter(texts)
-    return [f"{text} ({label})" if counts[text] > 1 else text for label, text in enumerate(texts)]
+    return distinct_names([", ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in names])
 
 
 def _transformed(listed: ListedLabels, transform: Any) -> ListedLabels:

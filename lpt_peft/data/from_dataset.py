@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lpt_peft.data.checks import ClassNames
 from lpt_peft.data.dataset_labels import ListedLabels, compare_with_items, listed_labels
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ItemImages
@@ -21,7 +22,7 @@ _READ_ALL = "for example [dataset[i][1] for i in range(len(dataset))], which rea
 def from_dataset(
     dataset: Any,
     labels: Labels | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     *,
     image_key: int | str = 0,
     **options: Unpack[Options],

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lpt_peft.data.checks import ClassNames, checked_names
 from lpt_peft.data.files.list_reader import TABLES, read_list, read_table
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ImageFiles
@@ -22,7 +22,7 @@ _SAMPLE = 20
 def image_list(
     list_file: str | os.PathLike[str],
     root: str | os.PathLike[str],
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     *,
     path_column: str | None = None,
     label_column: str | None = None,
@@ -34,7 +34,8 @@ def image_list(
         list_file: Text with a path, white space and a label from 0 to `C - 1` per line; paths may contain spaces. Or a
             table that ends in .csv or .tsv, with or without a header, whose labels may be class names.
         root: Folder that the paths are relative to.
-        class_names: (C,) in label order; None uses the sorted names of a table, otherwise the numbers.
+        class_names: (C,) in label order, or a mapping as in `LabelledImages`; None uses the sorted names of a table,
+            otherwise the numbers.
         path_column: Header of the column of paths in a table; None finds it.
         label_column: Header of the column of labels in a table; None finds it.
         **options: Options of `LabelledImages`.
@@ -44,14 +45,14 @@ def image_list(
         InputError: The list cannot be read or is empty, a line has no path or no label, `root` is not a folder, or the
             labels are invalid for `LabelledImages`.
     """
-    file = Path(list_file)
+    file, given = Path(list_file), None if class_names is None else checked_names(class_names)
     if file.suffix.lower() in TABLES:
-        table = read_table(file, class_names, path_column, label_column)
+        table = read_table(file, given, path_column, label_column)
     else:
-        table = read_list(file, class_names, lambda path: Path(root, path).exists())
+        table = read_list(file, given, lambda path: Path(root, path).exists())
     images = ImageFiles(root, table.paths)
     labels = np.frombuffer(table.labels, dtype=np.int64)
-    names = table.names if class_names is None else class_names
+    names = table.names if given is None else given
     notes = [f"the first row is read as a header: {', '.join(table.header)}"] if table.header else []
     return LabelledImages(images, labels, names, notes=[*notes, *_notes(images, root)], **options)
 

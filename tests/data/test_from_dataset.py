@@ -228,6 +228,8 @@ def test_class_names_in_the_order_of_class_to_idx():
     assert from_dataset(dataset).class_names == ["cat", "dog"]
     dataset.classes = ["dog", "cat"]
     assert from_dataset(dataset).class_names == ["cat", "dog"]
+    dataset = Custom([0, 1], targets=[0, 1], classes={1: "dog", 0: "cat"})
+    assert from_dataset(dataset).class_names == ["cat", "dog"]
     gaps = Custom([0, 1], targets=[0, 1], class_to_idx={"dog": 5, "cat": 0})
     assert from_dataset(gaps).class_names == ["0", "1"]
 

@@ -132,6 +132,12 @@ def test_inaturalist(tmp_path):
     assert (split.labels, split.class_names) == ([2, 1, 2], ["2", "four", "nine"])
 
 
+def test_inaturalist_with_equal_names_of_different_categories(tmp_path):
+    categories = [{"id": 9, "name": "Oenanthe"}, {"id": 4, "name": "Oenanthe"}]
+    data = inaturalist(write_inat(tmp_path, categories=categories), tmp_path)
+    assert (data.labels, data.class_names) == ([1, 0, 1], ["Oenanthe (0)", "Oenanthe (1)"])
+
+
 IMAGES, ANNOTATIONS = inat_json()["images"], inat_json()["annotations"]
 
 
