@@ -157,6 +157,7 @@ def test_two_processes_train_on_different_images(tmp_path, launcher, names):
 # Benchmarks
 
 
+@pytest.mark.nightly
 def test_the_benchmark_of_a_step_runs(capsys, monkeypatch):
     pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")  # as for a script there

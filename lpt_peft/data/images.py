@@ -18,7 +18,7 @@ from lpt_peft.data.inspection.summary import DataSummary
 from lpt_peft.data.sources import Images, SubsetSource
 from lpt_peft.data.unreadable import ClassOrder, UnreadableImages
 from lpt_peft.errors import ConfigError, InputError
-from lpt_peft.samplers.checks import Labels, whole
+from lpt_peft.samplers.checks import Labels, checked_integer
 
 Unreadable = Literal["error", "skip"]
 Verify = Literal["no", "exists", "decode"]
@@ -200,7 +200,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         Raises:
             InputError: An index is out of range, or a class has no image.
         """
-        positions = [whole("index", index, 0, len(self) - 1, InputError) for index in indices]
+        positions = [checked_integer("index", index, 0, len(self) - 1, InputError) for index in indices]
         subset = LabelledImages(
             SubsetSource(self.images, positions),
             [self.labels[position] for position in positions],

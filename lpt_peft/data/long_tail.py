@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from lpt_peft.errors import ConfigError, InputError
-from lpt_peft.samplers.checks import Labels, checked_labels, whole
+from lpt_peft.samplers.checks import Labels, checked_integer, checked_labels
 
 Kind = Literal["exp", "step"]
 
@@ -119,7 +119,7 @@ def make_long_tailed(labels: Labels, imbalance: float, kind: Kind = "exp", *, se
         )
     shares = _shares(kind, len(sizes), imbalance)
     largest = _floor(min(size / share for size, share in zip(sizes.tolist(), shares, strict=True)))
-    generator = np.random.default_rng(whole("seed", seed, 0))
+    generator = np.random.default_rng(checked_integer("seed", seed, 0))
     kept: list[int] = []
     for label, count in enumerate(_counts(kind, len(sizes), largest, imbalance)):
         kept += generator.permutation(np.flatnonzero(classes == label))[:count].tolist()

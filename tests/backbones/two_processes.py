@@ -1,11 +1,10 @@
-"""What two gloo processes compute with DDP and FSDP2 on every row of the table; run by test_compatibility.py.
+"""DDP and FSDP2 on two ranks, for every row of the table: functions that test_compatibility.py runs.
 
-Each process has half of the batch. Gradients of what the phase learns are written as whole tensors.
+Each rank has half of the batch. Gradients of trained parameters are full tensors.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -45,16 +44,24 @@ def gradients(row: str, phase: str, kind: str) -> dict[str, Tensor]:
     return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
 
 
+def gradients_or_error(row: str, phase: str, kind: str) -> dict[str, Tensor] | str:
+    """`gradients`, or the message of an error, which must not stop the other rows."""
+    try:
+        return gradients(row, phase, kind)
+    except Exception as error:
+        return repr(error)
+
+
 def shard(adapter: LongTailPromptAdapter) -> None:
     """FSDP2, block by block."""
     for block in adapter.backbone.blocks:
         fully_shard(block)
-    # CLIP's logit_scale: fully_shard takes no parameter without a dimension, and the adapter has no use for it.
+    # CLIP's logit_scale: fully_shard takes no parameter without a dimension, and the adapter does not use it.
     fully_shard(adapter, ignored_params={parameter for parameter in adapter.parameters() if parameter.ndim == 0})
 
 
 def saved(row: str, phase: str, kind: str) -> dict[str, Any]:
-    """A prompt file's bytes, and what `adapter_state_dict` gave, after an evaluation; `kind` as in `gradients`."""
+    """The bytes of a prompt file, and `adapter_state_dict()`, after an evaluation; `kind` as in `gradients`."""
     adapter = build(row, phase).eval()
     if kind == "FSDP2":
         shard(adapter)
@@ -65,23 +72,12 @@ def saved(row: str, phase: str, kind: str) -> dict[str, Any]:
     return {"config": config, "weights": weights, "best": best}
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def everything() -> dict[tuple[str, ...], Any]:
+    """Results of every row on this rank: by row, phase and kind the gradients or an error, by row what was saved."""
+    found: dict[tuple[str, ...], Any] = {}
     for row in ROWS:
         for phase in ("shared", "group"):
             for kind in ("DDP", "FSDP2"):
-                try:
-                    answer: Any = gradients(row, phase, kind)
-                except Exception as error:
-                    answer = repr(error)
-                if rank == 0:
-                    torch.save(answer, f"{folder}/{row} {phase} {kind}.pt")
-        answer = saved(row, "group", "FSDP2")
-        if rank == 0:
-            torch.save(answer, f"{folder}/{row} saved.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.multiprocessing.spawn(work, args=(sys.argv[1],), nprocs=2)
+                found[row, phase, kind] = gradients_or_error(row, phase, kind)
+        found[row,] = saved(row, "group", "FSDP2")
+    return found

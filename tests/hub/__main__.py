@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
             "LPT_HUB_TESTS": "1",
         }
         try:
-            return int(pytest.main(["-p", "no:cacheprovider", *arguments], plugins=[_Plugin(local)]))
+            return int(pytest.main(["-p", "no:cacheprovider", "-p", "no:xdist", *arguments], plugins=[_Plugin(local)]))
         finally:
             local.close()
 

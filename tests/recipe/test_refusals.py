@@ -62,7 +62,7 @@ def no_step(monkeypatch):
         ([*LABELS[:-1], 3], CROSS_ENTROPY, r"labels\[30\] is 3, but the head has 3 classes"),
         ([*LABELS[:-1], 10**15], SETTINGS, "is 1000000000000000, but the head has 3"),
         ([*LABELS[:-1], -1], CROSS_ENTROPY, r"labels\[30\] is -1"),
-        ([float(label) for label in LABELS], CROSS_ENTROPY, "not float64"),
+        ([float(label) for label in LABELS], CROSS_ENTROPY, "integers, not float64"),
         (LABELS[::-1], SETTINGS, r"dataset\[0\] has class 0, but labels\[0\] is 2"),
     ],
 )
@@ -148,7 +148,7 @@ def test_unreadable_image_is_named(tmp_path):
 
 
 def test_a_loss_for_a_different_number_of_classes():
-    with pytest.raises(InputError, match="logits have 3 columns but class_counts 4 classes"):
+    with pytest.raises(InputError, match="logits have 3 columns, but class_counts has 4 entries"):
         train(tiny_adapter(), data(), LABELS, SETTINGS, criterion=LPTLoss([20, 8, 2, 1], 4), progress=False)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lpt_peft.errors import ConfigError
-from lpt_peft.samplers.checks import Labels, checked_labels, whole
+from lpt_peft.samplers.checks import Labels, checked_integer, checked_labels
 
 
 def split_validation(labels: Labels, share: float, *, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -31,7 +31,7 @@ def split_validation(labels: Labels, share: float, *, seed: int = 0) -> tuple[li
     classes = checked_labels(labels)
     if not 0 < share < 1:
         raise ConfigError(f"share={share} must be above 0 and below 1.")
-    generator = np.random.default_rng(whole("seed", seed, 0))
+    generator = np.random.default_rng(checked_integer("seed", seed, 0))
     held_back = np.zeros(len(classes), dtype=bool)
     for label, count in enumerate(np.bincount(classes)):
         rows = generator.permutation(np.flatnonzero(classes == label))

@@ -1,71 +1,53 @@
-"""A-GCL of every row of a batch: the definition, and a closed-form loss with gradient for eager training.
+"""Per-row A-GCL with a closed-form gradient.
 
-`agcl_rows` computes the loss with the least work the situation allows. The checks are in `checks.py`; reductions,
-noise and branch weights belong to the losses that call it.
+Not here: the loss as differentiable operations (`agcl_definition.py`), input validation (`checks.py`) and reductions
+(`agcl.py`, `lpt.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LOGIT_LIMIT = 1e18  # beyond it, differences of logits and sums over a batch could overflow float32
-_BLOCK = 2**18  # logits per block on a CPU: the temporaries of a block stay in the cache
-_LARGEST_PRODUCT = 16  # integer exponents up to this one are computed by multiplication, faster than pow on a CPU
+from lpt_peft.losses.agcl_definition import (
+    LOGIT_LIMIT,
+    Branches,
+    Noise,
+    agcl_of_labels,
+    agcl_of_probabilities,
+    draw_noise,
+    gamma_column,
+)
 
-_NOISE_STD = 1 / 3  # so the clamp to [-1, 1] cuts at three standard deviations
-
-
-class Noise(Enum):
-    """Noise that is not given as a tensor."""
-
-    NONE = "none"
-    DRAW = "draw"  # from torch's default generator
-
-
-@dataclass(frozen=True)
-class Branches:
-    """Settings of the rows. The batch has as many equal, consecutive parts as there are exponents.
-
-    Attributes:
-        gamma_pos: Exponent of the target's weight in each part.
-        gamma_neg: Exponent of the other classes' weights in each part.
-        scale, margin, noise_scale, label_smoothing: See `agcl_loss`.
-        delta: `(C,)`, how much the noise lowers each class, in the dtype of the loss.
-    """
-
-    gamma_pos: tuple[float, ...]
-    gamma_neg: tuple[float, ...]
-    scale: float
-    margin: float
-    noise_scale: float
-    label_smoothing: float
-    delta: Tensor
+_BLOCK = 2**18  # logits per block on a CPU, so that temporaries fit in the cache
+_LARGEST_PRODUCT = 16  # integer exponents up to this use multiplications, faster than pow on a CPU
 
 
 def agcl_rows(logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches) -> Tensor:
-    """A-GCL of each row, see `agcl_loss` for the equation.
+    """Compute A-GCL of each row; see `agcl_loss` for the equation.
 
     Args:
         logits: `(B, C)`, any floating dtype.
-        target: `(B,)` int64, 0 to `C - 1`. On a CUDA device, a label out of range fails torch's own assertion.
-        noise: `(B, C)`, or whether to draw it.
-        branches: The settings; `B` is a multiple of their number of parts.
+        target: `(B,)` integers, 0 to `C - 1`, or `(B, C)` probabilities. A label out of range fails torch's own
+            assertion on a CUDA device; a row that is not a probability distribution has loss NaN.
+        noise: `(B, C)`, or whether to draw noise.
+        branches: The settings; `B` is a multiple of the number of branches.
 
     Returns:
         `(B,)` in the dtype of `branches.delta`.
     """
     traced = torch.compiler.is_compiling() or functorch_is_active()
-    if noise is Noise.DRAW and (traced or logits.device.type != "cpu"):
-        noise = _draw(logits, branches.delta.dtype)  # on a CPU each block draws its own, while it is in the cache
+    if noise is Noise.DRAW and (traced or logits.device.type != "cpu" or target.is_floating_point()):
+        noise = draw_noise(logits, branches.delta.dtype)  # in the closed form on a CPU, each block draws its noise
+    if target.is_floating_point():
+        return agcl_of_probabilities(logits, target, noise, branches)
+    target = target.long()
     if traced:
-        return _definition(logits, target, noise, branches)
+        return agcl_of_labels(logits, target, noise, branches)
     if torch.is_grad_enabled() and logits.requires_grad:
         loss: Tensor = _Rows.apply(logits, target, noise, branches)
         return loss
@@ -73,40 +55,12 @@ def agcl_rows(logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: B
 
 
 def functorch_is_active() -> bool:
-    """Whether a transform of torch.func is running: its tensors take no in-place shortcuts and have no values."""
+    """Whether a torch.func transform is active; its tensors have no values and allow no in-place operations."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
-def _draw(logits: Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> Tensor:
-    """A clamped Gaussian draw of the shape of `logits`."""
-    noise = torch.empty_like(logits, dtype=dtype, requires_grad=False)
-    return noise.normal_(0, _NOISE_STD, generator=generator).clamp(-1, 1)
-
-
-def _definition(logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches) -> Tensor:
-    """The loss as differentiable operations, for compilers, torch.func and second derivatives."""
-    delta = branches.delta
-    gamma_pos, gamma_neg = (_column(gammas, logits, delta.dtype) for gammas in (branches.gamma_pos, branches.gamma_neg))
-    label = target[:, None]
-    z = logits.to(delta.dtype).clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
-    if isinstance(noise, Tensor):
-        z = z - branches.scale * branches.noise_scale * noise.to(delta.dtype).abs() * delta
-    # The target's term comes from its log-odds against all other classes, as 1 - p_y is 0 once p_y rounds to 1
-    # and its power then has no finite gradient: log p_y = logsigmoid(odds), log(1 - p_y) = logsigmoid(-odds).
-    own = z.gather(1, label) - branches.scale * branches.margin
-    z = z.scatter(1, label, -2 * _LOGIT_LIMIT)
-    others = z.logsumexp(dim=1, keepdim=True)
-    log_other = F.logsigmoid(others - own)
-    positive = (gamma_pos * log_other).exp() * F.logsigmoid(own - others)
-    log_p = z - (others - log_other)
-    weight = (gamma_neg * log_p).exp().scatter(1, label, 0.0)
-    negative = (weight * log_p).sum(dim=1, keepdim=True)
-    uniform = branches.label_smoothing / logits.shape[1]
-    return -((1 - branches.label_smoothing + uniform) * positive + uniform * negative).squeeze(1)
-
-
 class _Rows(torch.autograd.Function):
-    """Loss and gradient in one pass; the second derivative goes through `_definition`, with the same noise."""
+    """Loss and gradient in one pass; second derivatives use `agcl_of_labels` with the same noise."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches) -> Tensor:
@@ -125,7 +79,7 @@ class _Rows(torch.autograd.Function):
                 noise = _draw_again(logits, ctx.branches, ctx.random_state)
             elif ctx.noise is Noise.NONE:
                 noise = Noise.NONE
-            loss = _definition(logits, target, noise, ctx.branches)
+            loss = agcl_of_labels(logits, target, noise, ctx.branches)
             (slope,) = torch.autograd.grad(loss, logits, upstream[0], create_graph=True)
         else:
             slope = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -136,12 +90,12 @@ class _Rows(torch.autograd.Function):
 def _in_blocks(
     logits: Tensor, target: Tensor, noise: Tensor | Noise, branches: Branches, gradient: Tensor | None
 ) -> Tensor:
-    """`_closed_form` of the batch, which fills `gradient`: in blocks of rows on a CPU, at once on a device."""
+    """Apply `_closed_form` to the batch and fill `gradient`: in blocks of rows on a CPU, all at once on a device."""
     blocks = {
         rows.start: _closed_form(
             logits[rows],
             target[rows, None],
-            _of_block(noise, logits, rows, branches.delta.dtype),
+            _noise_of_block(noise, logits, rows, branches.delta.dtype),
             branches,
             gamma_pos=gamma_pos,
             gamma_neg=gamma_neg,
@@ -152,34 +106,34 @@ def _in_blocks(
     return torch.cat([blocks[start] for start in sorted(blocks)])
 
 
-def _of_block(noise: Tensor | Noise, logits: Tensor, rows: slice, dtype: torch.dtype) -> Tensor | None:
+def _noise_of_block(noise: Tensor | Noise, logits: Tensor, rows: slice, dtype: torch.dtype) -> Tensor | None:
     if isinstance(noise, Tensor):
         return noise[rows]
-    return _draw(logits[rows], dtype) if noise is Noise.DRAW else None
+    return draw_noise(logits[rows], dtype) if noise is Noise.DRAW else None
 
 
 def _draw_again(logits: Tensor, branches: Branches, random_state: Tensor) -> Tensor:
-    """The noise that the blocks drew, starting from this state of the generator."""
+    """Repeat the draw of the blocks from the saved generator state."""
     generator = torch.Generator().set_state(random_state)
     dtype = branches.delta.dtype
-    blocks = {rows.start: _draw(logits[rows], dtype, generator) for rows, _, _ in _blocks(logits, branches)}
+    blocks = {rows.start: draw_noise(logits[rows], dtype, generator) for rows, _, _ in _blocks(logits, branches)}
     return torch.cat([blocks[start] for start in sorted(blocks)])
 
 
 def _blocks(logits: Tensor, branches: Branches) -> Iterator[tuple[slice, float | Tensor, float | Tensor]]:
-    """Rows and their exponents: numbers for blocks within one part, columns where a block has several parts.
+    """Yield rows and their exponents: numbers for a block within a branch, columns for a block with several branches.
 
-    The last part comes first: this is the order in which the noise of the figures in docs/ was drawn.
+    The last branch comes first, because the results in docs/ were drawn in this order.
     """
     gammas = branches.gamma_pos, branches.gamma_neg
     if logits.device.type != "cpu":
-        columns = [_column(values, logits, branches.delta.dtype) for values in gammas]
+        columns = [gamma_column(values, logits, branches.delta.dtype) for values in gammas]
         yield slice(0, len(logits)), columns[0], columns[1]
         return
-    part = len(logits) // len(branches.gamma_pos)
+    branch = len(logits) // len(branches.gamma_pos)
     step = max(1, _BLOCK // logits.shape[1])
     for index, (gamma_pos, gamma_neg) in reversed(list(enumerate(zip(*gammas, strict=True)))):
-        first, end = index * part, (index + 1) * part
+        first, end = index * branch, (index + 1) * branch
         for start in range(first, end, step):
             yield slice(start, min(start + step, end)), gamma_pos, gamma_neg
 
@@ -194,7 +148,7 @@ def _closed_form(
     gamma_neg: float | Tensor,
     gradient: Tensor | None,
 ) -> Tensor:
-    """Loss `(R,)` of rows with `label (R, 1)`; writes d loss / d logits to `gradient (R, C)` unless it is None.
+    """Compute the loss `(R,)` of rows with `label (R, 1)` and write its gradient to `gradient (R, C)` if given.
 
     With q the softmax without the target, p_j = q_j (1 - p_y) for j != y. Writing P for the positive and N for the
     sum of the negative terms, o for the log-odds of the target and r_j = p_j ** gamma_neg:
@@ -205,13 +159,13 @@ def _closed_form(
     delta = branches.delta
     uniform = branches.label_smoothing / logits.shape[1]
     certain = 1 - branches.label_smoothing + uniform
-    floor = torch.finfo(delta.dtype).tiny ** 0.4  # smaller weights count as 0: denormal numbers are slow on a CPU
+    floor = torch.finfo(delta.dtype).tiny ** 0.4  # smaller weights become 0, because denormal numbers are slow on a CPU
 
-    z = logits.to(delta.dtype).clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)
+    z = logits.to(delta.dtype).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
     if noise is not None:
         z.addcmul_(noise.to(delta.dtype).abs(), delta, value=-branches.scale * branches.noise_scale)
     own = z.gather(1, label) - branches.scale * branches.margin
-    z.scatter_(1, label, -2 * _LOGIT_LIMIT)
+    z.scatter_(1, label, -2 * LOGIT_LIMIT)
     largest = z.amax(1, keepdim=True)
     q = torch.softmax(z, 1) if gradient is None else torch.softmax(z, 1, out=gradient)
     others = largest - q.amax(1, keepdim=True).log_()  # logsumexp, from the largest softmax = 1 / sum
@@ -238,7 +192,7 @@ def _closed_form(
 
 
 def _power(q: Tensor, gamma: float | Tensor, floor: float) -> Tensor:
-    """`q ** gamma` of probabilities as a new tensor, 0 where a numeric exponent gives less than `floor`."""
+    """Compute `q ** gamma` of probabilities; for a number `gamma`, results below `floor` become 0."""
     if isinstance(gamma, Tensor):
         return q.pow(gamma)
     if gamma == 0:
@@ -252,14 +206,3 @@ def _power(q: Tensor, gamma: float | Tensor, floor: float) -> Tensor:
         if bit == "1":
             power = power.mul_(base)
     return power
-
-
-def _column(gammas: tuple[float, ...], logits: Tensor, dtype: torch.dtype) -> float | Tensor:
-    """`(B, 1)` exponents of the rows, or the number that all parts share."""
-    if len(set(gammas)) == 1:
-        return gammas[0]
-    part = len(logits) // len(gammas)
-    column = logits.new_empty((len(logits), 1), dtype=dtype)
-    for index, gamma in enumerate(gammas):
-        column[index * part : (index + 1) * part] = gamma
-    return column
