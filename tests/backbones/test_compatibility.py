@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lpt_peft import LongTailPromptAdapter
-from tests.backbones.models import ROWS, build, images, make, phases, rows, wrap
+from tests.backbones.models import DEPTH, ROWS, build, images, make, phases, rows, wrap
 from tests.backbones.two_processes import everything, gradients, saved
 from tests.processes import run_ranks
 
@@ -244,9 +244,9 @@ def test_counting_operations(phase):
     fvcore = pytest.importorskip("fvcore.nn")
     adapter = build("timm ViT", phase)
     counted = fvcore.FlopCountAnalysis(adapter, (images(1),)).unsupported_ops_warnings(False)
-    blocks = 4 if phase == "shared" else 6
-    depth, width, tokens = blocks, 48, 17
-    linear = depth * 12 * tokens * width * width
+    blocks = DEPTH if phase == "shared" else DEPTH + DEPTH // 2  # both passes
+    width, tokens = 48, 17
+    linear = blocks * 12 * tokens * width * width
     assert linear < counted.total() < 1.6 * linear
 
 

@@ -38,6 +38,7 @@ from lpt_peft.errors import BackboneError, ConfigError
 from lpt_peft.prompting import Prompted
 from tests.backbones.mha_oracle import assert_adapter_is_lpt, make_prompts, noise, seeded, with_prompts
 from tests.backbones.timm_oracle import prepended_prompts
+from tests.backbones.timm_small import WIDTH, small_options
 
 IMAGES = noise(3, 3, 32, 32)
 CUSTOM = {"qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_attn": True, "scale_fc": True}
@@ -188,16 +189,18 @@ def test_every_native_configuration(name):
 @pytest.mark.parametrize("name", TRUNK_NAMES)
 def test_every_timm_trunk_wraps_or_is_refused(name):
     config = open_clip.get_model_config(name)
-    refused = config["vision_cfg"]["timm_model_name"].startswith(("convnext", "fastvit", "swin"))
-    few = functools.partial(timm.create_model, **({} if refused else {"depth": 2}))
-    with torch.device("meta"), mock.patch.object(timm, "create_model", few):
+    trunk = config["vision_cfg"]["timm_model_name"]
+    refused = trunk.startswith(("convnext", "fastvit", "swin"))
+    small = functools.partial(timm.create_model, **({} if refused else {"depth": 2, **small_options(trunk)}))
+    with torch.device("meta"), mock.patch.object(timm, "create_model", small):
         tower = _build_vision_tower(config["embed_dim"], config["vision_cfg"])
     if refused:
         with pytest.raises(BackboneError, match=r"holds a timm model.*cannot take prompts.*ViT-B-32"):
             find_backbone(tower)
         return
     adapter = LongTailPromptAdapter.wrap(tower, 5)
-    assert adapter.prompt_config.feature_dim == config["embed_dim"]
+    projects = config["vision_cfg"].get("timm_proj") != "none"
+    assert adapter.prompt_config.feature_dim == (config["embed_dim"] if projects else WIDTH)
     assert all(isinstance(block, Prompted) for block in tower.trunk.blocks)
 
 
