@@ -16,9 +16,10 @@ format:  ## let ruff repair what it can, then format
 
 check: lint types layers test  ## everything that must pass before a commit
 
-lint:  ## ruff: rules and format
+lint:  ## ruff, its format, and the word list
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) .ci/check_words.py
 
 types:  ## mypy --strict on the package
 	$(PYTHON) -m mypy

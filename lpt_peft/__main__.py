@@ -1,4 +1,4 @@
-"""`python -m lpt_peft`, and `accelerate launch -m lpt_peft train ...` on several processes: the lpt-peft command."""
+"""`python -m lpt_peft`: the lpt-peft command, also under `accelerate launch -m lpt_peft train ...`."""
 
 from __future__ import annotations
 

@@ -19,6 +19,10 @@ class InputError(LPTError, ValueError):
     """Labels, counts or tensors given by the caller break a rule."""
 
 
+class UnlabelledError(InputError):
+    """The images have no labels, for example a test set without class folders."""
+
+
 class StateError(LPTError, RuntimeError):
     """A call that the object's present state does not allow."""
 

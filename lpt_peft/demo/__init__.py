@@ -1,5 +1,5 @@
-"""The bundled tiny backbone and the digits run behind `lpt-peft demo`. Needs the extra `lpt_peft[demo]`."""
+"""The bundled tiny backbone and the digits run of `lpt-peft demo`. Needs the extra `lpt_peft[demo]`."""
 
-from lpt_peft.demo.backbone import glyph_vit
+from lpt_peft.backbones.bundled.glyph_vit import glyph_vit
 
 __all__ = ["glyph_vit"]

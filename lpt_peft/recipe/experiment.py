@@ -1,11 +1,11 @@
-"""fit: a whole run into an output folder: checkpoints, prompts, history, and the numbers it came to.
+"""fit: train, save and evaluate into an output folder.
 
-    checkpoints/   to go on from after a break; may be removed once the run is over
+    checkpoints/   to resume an interrupted run; can be removed afterwards
     prompts/       the prompt file
-    history.json   a record for each epoch
-    results.json   shot metrics of the validation and the test part
+    history.json   a record per epoch
+    results.json   shot metrics of the validation and test splits
 
-Not here: the training (`runs.py`), and where images and backbone come from (`lpt_peft.cli`).
+Not here: training (`train.py`), and opening data and backbone (`lpt_peft.cli`).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from lpt_peft.recipe.train import make_accelerator, train
 CHECKPOINTS, PROMPTS, HISTORY, RESULTS = "checkpoints", "prompts", "history.json", "results.json"
 
 
-class Parts(NamedTuple):
-    """The images of a run."""
+class Splits(NamedTuple):
+    """Images of a run."""
 
     train: LabelledImages
     validation: Dataset[Any] | None = None
@@ -42,66 +42,66 @@ class Parts(NamedTuple):
 
 def fit(
     adapter: LongTailPromptAdapter,
-    parts: Parts,
+    splits: Splits,
     settings: TrainSettings,
     output: Path,
     *,
-    shot_rule: str = "lift",
+    shot_rule: str = "lpt",
     about: Mapping[str, Any] | None = None,
     accelerator: Accelerator | None = None,
     resume: bool = True,
     progress: bool | str = True,
 ) -> dict[str, ShotResult]:
-    """Train, write the prompt file and measure it; the test part is looked at once, when all is decided.
+    """Train, write the prompt file and evaluate; the test split is used once, after all choices are made.
 
     Args:
         adapter: A wrapped ViT.
-        parts: Images with their labels; only `validation` has a say in what is learnt.
-        settings: How to train.
-        output: Folder to write into; made if need be.
+        splits: Images with labels. The validation split only selects epochs; it is never trained on.
+        settings: Training settings.
+        output: Output folder; created if missing.
         shot_rule: A name of `lpt_peft.metrics.SHOT_RULES`.
-        about: More that tells this run from others, plain JSON, besides the names of classes and of image files; a run
-            goes on only where it is the same.
+        about: Further properties that identify this run, plain JSON, in addition to the names of classes and image
+            files. A run with other values is not resumed.
         accelerator: As in `train`.
         resume: As in `train`.
         progress: As in `train`.
 
     Returns:
-        "validation" and "test", as far as there are such parts.
+        Results by split, "validation" and "test", if given.
 
     Raises:
         LPTError: As `train`, and as `adapter.save_pretrained`.
-        KeyboardInterrupt: Ctrl-C was pressed; the run was saved and goes on by the same call.
+        KeyboardInterrupt: Ctrl-C was pressed; the run was saved, and the same call resumes it.
     """
     accelerator = accelerator or make_accelerator(settings)
-    metrics = ShotMetrics.from_rule(shot_rule, parts.train.class_counts)
+    metrics = ShotMetrics.from_rule(shot_rule, splits.train.class_counts)
     history = train(
         adapter,
-        parts.train,
-        parts.train.labels,
+        splits.train,
+        splits.train.labels,
         settings,
-        validation=parts.validation,
+        validation=splits.validation,
         accelerator=accelerator,
         checkpoints=output / CHECKPOINTS,
-        about={**parts.train.about(), **(about or {})},
+        about={**splits.train.about(), **(about or {})},
         shot_rule=shot_rule,
         resume=resume,
         progress=progress,
     )
     results = {
         name: evaluate(
-            adapter, part, metrics, num_workers=settings.num_workers, distributed=True, accelerator=accelerator
+            adapter, split, metrics, num_workers=settings.num_workers, distributed=True, accelerator=accelerator
         )
-        for name, part in (("validation", parts.validation), ("test", parts.test))
-        if part is not None
+        for name, split in (("validation", splits.validation), ("test", splits.test))
+        if split is not None
     }
     if accelerator.is_main_process:
-        figures = {name: {shot: getattr(result, shot) for shot in SHOTS} for name, result in results.items()}
+        values = {name: {shot: getattr(result, shot) for shot in SHOTS} for name, result in results.items()}
         adapter.save_pretrained(
             output / PROMPTS,
-            class_counts=parts.train.class_counts,
-            label_names=parts.train.class_names,
-            training={"recipe": settings.to_dict(), "metrics": figures, "rule": f"{metrics.rule}; mean over classes"},
+            class_counts=splits.train.class_counts,
+            label_names=splits.train.class_names,
+            training={"recipe": settings.to_dict(), "metrics": values, "rule": f"{metrics.rule}; mean over classes"},
         )
         write_json(output / HISTORY, history)
         write_json(output / RESULTS, {name: result.to_dict() for name, result in results.items()})
@@ -110,10 +110,10 @@ def fit(
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file of JSON: the old content or the new, never half of it.
+    """Write a JSON file atomically.
 
     Raises:
-        StateError: The folder may not be written, or the disk is full.
+        StateError: The folder is not writable, or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
@@ -124,6 +124,6 @@ def write_json(path: Path, content: Any) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise StateError(
-            f"{path} cannot be written: {error}. Choose a folder that can be written, or make room on the disk; what "
-            "was there before is whole."
+            f"{path} cannot be written: {error}. Choose a writable folder, or free disk space; the earlier content is "
+            "intact."
         ) from error

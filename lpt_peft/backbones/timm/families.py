@@ -2,7 +2,7 @@
 
 Each class restates the few lines that stand before and behind the blocks in the model's own forward;
 tests hold every model to `forward_head(forward_features(x), pre_logits=True)`. Not here: what all
-families do alike (`timm_vit.py`).
+families do alike (`timm/vit.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A plain timm VisionTransformer from its tensors alone: sizes from shapes, names as timm has had them since 0.5.
 
-Not here: pretrained models by name (`build.py`).
+Not here: pretrained models by name (`loading.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Why a timm model cannot take prompts, in one sentence, and what can.
 
 Judged by the module that defines the model's class and, where that is not known here, by what the model is
-made of; no list of model names. Not here: what can take prompts (`timm_families.py`).
+made of; no list of model names. Not here: what can take prompts (`timm/families.py`).
 """
 
 from __future__ import annotations

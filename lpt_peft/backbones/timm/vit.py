@@ -1,6 +1,6 @@
 """timm's plain ViTs as a Backbone: what all families do alike, and the choice of the family.
 
-Not here: how each family comes from image to tokens and from tokens to feature (`timm_families.py`), and how a
+Not here: how each family comes from image to tokens and from tokens to feature (`timm/families.py`), and how a
 block takes prompts (`lpt_peft.prompting`).
 """
 

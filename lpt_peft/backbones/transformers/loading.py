@@ -1,7 +1,7 @@
 """Build the pretrained transformers model that a prompt file names, from a class that the installed library lists.
 
 Weights come as safetensors from the Hub repository that the file names, at its commit where the file names one
-(transformers 5.23 tells none of a model it has loaded). Not here: timm's models, and the choice between (`build.py`).
+(transformers 5.23 tells none of a model it has loaded). Not here: timm's models, and the choice between (`loading.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from lpt_peft.backbones import find_backbone
+from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.errors import ConfigError
 
 _LISTS = ("MODEL_MAPPING_NAMES", "MODEL_FOR_IMAGE_MAPPING_NAMES", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES")

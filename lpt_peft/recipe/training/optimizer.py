@@ -1,4 +1,4 @@
-"""The optimizer of a phase: SGD that can skip a step on the device."""
+"""SGD that can skip a step on the device."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lpt_peft.recipe.settings import PhaseSettings
 def make_sgd(
     parameters: Mapping[str, nn.Parameter], phase: PhaseSettings, *, without_decay: Collection[str] = ()
 ) -> torch.optim.SGD:
-    """SGD with the phase's momentum and weight decay, and a learning rate of 0 that the caller sets in each step.
+    """Build SGD with the phase's momentum and weight decay; the caller sets the learning rate in each step.
 
-    It is torch's fused implementation, on a CPU as well: one kernel for all parameters, which leaves parameters and
-    momentum as they are where the attribute `found_inf` of the optimizer, a scalar tensor, is 1. Momentum starts at
-    zeros, not at the first gradient: the same numbers, but torch leaves it uninitialised if the first step is skipped.
+    This is torch's fused implementation, on CPUs too: a single kernel for all parameters, which leaves parameters and
+    momentum unchanged if the optimizer's attribute `found_inf`, a scalar tensor, is 1. Momentum starts at zero instead
+    of the first gradient: the result is the same, but torch leaves it uninitialized if the first step is skipped.
 
     Args:
         parameters: By name, floating point.
         phase: Momentum and weight decay.
-        without_decay: Names of parameters that have no weight decay here.
+        without_decay: Names of parameters without weight decay.
     """
     groups = [
         {"params": [p for n, p in parameters.items() if n not in without_decay], "weight_decay": phase.weight_decay},

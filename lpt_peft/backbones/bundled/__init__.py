@@ -1,0 +1,1 @@
+"""The backbone that the package ships: `glyph_vit`, its weights and its configuration."""
