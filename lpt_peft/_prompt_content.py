@@ -152,7 +152,6 @@ def replace_prompts(
         _copy_shared(adapter, content, changes)
     else:
         _replace_all(adapter, content)
-    warn_of(changes)
     return changes
 
 
@@ -177,10 +176,11 @@ def with_classes(
     return content, changes
 
 
-def warn_of(changes: LabelChanges | None) -> None:
-    """Warn if classes are new or dropped."""
+def warn_of(changes: LabelChanges | None) -> LabelChanges | None:
+    """Warn the caller of the calling method if classes are new or dropped; return the changes."""
     if changes is not None and (changes.new or changes.dropped):
-        warnings.warn(changes.describe(), UserWarning, stacklevel=4)
+        warnings.warn(str(changes), UserWarning, stacklevel=3)
+    return changes
 
 
 def is_meta(adapter: PretrainedMixin) -> bool:

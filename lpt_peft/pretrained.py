@@ -182,15 +182,15 @@ class PretrainedMixin(StateMixin):
         """Replace the adapter's prompts by those of another prompt file; the ViT and the mode stay as they are.
 
         Args:
-            source: As in `from_pretrained`; so are the arguments below `part`.
+            source: As in `from_pretrained`.
             part: "all" replaces prompts, head, phase and metadata by new parameters, so make a new optimizer; "shared"
                 copies the shared prompts and leaves the rest.
             label_names: Names of the classes that the head is for; trained rows of classes that the file knows by the
                 same name are kept, other rows are new, and a warning lists the differences. With "shared", these are
                 the names of the adapter's own head, into which the trained rows are copied.
             check_backbone: As in `from_pretrained`.
-            revision: Branch, tag or commit.
-            subfolder: Folder inside the folder or repository.
+            revision: As in `from_pretrained`.
+            subfolder: As in `from_pretrained`.
             token: As in `from_pretrained`.
             cache_dir: As in `from_pretrained`.
             local_files_only: As in `from_pretrained`.
@@ -216,7 +216,9 @@ class PretrainedMixin(StateMixin):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        return replace_prompts(self, content, part=part, label_names=label_names, check_backbone=check_backbone)
+        return warn_of(
+            replace_prompts(self, content, part=part, label_names=label_names, check_backbone=check_backbone)
+        )
 
     def push_to_hub(
         self,
@@ -264,8 +266,7 @@ class PretrainedMixin(StateMixin):
             The client's `CommitInfo`: `oid`, `commit_url`, `pr_url`.
 
         Raises:
-            InputError: The adapter cannot be saved with these arguments; nothing was sent.
-            StateError: A parameter is not finite; nothing was sent.
+            InputError, StateError: The adapter cannot be saved with these arguments; nothing was sent.
             HubError: The Hub refused or could not be reached, or the repository holds another library's `config.json`.
             ConfigError: An argument is out of range.
         """

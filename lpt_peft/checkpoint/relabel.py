@@ -28,13 +28,13 @@ class LabelChanges(NamedTuple):
     dropped: tuple[str, ...]
     """Classes of the file without a counterpart; their rows are lost."""
 
-    def describe(self) -> str:
+    def __str__(self) -> str:
         """The changes in a few sentences."""
-        text = f"The head keeps the trained rows of {len(self.kept)} classes."
+        text = f"The head keeps the trained rows of {_count(len(self.kept))}."
         if self.new:
-            text += f" New rows, not trained yet: {_list(self.new)}."
+            text += f" New, not trained yet: {_list(self.new)}."
         if self.dropped:
-            text += f" Rows of the file that are not used: {_list(self.dropped)}."
+            text += f" In the file, but not used: {_list(self.dropped)}."
         pairs = [(old, new) for old in self.dropped for new in self.new if look_alike(old, new)]
         for old, new in pairs[:_MOST_NAMES]:
             text += f" {old!r} of the file looks like {new!r}, but {difference(old, new)}."
@@ -106,6 +106,10 @@ def _with_rows(content: PromptContent, label_names: Sequence[str], changes: Labe
     )
 
 
+def _count(number: int) -> str:
+    return f"{number} class" if number == 1 else f"{number} classes"
+
+
 def _list(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(printable(name, 80)) for name in names[:_MOST_NAMES])
-    return shown if len(names) <= _MOST_NAMES else f"{shown}, ... ({len(names)} in all)"
+    first = ", ".join(repr(printable(name, 80)) for name in names[:_MOST_NAMES])
+    return first if len(names) <= _MOST_NAMES else f"{first}, ... ({_count(len(names))})"

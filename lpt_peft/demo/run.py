@@ -143,7 +143,7 @@ def _trained_parameters(model: nn.Module, row: Row) -> int:
 
 def _check_prompt_file(adapter: LongTailPromptAdapter, folder: Path, test_set: DigitsLT) -> int:
     """Load the prompt file on a new backbone, compare the predictions, and return the size of the file in bytes."""
-    loaded = LongTailPromptAdapter.from_pretrained(folder, glyph_vit())
+    loaded = LongTailPromptAdapter.from_pretrained(folder, glyph_vit().to(adapter.head.weight.device))
     expected, actual = (predict(model, test_set, num_workers=0)[0].logits for model in (adapter, loaded))
     if not torch.equal(expected, actual):
         raise DemoError(

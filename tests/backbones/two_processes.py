@@ -22,7 +22,7 @@ TARGET = torch.tensor([0, 3, 1, 4])
 
 
 def objective(model: nn.Module, batch: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy and the match term, which gives the keys their gradient."""
+    """Cross-entropy and the match term, which trains the keys."""
     out: Any = model(batch, return_output=True)
     match = 1 - out.similarity.mean() if out.similarity.numel() else 0.0
     return nn.functional.cross_entropy(out.logits, target) + match

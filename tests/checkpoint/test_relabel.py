@@ -32,7 +32,7 @@ def saved(tmp_path):
 
 def test_a_class_is_added(saved):
     names = ["ape", *OLD]
-    with pytest.warns(UserWarning, match=r"keeps the trained rows of 7 classes\. New rows, not trained yet: 'ape'\.$"):
+    with pytest.warns(UserWarning, match=r"keeps the trained rows of 7 classes\. New, not trained yet: 'ape'\.$"):
         adapter = from_pretrained(saved, tiny_vit(), label_names=names)
     old = tiny_adapter()
     assert torch.equal(adapter.head.weight[1:], old.head.weight)
@@ -55,7 +55,7 @@ def test_another_order_and_fewer_classes(saved, recwarn):
     assert adapter.metadata.class_counts == tuple(COUNTS[::-1])
     assert adapter.metadata.training == {"metrics": {"few": 0.5}}
     assert adapter.metadata.temperature == 2.0
-    with pytest.warns(UserWarning, match=r"rows of 2 classes\. Rows of the file that are not used: 'ant', 'bee',"):
+    with pytest.warns(UserWarning, match=r"rows of 2 classes\. In the file, but not used: 'ant', 'bee',"):
         adapter = from_pretrained(saved, tiny_vit(), label_names=["gnu", "cat"])
     assert torch.equal(adapter.head.weight, tiny_adapter().head.weight[[6, 2]])
     assert adapter.metadata.class_counts == (10, 50)
@@ -75,7 +75,7 @@ def test_names_as_a_mapping(saved, names):
 
 def test_load_prompts_of_everything(saved):
     adapter = tiny_adapter(seed=1, num_classes=3)
-    with pytest.warns(UserWarning, match="New rows, not trained yet: 'owl'"):
+    with pytest.warns(UserWarning, match="New, not trained yet: 'owl'"):
         changes = adapter.load_prompts(saved, label_names=["owl", "cat"])
     assert changes.rows == (None, 2)
     assert (changes.kept, changes.new) == (("cat",), ("owl",))
@@ -89,7 +89,7 @@ def test_load_prompts_of_the_shared_prompts_and_head_rows(saved):
     adapter = tiny_adapter(seed=1, num_classes=3, pool_size=9)
     before = adapter.head.weight.detach().clone()
     parameter, pool = adapter.head.weight, adapter.pool.prompts.detach().clone()
-    with pytest.warns(UserWarning, match="New rows, not trained yet: 'owl'"):
+    with pytest.warns(UserWarning, match="New, not trained yet: 'owl'"):
         changes = adapter.load_prompts(saved, part="shared", label_names=["fox", "owl", "cat"])
     assert changes.new == ("owl",)
     assert adapter.head.weight is parameter
@@ -103,14 +103,14 @@ def test_load_prompts_of_the_shared_prompts_and_head_rows(saved):
 
 def test_the_random_state_is_not_advanced(saved):
     state = torch.get_rng_state()
-    with pytest.warns(UserWarning, match="New rows"):
+    with pytest.warns(UserWarning, match="New, not trained yet"):
         from_pretrained(saved, tiny_vit(), label_names=[*OLD, "owl"])
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_head_of_another_dtype(tmp_path):
     tiny_adapter(dtype=torch.bfloat16).save_pretrained(tmp_path, label_names=OLD)
-    with pytest.warns(UserWarning, match="New rows"):
+    with pytest.warns(UserWarning, match="New, not trained yet"):
         adapter = from_pretrained(tmp_path, tiny_vit(), label_names=[*OLD, "owl"])
     assert adapter.head.weight.dtype == torch.bfloat16
     assert torch.equal(adapter.head.weight[:7], tiny_adapter(dtype=torch.bfloat16).head.weight)

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lpt_peft import LongTailPromptAdapter
-from lpt_peft.cli.common.build_adapter import build_backbone
+from lpt_peft.cli.common.build_adapter import build_run_backbone
 from lpt_peft.cli.common.run_settings import RunSettings
 
 BACKBONE = ["--backbone", "vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32"]
@@ -53,4 +53,4 @@ def same_prompts(first, second):
 def load_adapter(folder):
     """Load a prompt file on the backbone of BACKBONE, whose random weights timm does not have."""
     run = RunSettings(backbone="vit_tiny_patch16_224", pretrained=False, img_size=32)
-    return FROM_PRETRAINED(folder, build_backbone(run))
+    return FROM_PRETRAINED(folder, build_run_backbone(run))

@@ -17,6 +17,7 @@ from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.errors import BackboneMismatchError, ConfigError, StateError
 from lpt_peft.recipe import PhaseSettings, Splits, evaluate, fit, make_accelerator, predict, run_phase, train
 from lpt_peft.recipe.parallel import check_precision
+from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.training.loop import Loop
 from tests.conftest import tiny_vit
 from tests.recipe.tiny import COUNTS, PHASE, SETTINGS, SHORT, NoiseFreeLoss, result_of, same, striped_data, tiny_adapter
@@ -141,9 +142,9 @@ def test_unsupported_casts_are_refused():
     with pytest.raises(ConfigError, match='backbone_dtype="float16" needs mixed_precision="fp16".*not "no"'):
         train(tiny_adapter(), dataset, labels, float16, progress=False)
     with pytest.raises(ConfigError, match="different 16-bit dtypes"):
-        check_precision(BFLOAT16, SimpleNamespace(mixed_precision="fp16"))
+        check_precision(BFLOAT16, SimpleNamespace(mixed_precision="fp16", scaler=object()))
     for settings, precision in ((float16, "fp16"), (BFLOAT16, "bf16"), (BFLOAT16, "no"), (SHORT, "fp16")):
-        check_precision(settings, SimpleNamespace(mixed_precision=precision))
+        check_precision(settings, SimpleNamespace(mixed_precision=precision, scaler=object()))
 
     class Probe(torch.nn.Module):
         def __init__(self):
@@ -204,7 +205,7 @@ def compiled_run(steps, restored=None, dtype=None):
         criterion=NoiseFreeLoss(PHASE.epochs),
         accelerator=make_accelerator(settings),
         history=[],
-        progress=False,
+        reporter=Reporter(False, True),
     )
     run = loop.start_phase(adapter, "group", PHASE)
     if restored is not None:

@@ -57,8 +57,8 @@ def write_checkpoint(
         earlier = checkpoints(folder)
         intact = f"The last checkpoint, {earlier[-1]}, is intact" if earlier else "There is no earlier checkpoint"
         raise StateError(
-            f"The checkpoint {folder / name} cannot be written: {error}. {intact}. Fix the cause and run the same "
-            "command again."
+            f"The checkpoint {folder / name} cannot be written: {error.strerror or error}. {intact}. Fix the cause and "
+            "run the same command again."
         ) from error
 
 
