@@ -203,8 +203,7 @@ class PretrainedMixin(StateMixin):
             PromptFileError: The file is refused, or is for another backbone; nothing changed.
             InputError: `label_names` is invalid, or the file does not name its classes; nothing changed.
             HubError: The Hub did not deliver the prompts; nothing changed.
-            ConfigError: An argument is out of range.
-            StateError: The adapter was unwrapped.
+            ConfigError, StateError: An argument is out of range, or the adapter was unwrapped; nothing changed.
         """
         check_choice(check_backbone)
         content = read_prompts(
