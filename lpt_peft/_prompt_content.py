@@ -43,8 +43,9 @@ def content_of(
 
     Raises:
         InputError: An argument has the wrong type or no order.
-        StateError: The adapter is on the meta device.
+        StateError: The adapter was unwrapped, or is on the meta device.
     """
+    _check_wrapped(adapter)
     carried = adapter.metadata
     if is_meta(adapter):
         raise StateError(
@@ -143,8 +144,7 @@ def replace_prompts(
     """
     if part not in ("all", "shared"):
         raise ConfigError(f'part={part!r} must be "all" or "shared".')
-    if getattr(adapter, "vit", None) is None:
-        raise StateError("This adapter was unwrapped; call LongTailPromptAdapter.from_pretrained(source, vit).")
+    _check_wrapped(adapter)
     content, changes = with_classes(content, label_names)
     known = adapter.frozen_weights.fingerprint() if check_backbone != "off" else None
     check_match(content, adapter.backbone, check_backbone, known)
@@ -186,6 +186,11 @@ def warn_of(changes: LabelChanges | None) -> LabelChanges | None:
 def is_meta(adapter: PretrainedMixin) -> bool:
     """Whether prompts or head have no values."""
     return any(parameter.is_meta for parameter in adapter.pool.parameters())
+
+
+def _check_wrapped(adapter: PretrainedMixin) -> None:
+    if getattr(adapter, "vit", None) is None:
+        raise StateError("This adapter was unwrapped; wrap a ViT, or call LongTailPromptAdapter.from_pretrained.")
 
 
 def _copy_shared(adapter: PretrainedMixin, content: PromptContent, changes: LabelChanges | None) -> None:
