@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lpt_peft._prompted import Prompted, Recorder, checkpoint_in_graph, prompted_class, recording
+from lpt_peft._prompted import Prompted, Recorder, checkpoint_in_graph, prompted_class, recording, uses_autocast
 from lpt_peft._self_check import check_block, gradient_gap
 from lpt_peft.errors import BackboneError
 
@@ -60,7 +60,7 @@ def attach_blocks(blocks: Sequence[nn.Module], dim: int, *, hint: str) -> None:
         kinds[block] = ("block", len(attentions))
         for attention in attentions:
             kinds |= {part: ("bias", 0) for part in attention.modules() if hasattr(part, "get_bias")}
-            kinds[attention] = ("attention", 0)
+            kinds[attention] = ("uncast attention" if uses_autocast(attention) else "attention", 0)
     for module in kinds:
         _check_attachable(module)
     try:
