@@ -1,4 +1,4 @@
-"""Sphinx settings: pages in Markdown (MyST), the reference from docstrings. Nothing here needs the network."""
+"""Sphinx configuration: pages in Markdown (MyST), the reference from docstrings. A build does not need the network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ extensions = [
 ]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
-# Docstrings write code in single backticks.
+# Docstrings use single backticks for code.
 default_role = "code"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
@@ -33,6 +33,7 @@ autodoc_class_signature = "mixed"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # attributes as a list; their own entries would duplicate documented properties
 python_maximum_signature_line_length = 100
 
 html_theme = "furo"
@@ -40,7 +41,7 @@ html_title = f"lpt_peft {release}"
 
 
 def as_restructured_text(*event: Any) -> None:
-    """Docstrings are plain text first: an indented block after "...:" is an equation, and a bar is a bar."""
+    """Convert docstrings, which are plain text: an indented block after a colon is literal, and a bar is not markup."""
     lines: list[str] = event[-1]
     in_block, indent = False, 0
     for number, line in enumerate(lines):
@@ -57,5 +58,5 @@ def as_restructured_text(*event: Any) -> None:
 
 
 def setup(app: Any) -> None:
-    """Run before napoleon, whose priority is the default 500."""
+    """Connect the conversion before napoleon, which has the default priority, 500."""
     app.connect("autodoc-process-docstring", as_restructured_text, priority=400)

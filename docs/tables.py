@@ -1,7 +1,7 @@
-"""Writes the two tables of docs/backbones.md from what is true: `python docs/tables.py` (about ten minutes).
+"""Writes the two tables of docs/backbones.md from measurements: `python docs/tables.py` (about ten minutes).
 
-The first asks every model of the installed libraries, as `lpt-peft doctor --list` does; the second runs
-tests/backbones/test_compatibility.py and shows each cell's outcome.
+The first table is the result of tests/backbones/test_compatibility.py, cell by cell. The second is the answer of
+`lpt-peft doctor --list` for every model of the installed libraries.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ SIGNS = {"passed": "✓", "skipped": "–"}
 
 
 class Outcomes:
-    """A pytest plugin that notes the outcome of every cell."""
+    """A pytest plugin that records the outcome of every cell."""
 
     def __init__(self) -> None:
         self.cells: dict[tuple[str, str], set[str]] = {}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Called by pytest for the setup, call and teardown of each test."""
+        """Record a result; pytest calls this for the setup, call and teardown of each test."""
         found = re.fullmatch(rf"{COMPATIBILITY}::(\w+)\[(?:shared|group)-(.+)\]", report.nodeid)
         if found and (report.when == "call" or report.outcome != "passed"):
             self.cells.setdefault((found[2], found[1]), set()).add(report.outcome)
 
 
 def compatibility_table() -> str:
-    """Rows: models of each ecosystem. A cell: what both phases did in the test of that name."""
+    """The table of test results: a row for each model, a column for each test, both phases in a cell."""
     outcomes = Outcomes()
     pytest.main(["-q", "-p", "no:cacheprovider", str(ROOT / COMPATIBILITY)], plugins=[outcomes])
     rows = list(dict.fromkeys(row for row, _ in outcomes.cells))
@@ -61,7 +61,7 @@ def compatibility_table() -> str:
 
 
 def support_table() -> str:
-    """A line for each family of the installed libraries and each answer."""
+    """The table of supported models: a row for each family of the installed libraries and each answer."""
     from lpt_peft.cli.common.doctor_list import families, survey  # noqa: PLC0415 - needs the extra [cli]
 
     lines = ["| library | family | models | such as | takes prompts |", "|---|---|---|---|---|"]
@@ -71,7 +71,7 @@ def support_table() -> str:
 
 
 def short(answer: str) -> str:
-    """The reason alone: without the way out and the class's own name, so that models with one reason share a line."""
+    """Shorten an answer to its reason, so that models of several classes with the same reason share a row."""
     why = re.split(r" Supported: | Its library may have a version|, so prompts cannot be checked", answer)[0]
     why = re.sub(r"^(timm's |torchvision's |transformers )?\w+( of [\w.]+)? (?=has|returns|contains|can|is )", "", why)
     why = why.removeprefix("cannot take prompts: ").replace(" cannot take prompts: ", ": ")
@@ -79,7 +79,7 @@ def short(answer: str) -> str:
 
 
 def write(name: str, table: str) -> None:
-    """Put a table between its marks."""
+    """Replace the table between its two marks."""
     text = PAGE.read_text(encoding="utf-8")
     start, end = f"<!-- {name}: written by docs/tables.py -->", f"<!-- {name}: end -->"
     before, _, rest = text.partition(start)

@@ -1,10 +1,11 @@
-"""Write the long-tailed digits as PNG files in class folders, train/ val/ test/, to try out what reads image folders.
+"""Write the long-tailed digits as PNG files in class folders train/, val/ and test/.
 
 pip install -e ".[demo]"
 python examples/digits_folder.py digits
 
-The images and the split are the demo's: 120 images of "0" falling to 2 of "9" for training, up to 30 of each for
-validation, 50 of each for the test. PNG has 8 bits a channel, so a pixel differs from the demo's by at most 1/510.
+Images and splits are those of the demo: 120 images of "0" falling to 2 of "9" for training, up to 30 images per class
+for validation and 50 per class for the test. PNG stores 8 bits per channel, so pixels differ from the demo by at most
+1/510.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ FOLDERS = {"train": "train", "validation": "val", "test": "test"}
 
 
 def write(folder: Path) -> None:
-    """Write `folder/<part>/<digit>/<number>.png`; files of the same name are overwritten."""
-    for part, name in FOLDERS.items():
-        digits = DigitsLT(part, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # values from 0 to 1
+    """Write `folder/<split>/<digit>/<number>.png`; existing files of the same name are overwritten."""
+    for split, name in FOLDERS.items():
+        digits = DigitsLT(split, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # values from 0 to 1
         for number, (image, label) in enumerate(digits):
-            place = folder / name / str(label)
-            place.mkdir(parents=True, exist_ok=True)
-            save_image(image, place / f"{number:04}.png")
+            class_folder = folder / name / str(label)
+            class_folder.mkdir(parents=True, exist_ok=True)
+            save_image(image, class_folder / f"{number:04}.png")
         print(f"{folder / name}: {len(digits)} images")
 
 

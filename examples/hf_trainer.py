@@ -1,9 +1,9 @@
-"""The Trainer of transformers with LPT dropped in; the lines marked LPT are all that is ours.
+"""Training with the transformers Trainer and LPT; the lines marked LPT are the changes.
 
 pip install -e ".[demo,transformers]"
 python examples/hf_trainer.py                               # or: torchrun --nproc-per-node 2 examples/hf_trainer.py
 
-The ViT may be one of timm, as here, or of transformers.
+The ViT may come from timm, as here, or from transformers.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from lpt_peft import DualSampler, LongTailPromptAdapter, LPTLoss
 
 
 class SetEpoch(TrainerCallback):
-    """Calls set_epoch, as a loop of your own would; also after resuming in the middle of an epoch."""
+    """Calls set_epoch at the start of each epoch, also after resuming in the middle of an epoch."""
 
-    def __init__(self, *parts: Any) -> None:
-        self.parts = parts
+    def __init__(self, *targets: Any) -> None:
+        self.targets = targets
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by Trainer."""
-        for part in self.parts:
-            part.set_epoch(int(state.epoch))
+        for target in self.targets:
+            target.set_epoch(int(state.epoch))
 
 
 def collate(rows: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ def collate(rows: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
 def train(
     vit: nn.Module, dataset: Dataset, labels: list[int], epochs: int = 10, lr: float = 0.05, **options: Any
 ) -> nn.Module:
-    """Two phases of LPT on any map-style dataset of (image, label); `options` are TrainingArguments'."""
+    """Train both phases of LPT on a map-style dataset of (image, label); `options` go to TrainingArguments."""
     class_counts = torch.bincount(torch.tensor(labels))
     model = LongTailPromptAdapter.wrap(vit, len(class_counts))  # LPT
     model.backbone_in_state_dict = False  # LPT; checkpoints hold prompts only

@@ -1,4 +1,4 @@
-"""An ordinary PyTorch training loop with LPT dropped in; the lines marked LPT are all that is ours.
+"""A plain PyTorch training loop with LPT; the lines marked LPT are the changes.
 
 pip install -e ".[demo]"
 python examples/plain_torch.py                              # or: torchrun --nproc-per-node 2 examples/plain_torch.py
@@ -18,7 +18,7 @@ from lpt_peft import DualSampler, LongTailPromptAdapter, LPTLoss
 
 
 def train(vit: nn.Module, dataset: Dataset, labels: list[int], epochs: int = 10, lr: float = 0.05) -> nn.Module:
-    """Two phases of LPT on any map-style dataset of (image, label), on any number of processes."""
+    """Train both phases of LPT on a map-style dataset of (image, label), on any number of processes."""
     class_counts = torch.bincount(torch.tensor(labels))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LongTailPromptAdapter.wrap(vit, len(class_counts)).to(device)  # LPT

@@ -1,13 +1,12 @@
-"""Pretrain the demo's tiny backbone: a ViT that reads printed characters and has never seen a digit.
+"""Pretrain the small backbone of the demo: a ViT for printed letters and symbols, without digits.
 
-It learns to classify letters and symbols of the twelve DejaVu Sans, Serif and Mono faces that
-matplotlib ships, drawn light on dark under random affine, elastic, stroke-width, blur, contrast and
-noise changes. What it leaves behind is `lpt_peft/backbones/bundled/glyph_vit.safetensors` (the frozen backbone of
-`lpt-peft demo`) and `glyph_vit.json` (its configuration and how it was made). You need this script
-only to remake them: about 40 minutes on two CPU cores.
+The classes are letters and symbols of the twelve DejaVu Sans, Serif and Mono faces of matplotlib, drawn light on dark
+with random affine, elastic, stroke-width, blur, contrast and noise changes. The script writes
+`lpt_peft/backbones/bundled/glyph_vit.safetensors`, the frozen backbone of `lpt-peft demo`, and `glyph_vit.json`, its
+configuration and training settings. Run it only to create these files again; it takes about 40 minutes on 2 cores.
 
     pip install -e ".[demo]"
-    python examples/pretrain_glyphs.py --output lpt_peft/demo
+    python examples/pretrain_glyphs.py --output lpt_peft/backbones/bundled
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ FACES = tuple(
     }.items()
     for style in styles
 )
-CANVAS, FRAME, PIXELS = 64, 52, 32  # drawn at 64 px, the character fills 52 of them; the model sees 32
+CANVAS, FRAME, PIXELS = 64, 52, 32  # a character fills 52 px of a canvas of 64 px, which is resized to 32 px
 BACKBONE: dict[str, Any] = {
     "img_size": PIXELS,
     "patch_size": 4,
@@ -50,7 +49,7 @@ BACKBONE: dict[str, Any] = {
 
 @dataclass
 class Settings:
-    """How to pretrain; the defaults made the bundled file."""
+    """Pretraining settings; the bundled file was created with the defaults."""
 
     output: Path = Path("lpt_peft/demo")
     classes: int = 300
@@ -60,30 +59,30 @@ class Settings:
     weight_decay: float = 0.05
     seed: int = 0
     resume: bool = False
-    """Go on from `glyph_vit.checkpoint` in the output folder."""
+    """Resume from `glyph_vit.checkpoint` in the output folder."""
 
 
 def font_path(face: str) -> str:
-    """Path of one of matplotlib's own fonts."""
+    """Path of a font that matplotlib ships."""
     return str(Path(get_data_path()) / "fonts" / "ttf" / f"{face}.ttf")
 
 
 def common_characters() -> list[str]:
-    """Letters and symbols that all twelve faces hold, in code-point order, without anything numeric."""
+    """Letters and symbols that all twelve faces contain, in code-point order, without numeric characters."""
     shared = set.intersection(*(set(ft2font.FT2Font(font_path(face)).get_charmap()) for face in FACES))
 
-    def wanted(character: str) -> bool:
+    def is_letter_or_symbol(character: str) -> bool:
         plain = unicodedata.normalize("NFKD", character)
         shape = unicodedata.category(character)
         return shape in {"Lu", "Ll", "Lo", "Sm", "Sc", "So", "Po"} and not any(
             unicodedata.category(c).startswith("N") or unicodedata.numeric(c, None) is not None for c in plain
         )
 
-    return [chr(code) for code in sorted(shared) if wanted(chr(code))]
+    return [chr(code) for code in sorted(shared) if is_letter_or_symbol(chr(code))]
 
 
 def draw(character: str, font: ImageFont.FreeTypeFont) -> np.ndarray | None:
-    """One character, scaled to fill the frame, as a (64, 64) uint8 image; None where it has no ink."""
+    """Draw a character scaled to the frame as a (64, 64) uint8 image; None where it has no ink."""
     left, top, right, bottom = font.getbbox(character)
     width, height = int(right - left), int(bottom - top)
     if width < 4 or height < 4:
@@ -102,10 +101,10 @@ def draw(character: str, font: ImageFont.FreeTypeFont) -> np.ndarray | None:
 
 
 def render_glyphs(count: int) -> tuple[Tensor, list[str]]:
-    """The first `count` characters of distinct shape: glyphs (count, 12, 64, 64) uint8, and their names.
+    """Render the first `count` characters of distinct shape: glyphs (count, 12, 64, 64) uint8, and their names.
 
-    Scaled to the same frame, many characters look alike ("o", "O", Greek omicron). In code-point order
-    a character stays out where its faces correlate by 0.8 or more with those of one already in.
+    Scaled to the same frame, many characters look alike ("o", "O", Greek omicron). In code-point order, a character is
+    left out where its faces correlate by 0.8 or more with those of a character chosen before.
     """
     fonts = [ImageFont.truetype(font_path(face), 96) for face in FACES]
     names: list[str] = []
@@ -117,7 +116,7 @@ def render_glyphs(count: int) -> tuple[Tensor, list[str]]:
         faces = [face for face in drawn if face is not None]
         if len(faces) < len(fonts):
             continue
-        # Quarter-size images: robust to a shift of a pixel or two.
+        # Images of a quarter of the size are robust to small shifts.
         small = F.avg_pool2d(torch.from_numpy(np.stack(faces))[:, None].float(), 4).flatten(1)
         shape = F.normalize(small - small.mean(-1, keepdim=True), dim=-1)
         if names and torch.einsum("cfp,fp->cf", shapes, shape).mean(-1).max() >= 0.8:
@@ -133,7 +132,7 @@ def render_glyphs(count: int) -> tuple[Tensor, list[str]]:
 
 
 def augment(glyphs: Tensor, generator: torch.Generator) -> Tensor:
-    """Light-on-dark training images (B, 3, 32, 32) in [-1, 1] from glyphs (B, 64, 64) uint8."""
+    """Create light-on-dark training images (B, 3, 32, 32) in [-1, 1] from glyphs (B, 64, 64) uint8."""
     batch = len(glyphs)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -164,7 +163,7 @@ def augment(glyphs: Tensor, generator: torch.Generator) -> Tensor:
     ink = F.conv2d(ink.transpose(0, 1), kernel[:, None, None, :], padding=(0, 4), groups=batch)
     ink = F.conv2d(ink, kernel[:, None, :, None], padding=(4, 0), groups=batch).transpose(0, 1)
 
-    # Contrast and noise; always light ink on dark ground.
+    # Contrast and noise; the ink is always lighter than the background.
     dark, light = uniform(0.0, 0.3, 1, 1, 1), uniform(0.6, 1.0, 1, 1, 1)
     peak = ink.amax((1, 2, 3), keepdim=True).clamp_min(0.1)
     image = dark + (light - dark) * (ink / peak).pow(uniform(0.6, 1.6, 1, 1, 1))
@@ -173,19 +172,19 @@ def augment(glyphs: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def draw_batch(glyphs: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random classes and faces: images (size, 3, 32, 32) float32, targets (size,) int64."""
+    """Draw random classes and faces: images (size, 3, 32, 32) float32, targets (size,) int64."""
     target = torch.randint(0, glyphs.shape[0], (size,), generator=generator)
     face = torch.randint(0, glyphs.shape[1], (size,), generator=generator)
     return augment(glyphs[target, face], generator), target
 
 
 def build(classes: int) -> nn.Module:
-    """The small timm VisionTransformer of the demo."""
+    """Build the small timm VisionTransformer of the demo."""
     return timm.models.vision_transformer.VisionTransformer(**BACKBONE, num_classes=classes)
 
 
 def train(settings: Settings, glyphs: Tensor) -> nn.Module:
-    """AdamW and one-cycle on endless fresh images; a checkpoint every 500 steps."""
+    """Train with AdamW and a one-cycle schedule on newly drawn images; save a checkpoint every 500 steps."""
     torch.manual_seed(settings.seed)
     model = build(len(glyphs))
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -208,7 +207,7 @@ def train(settings: Settings, glyphs: Tensor) -> nn.Module:
     loss_mean = accuracy_mean = None
     bar = tqdm(range(first, settings.steps), initial=first, total=settings.steps, desc="pretraining")
     for step in bar:
-        # One generator per step: a resumed run sees the images that the unbroken run would have.
+        # A generator per step, so that a resumed run sees the same images as an uninterrupted run.
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         images, target = draw_batch(glyphs, settings.batch_size, generator)
         with torch.autocast("cpu", torch.bfloat16):
@@ -219,9 +218,9 @@ def train(settings: Settings, glyphs: Tensor) -> nn.Module:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        now, right = loss.item(), (logits.argmax(-1) == target).float().mean().item()
-        loss_mean = now if loss_mean is None else 0.98 * loss_mean + 0.02 * now
-        accuracy_mean = right if accuracy_mean is None else 0.98 * accuracy_mean + 0.02 * right
+        step_loss, accuracy = loss.item(), (logits.argmax(-1) == target).float().mean().item()
+        loss_mean = step_loss if loss_mean is None else 0.98 * loss_mean + 0.02 * step_loss
+        accuracy_mean = accuracy if accuracy_mean is None else 0.98 * accuracy_mean + 0.02 * accuracy
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss_mean:.3f}", accuracy=f"{accuracy_mean:.3f}")
         if (step + 1) % 500 == 0:
@@ -233,24 +232,24 @@ def train(settings: Settings, glyphs: Tensor) -> nn.Module:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, glyphs: Tensor, batches: int = 50) -> float:
-    """Accuracy on fresh augmented images."""
+    """Compute the accuracy on newly drawn images."""
     model.eval()
     generator = torch.Generator().manual_seed(2**40)
-    right = total = 0
+    correct = total = 0
     for _ in range(batches):
         images, target = draw_batch(glyphs, 128, generator)
-        right += int((model(images).argmax(-1) == target).sum())
+        correct += int((model(images).argmax(-1) == target).sum())
         total += len(target)
-    return right / total
+    return correct / total
 
 
 def main(settings: Settings) -> None:
-    """Render, train, measure, save."""
+    """Render, train, evaluate and save."""
     settings.output.mkdir(parents=True, exist_ok=True)
     glyphs, names = render_glyphs(settings.classes)
     model = train(settings, glyphs)
     accuracy = evaluate(model, glyphs)
-    print(f"{len(names)} classes, accuracy {accuracy:.1%} on fresh images")
+    print(f"{len(names)} classes, accuracy {accuracy:.1%} on newly drawn images")
     tensors = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("head.")}
     save_file(tensors, settings.output / "glyph_vit.safetensors", metadata={"format": "pt"})
     about = {

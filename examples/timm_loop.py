@@ -1,9 +1,9 @@
-"""A loop in the manner of timm's train.py with LPT dropped in; the lines marked LPT are all that is ours.
+"""A training loop in the style of timm's train.py with LPT; the lines marked LPT are the changes.
 
 pip install -e ".[demo]"
 python examples/timm_loop.py                                # or: torchrun --nproc-per-node 2 examples/timm_loop.py
 
-Optimizer, schedule and meters are timm's; its loader draws batches of its own, so the plain one takes its place.
+Optimizer, schedule and meters are timm's. The loader is PyTorch's, because timm's does not take a batch sampler.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from lpt_peft import DualSampler, LongTailPromptAdapter, LPTLoss
 
 
 def train(vit: nn.Module, dataset: Dataset, labels: list[int], epochs: int = 10, lr: float = 0.05) -> nn.Module:
-    """Two phases of LPT on any map-style dataset of (image, label), on any number of processes."""
+    """Train both phases of LPT on a map-style dataset of (image, label), on any number of processes."""
     class_counts = torch.bincount(torch.tensor(labels))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LongTailPromptAdapter.wrap(vit, len(class_counts)).to(device)  # LPT
     sampler = DualSampler(labels, batch_size=64)  # LPT; under a process group, each rank draws its share
     loader = DataLoader(dataset, batch_sampler=sampler)
     for phase in ("shared", "group"):  # LPT
-        model.phase = phase  # LPT; create_optimizer_v2 takes what requires a gradient, so make a new one
+        model.phase = phase  # LPT; create_optimizer_v2 takes the trainable parameters, so make a new one
         criterion = LPTLoss(class_counts, epochs).to(device)  # LPT
         optimizer = create_optimizer_v2(model, opt="sgd", lr=lr, momentum=0.9, weight_decay=0.01)
         total = epochs * len(loader)

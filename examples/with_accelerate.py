@@ -1,10 +1,10 @@
-"""An ordinary loop on Hugging Face Accelerate with LPT dropped in; the lines marked LPT are all that is ours.
+"""A training loop on Hugging Face Accelerate with LPT; the lines marked LPT are the changes.
 
 pip install -e ".[demo]"
 python examples/with_accelerate.py                      # or: accelerate launch examples/with_accelerate.py
 
-(A file called accelerate.py would hide the library from every script in this folder.) For checkpoints, validation and
-exact resume use `lpt-peft train`, which is built on such a loop.
+The file is not called accelerate.py, because that would hide the library from the scripts in this folder. For
+checkpoints, validation and exact resume use `lpt-peft train`, which is built on a loop like this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lpt_peft import DualSampler, LongTailPromptAdapter, LPTLoss
 
 
 def train(vit: nn.Module, dataset: Dataset, labels: list[int], epochs: int = 10, lr: float = 0.05) -> nn.Module:
-    """Two phases of LPT on any map-style dataset of (image, label), on any number of processes."""
+    """Train both phases of LPT on a map-style dataset of (image, label), on any number of processes."""
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     class_counts = torch.bincount(torch.tensor(labels))
     model = LongTailPromptAdapter.wrap(vit, len(class_counts))  # LPT

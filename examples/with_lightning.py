@@ -1,9 +1,9 @@
-"""An ordinary Lightning module with LPT dropped in; the lines marked LPT are all that is ours.
+"""A Lightning module with LPT; the lines marked LPT are the changes.
 
 pip install -e ".[examples]"
 python examples/with_lightning.py
 
-(A file called lightning.py would hide the library from every script in this folder.)
+The file is not called lightning.py, because that would hide the library from the scripts in this folder.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ class Module(lightning.LightningModule):
         self.adapter, self.criterion, self.sampler, self.lr = adapter, criterion, sampler, lr
 
     def on_train_epoch_start(self) -> None:
-        """Not called when a run resumes in the middle of an epoch; the sampler's state has its epoch then."""
+        """Set the epoch; when a run resumes within an epoch, the sampler's state sets it instead."""
         self.sampler.set_epoch(self.current_epoch)  # LPT
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """The whole objective, on the two halves of a batch."""
+        """Return the loss of both halves of a batch."""
         images, target = batch
         loss = self.criterion(self.adapter(images, return_output=True), target, self.current_epoch)  # LPT
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The next batch, so that a run can resume in the middle of an epoch."""
+        """Save the position of the next batch, so that a run can resume within an epoch."""
         done = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         epoch, position = divmod(done, len(self.sampler))
         checkpoint["sampler"] = {**self.sampler.state_dict(), "epoch": epoch, "position": position}  # LPT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Begin at the batch after the checkpoint's."""
+        """Start at the batch after the checkpoint."""
         self.sampler.load_state_dict(checkpoint["sampler"])  # LPT
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """SGD on what the phase trains."""
-        trained = self.adapter.trainable_parameters()  # LPT
-        optimizer = torch.optim.SGD(trained, lr=self.lr, momentum=0.9, weight_decay=0.01)
+        """Return SGD on the parameters that the phase trains."""
+        parameters = self.adapter.trainable_parameters()  # LPT
+        optimizer = torch.optim.SGD(parameters, lr=self.lr, momentum=0.9, weight_decay=0.01)
         steps = self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -58,7 +58,7 @@ class Module(lightning.LightningModule):
 def train(
     vit: nn.Module, dataset: Dataset, labels: list[int], epochs: int = 10, lr: float = 0.05, **options: Any
 ) -> nn.Module:
-    """Two phases of LPT on any map-style dataset of (image, label); `options` are the Trainer's."""
+    """Train both phases of LPT on a map-style dataset of (image, label); `options` go to the Trainer."""
     class_counts = torch.bincount(torch.tensor(labels))
     model = LongTailPromptAdapter.wrap(vit, len(class_counts))  # LPT
     model.backbone_in_state_dict = False  # LPT; checkpoints hold prompts only

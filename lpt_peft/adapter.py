@@ -19,11 +19,11 @@ from lpt_peft.backbones.freezing import FrozenState
 from lpt_peft.backbones.input_errors import explain_failure
 from lpt_peft.backbones.weights import FrozenWeights
 from lpt_peft.call import CallMixin
-from lpt_peft.config import PromptConfig, PromptMetadata
+from lpt_peft.config import PHASES, Phase, PromptConfig, PromptMetadata
 from lpt_peft.delegates import DelegateMixin
 from lpt_peft.errors import ConfigError, LPTError, StateError
 from lpt_peft.heads import CosineClassifier
-from lpt_peft.phase import PHASES, Phase, in_process_group
+from lpt_peft.phase import in_process_group
 from lpt_peft.pretrained import PretrainedMixin
 from lpt_peft.prompting import find_gradient_gap
 from lpt_peft.prompts import PromptPool, SharedPrompt

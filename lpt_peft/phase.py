@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from lpt_peft.config import PHASES, Phase
 from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.heads import CosineClassifier
 from lpt_peft.prompts import PromptPool, SharedPrompt
-
-Phase = Literal["shared", "group"]
-PHASES: tuple[Phase, ...] = ("shared", "group")
 
 _Self = TypeVar("_Self", bound="PhaseMixin")
 _DDP_PHASES: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()

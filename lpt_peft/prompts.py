@@ -1,7 +1,6 @@
-"""SharedPrompt and PromptPool: the learnt tokens, and the choice of groups per image.
+"""Trainable prompts: a shared prompt and a pool of group prompts with top-k retrieval.
 
-Both work alone. Not here: how a prompt enters attention (`lpt_peft.prompting`) and where the query
-comes from (`lpt_peft.adapter`).
+Not here: how prompts enter attention (`lpt_peft.prompting`) and where queries come from (`lpt_peft.adapter`).
 """
 
 from __future__ import annotations
@@ -12,15 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lpt_peft._features import check_features
+from lpt_peft._kmeans import spherical_kmeans
+from lpt_peft._numbers import checked_integer
 from lpt_peft._numerics import at_least_float32, cosine
 from lpt_peft.config import PromptConfig
-from lpt_peft.errors import ConfigError, InputError
+from lpt_peft.errors import ConfigError, InputError, StateError
 
 _INIT_STD = 0.02
+_UNKNOWN = -(2**62)  # stays negative whatever training adds
 
 
 class SharedPrompt(nn.Module):
-    """One prompt for all images: `u_1 ... u_L`, `n` tokens in each block.
+    """Prompt shared by all images: `u_1 ... u_L`, `n` tokens in each block.
 
     Args:
         layers: Number of blocks `L`.
@@ -37,7 +40,8 @@ class SharedPrompt(nn.Module):
 
     def __init__(self, layers: int, length: int, dim: int) -> None:
         super().__init__()
-        _check_sizes(layers=layers, length=length, dim=dim)
+        for name, value in {"layers": layers, "length": length, "dim": dim}.items():
+            checked_integer(name, value, 1)
         self.prompts = nn.Parameter(torch.empty(layers, length, dim))
         self.reset_parameters()
 
@@ -53,47 +57,47 @@ class SharedPrompt(nn.Module):
         __call__ = forward
 
     def extra_repr(self) -> str:
-        """Sizes, as torch's own layers show them."""
+        """Sizes, for `print(module)`."""
         layers, length, dim = self.prompts.shape
         return f"layers={layers}, length={length}, dim={dim}"
 
 
 class PoolMatch(NamedTuple):
-    """What a `PromptPool` answers to a query."""
+    """Result of a `PromptPool` for a batch of queries."""
 
     prompts: Tensor
-    """Mean of the chosen groups' prompts (B, layers, n, d), in the query's dtype; under autocast, in autocast's."""
+    """Mean prompt of the selected groups (B, layers, n, d), in the dtype of the query or of autocast."""
     similarity: Tensor
-    """Cosine of query and chosen keys (B, k), descending, float32 or float64."""
+    """Cosines of query and selected keys (B, k), in descending order, float32 or float64."""
     groups: Tensor
-    """Chosen groups (B, k), int64."""
+    """Indices of the selected groups (B, k), int64."""
 
 
 class PromptPool(nn.Module):
-    r"""A pool of `m` group prompts with keys; every image picks its `k` nearest.
+    r"""Pool of `m` group prompts with keys, from which every image selects the `k` nearest groups.
 
-    `sim_i = cos(q, k_i)`; the `k` groups of largest similarity are taken and the prompt is the mean of
-    theirs. The choice is per image: nothing of the batch leaks into it. Keys learn from `1 - similarity`
-    of the chosen ones; the choice itself has no gradient.
+    With `sim_i = cos(q, k_i)`, the `k` groups of largest similarity are selected, and their mean is the prompt. Each
+    image is handled independently of the rest of the batch. Keys are trained by `1 - similarity` of the selected
+    groups; the selection has no gradient.
 
     Source: LPT, Dong et al., ICLR 2023, arXiv 2210.01033.
 
     Args:
-        size: Groups `m`.
-        layers: Blocks in which groups act, `L - K`.
+        size: Number of groups `m`.
+        layers: Number of blocks with group prompts, `L - K`.
         length: Tokens `n` per block.
         dim: Width `d` of the prompts.
-        top_k: Groups `k` chosen per image, at most `size`.
-        key_dim: Width of query and keys; None means `dim`.
+        top_k: Number of groups `k` selected per image, at most `size`.
+        key_dim: Width of queries and keys; None means `dim`.
 
     Attributes:
         prompts: Parameter (m, layers, n, d).
         keys: Parameter (m, key_dim).
-        usage: Buffer (m,) int64: how many images chose each group in training mode since
-            `reset_usage()`. A group nobody chooses gets no gradient: see `dead_groups`.
+        usage: Buffer (m,) int64: number of images that selected each group in training mode since `reset_usage()`.
+            Groups that are never selected get no gradient: see `dead_groups`.
 
     Raises:
-        ConfigError: A size is below 1, or `top_k` above `size`.
+        ConfigError: A size is not an integer of at least 1, or `top_k` exceeds `size`.
 
     Example:
         >>> pool = PromptPool(size=20, layers=6, length=10, dim=768)
@@ -109,10 +113,12 @@ class PromptPool(nn.Module):
     ) -> None:
         super().__init__()
         key_dim = dim if key_dim is None else key_dim
-        _check_sizes(size=size, layers=layers, length=length, dim=dim, top_k=top_k, key_dim=key_dim)
+        sizes = {"size": size, "layers": layers, "length": length, "dim": dim, "top_k": top_k, "key_dim": key_dim}
+        for name, value in sizes.items():
+            checked_integer(name, value, 1)
         if top_k > size:
-            raise ConfigError(f"top_k={top_k} groups cannot be chosen from a pool of size={size}; lower top_k.")
-        self.top_k = top_k
+            raise ConfigError(f"top_k={top_k} groups cannot be selected from a pool of size={size}: reduce top_k.")
+        self.top_k = int(top_k)
         self.prompts = nn.Parameter(torch.empty(size, layers, length, dim))
         self.keys = nn.Parameter(torch.empty(size, key_dim))
         self.register_buffer("usage", torch.zeros(size, dtype=torch.int64))
@@ -120,7 +126,7 @@ class PromptPool(nn.Module):
 
     @classmethod
     def from_config(cls, config: PromptConfig) -> PromptPool:
-        """A new pool of the sizes that an adapter's configuration tells."""
+        """Create a pool with the sizes of an adapter configuration."""
         sizes = (config.pool_size, config.group_layers, config.prompt_length, config.dim, config.top_k)
         return cls(*sizes, key_dim=config.feature_dim)
 
@@ -130,14 +136,20 @@ class PromptPool(nn.Module):
         nn.init.trunc_normal_(self.keys, std=_INIT_STD)
 
     def forward(self, query: Tensor) -> PoolMatch:
-        """Choose groups for queries (B, key_dim), floating point; the choice is made in float32 or float64."""
-        keys, prompts = self.keys, self.prompts  # read once: a parametrized tensor is computed at every access
+        """Select groups for floating-point queries (B, key_dim); similarities are float32 or float64.
+
+        Raises:
+            InputError: `query` is not a floating-point tensor of shape (B, key_dim) on the device of the pool.
+        """
+        keys, prompts = self.keys, self.prompts  # read once, because a parametrized tensor is computed at every access
+        hint = "pass one feature per image, of the key_dim of the pool"
+        check_features("query", query, keys.shape[1], rows="B", hint=hint, device=keys.device)
         similarity, groups = cosine(query, keys).topk(self.top_k, dim=-1)
         weights = query.new_zeros(query.shape[0], keys.shape[0]).scatter(1, groups, 1 / self.top_k)
         if self.training:
             with torch.no_grad():
                 self.usage += weights.ne(0).sum(0)
-        # A product with 0 or 1/k instead of a gather: no (B, k, layers, n, d) copy, and a deterministic gradient.
+        # A product with weights 0 or 1/k needs no (B, k, layers, n, d) copy and has a deterministic gradient.
         mean = weights @ prompts.flatten(1).to(query.dtype)
         return PoolMatch(mean.unflatten(1, prompts.shape[1:]), similarity, groups)
 
@@ -146,71 +158,91 @@ class PromptPool(nn.Module):
 
     @torch.no_grad()
     def init_keys(self, queries: Tensor, *, seed: int = 0, iterations: int = 50) -> None:
-        """Set the keys to the directions of spherical k-means centres of training queries.
+        """Set the keys to the spherical k-means centers of training queries.
 
-        The cure for dead groups: every key starts amid images. Keys keep their mean length, so a learning
-        rate means the same as before.
+        Every key then starts close to images, which prevents dead groups. The mean norm of the keys does not change, so
+        the learning rate keeps its meaning.
 
         Args:
-            queries: Features (N, key_dim), N at least `size`, floating point.
-            seed: Of the k-means++ start; no global random state is used.
-            iterations: Lloyd steps at most; stops when no query changes its centre.
+            queries: Floating-point features (N, key_dim), with N at least `size`.
+            seed: Seed of the k-means++ initialization; global random state is not used.
+            iterations: Maximum number of Lloyd iterations; fewer if the assignment converges.
 
         Raises:
-            InputError: Wrong shape, fewer distinct queries than groups, or a value that is not finite.
+            InputError: The shape is wrong, there are fewer distinct queries than groups, or a value is not finite.
         """
-        size, dim = self.keys.shape
-        if queries.ndim != 2 or queries.shape[1] != dim:
-            raise InputError(f"queries must have shape (N, {dim}), got {tuple(queries.shape)}.")
+        size = len(self.keys)
+        check_features("queries", queries, self.keys.shape[1], rows="N", hint="pass one feature per image")
+        seed, iterations = checked_integer("seed", seed, 0), checked_integer("iterations", iterations, 0)
         if not bool(queries.isfinite().all()):
-            raise InputError("queries hold NaN or infinity; compute them with adapter.features() on clean images.")
+            raise InputError("queries contain NaN or infinity: compute them with adapter.features() on valid images.")
         points = F.normalize(at_least_float32(queries).to(self.keys.device), dim=-1)
-        if len(points.unique(dim=0)) < size:
+        distinct = len(points.unique(dim=0))
+        if distinct < size:
             raise InputError(
-                f"init_keys needs at least {size} distinct queries, one per group; got {len(points.unique(dim=0))} "
-                f"of {len(points)}. Give more images or make the pool smaller."
+                f"init_keys needs at least {size} distinct queries, one per group, but only {distinct} of "
+                f"{len(points)} are distinct: pass more images or reduce the pool size."
             )
-        centres = _spherical_kmeans(points, size, torch.Generator().manual_seed(seed), iterations)
-        self.keys.copy_(centres * self.keys.norm(dim=-1).mean())
+        centers = spherical_kmeans(points, size, torch.Generator().manual_seed(seed), iterations)
+        self.keys.copy_(centers * self.keys.norm(dim=-1).mean())
 
     @torch.no_grad()
     def init_prompts(self, prompts: Tensor) -> None:
-        """Start every group from the same prompts, those of a trained shared prompt: groups part as they are chosen.
+        """Initialize every group with copies of trained prompts. Training then makes the groups diverge.
 
-        Prompts enter attention through a norm, so random ones disturb a trained model at full strength however
-        small they are; copies of the shared prompt only weigh it more.
+        Prompts enter attention through a norm, so even small random prompts disturb a trained model at full strength.
+        Copies of the shared prompt only increase its weight.
 
         Args:
             prompts: (layers, n, d) floating point, for example `adapter.shared.prompts[shared_layers:]`.
 
         Raises:
-            InputError: The shape is another.
+            InputError: The shape is wrong.
         """
-        if prompts.shape != self.prompts.shape[1:]:
-            wanted, got = tuple(self.prompts.shape[1:]), tuple(prompts.shape)
-            raise InputError(f"init_prompts needs one prompt for all groups, shape {wanted}, got {got}.")
+        expected = tuple(self.prompts.shape[1:])
+        if not isinstance(prompts, Tensor) or not prompts.is_floating_point() or prompts.shape != expected:
+            found = f"{prompts.dtype} of shape {tuple(prompts.shape)}" if isinstance(prompts, Tensor) else type(prompts)
+            raise InputError(f"prompts must be floating point of shape {expected}, (layers, n, d), not {found}.")
         self.prompts.copy_(prompts.expand_as(self.prompts))
 
     def dead_groups(self) -> list[int]:
-        """Groups that no image has chosen in training since `reset_usage()`."""
+        """Return the groups that no image has selected in training mode since `reset_usage()`.
+
+        Raises:
+            StateError: The usage is unknown: no image was counted, or the prompts come from a file without counts.
+        """
+        if bool((self.usage < 0).any()) or not bool((self.usage > 0).any()):
+            raise StateError(
+                "The usage of the groups is unknown: no image was counted, or the prompts were loaded from a file without "
+                "usage counts. Call pool.reset_usage(), run training images through the model in train() mode, then call "
+                "dead_groups() again."
+            )
         return [group for group, count in enumerate(self.usage.tolist()) if count == 0]
 
     def reset_usage(self) -> None:
-        """Start counting anew."""
+        """Reset the usage counts."""
         self.usage.zero_()
 
+    @torch.no_grad()
+    def load_usage(self, usage: Tensor | None) -> None:
+        """Set the counts (m,) int64; None makes them unknown until `reset_usage()`."""
+        if usage is None:
+            self.usage.fill_(_UNKNOWN)
+        else:
+            self.usage.copy_(usage)
+
     def extra_repr(self) -> str:
-        """Sizes, as torch's own layers show them."""
+        """Sizes, for `print(module)`."""
         size, layers, length, dim = self.prompts.shape
         return f"size={size}, layers={layers}, length={length}, dim={dim}, top_k={self.top_k}"
 
 
 @torch.no_grad()
 def decay_selected(parameter: nn.Parameter, weight_decay: float) -> None:
-    """Add L2 decay to the gradient of the groups that have one, in place: a cure for dead groups.
+    """Add L2 decay in place to the gradients of groups that have a gradient, to prevent dead groups.
 
-    Ordinary weight decay also shrinks the groups that a batch did not choose. Give the pool's parameters
-    `weight_decay=0` in the optimizer and call this between `backward()` and `step()` instead.
+    Ordinary weight decay also shrinks groups that a batch did not select. Instead, set `weight_decay=0` for the pool's
+    parameters in the optimizer and call this function between `backward()` and `step()`.
 
     Args:
         parameter: `pool.prompts` (m, layers, n, d) or `pool.keys` (m, d).
@@ -228,34 +260,3 @@ def decay_selected(parameter: nn.Parameter, weight_decay: float) -> None:
         return
     selected = parameter.grad.flatten(1).ne(0).any(1).view(-1, *[1] * (parameter.ndim - 1))
     parameter.grad += torch.where(selected, weight_decay * parameter, 0.0)
-
-
-def _spherical_kmeans(points: Tensor, size: int, generator: torch.Generator, iterations: int) -> Tensor:
-    """Unit centres (size, d) of unit points (N, d): k-means++ start, then Lloyd steps on the sphere."""
-    first = int(torch.randint(len(points), (), generator=generator))
-    centres = points[first : first + 1]
-    while len(centres) < size:
-        # Squared distance on the sphere is 2 (1 - cos); rounding must not let a taken point be drawn again.
-        gap = (1 - (points @ centres.T).amax(1)).cpu().double()
-        gap[gap < 1e-7] = 0
-        if not bool(gap.any()):
-            gap = (points[:, None] != centres).any(-1).all(1).cpu().double()
-        pick = int(torch.multinomial(gap, 1, generator=generator))
-        centres = torch.cat([centres, points[pick : pick + 1]])
-    owner = torch.full((len(points),), -1, device=points.device)
-    for _ in range(iterations):
-        nearest = (points @ centres.T).argmax(1)
-        if torch.equal(nearest, owner):
-            break
-        owner = nearest
-        sums = torch.zeros_like(centres).index_add_(0, owner, points)
-        # A centre that lost all its points, or whose points cancel, stays where it was.
-        moved = sums.norm(dim=-1, keepdim=True) > 1e-6
-        centres = torch.where(moved, F.normalize(sums, dim=-1), centres)
-    return centres
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise ConfigError(f"{name}={value} must be at least 1.")

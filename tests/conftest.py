@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny ViTs and the golden tensors. No test reads the network."""
+"""Settings of every test run, and shared fixtures: tiny ViTs and the golden tensors. No test reads the network."""
 
 from __future__ import annotations
 
@@ -6,20 +6,50 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Two test processes, and the ranks that they start, share the cores; threads that wait for each other are far slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 
-# Threads that wait for each other on a busy machine make tiny models a hundred times slower.
 torch.set_num_threads(1)
-GOLDEN = Path(__file__).parent / "golden"
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden"
+PROCESSES = 2
+
+# The same examples in every run; `make test-nightly` asks for new examples by --hypothesis-profile=nightly.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("nightly", deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Default to `-n 2 --dist loadfile` for the whole suite; a folder, a file or a test runs in this process."""
+    option = config.option
+    distributes = config.pluginmanager.hasplugin("xdist") and "PYTEST_XDIST_WORKER" not in os.environ
+    if not distributes or option.numprocesses is not None or option.dist != "no" or option.usepdb:
+        return
+    if {Path(argument).resolve() for argument in config.args} & {TESTS, TESTS.parent}:
+        option.numprocesses, option.dist = PROCESSES, "loadfile"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Start every test, its fixtures included, from the same state of the global generators."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,7 +1,7 @@
-"""Counts the operations that would make the host wait for a device, on CPU tensors.
+"""Counts operations that would synchronize the host with a device, using CPU tensors.
 
-A dispatch mode sees what reaches ATen; a function mode sees the methods that copy to the host without an operator on
-the CPU. Only eager code is seen, and only on the calling thread (backward of CPU tensors runs there).
+A dispatch mode intercepts ATen operators. A function mode intercepts methods that copy to the host without an operator
+on the CPU. Both cover eager code on the calling thread only; backward of CPU tensors also runs on this thread.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Each of these reads a value or sizes its output by values, for which a CUDA stream is synchronised.
+# Operators that read a value, or whose output size depends on values: they synchronize a CUDA stream.
 _READS = {
     "aten._local_scalar_dense",  # item(), bool(), int(), float(), a tensor used as a condition
     "aten.is_nonzero",
@@ -29,14 +29,14 @@ _READS = {
     "aten._unique2",
     "aten.unique_dim",
     "aten.unique_consecutive",
-    "aten.repeat_interleave",  # of a tensor of repeats, without output_size
+    "aten.repeat_interleave",  # with a tensor of repeats and no output_size
 }
 _INDEXING = {"aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"}
 _METHODS = {getattr(Tensor, name): f"Tensor.{name}" for name in ("tolist", "numpy", "cpu", "__array__")}
 
 
 class HostReads(list[str]):
-    """Names of the operations in the order of their calls, and in `locations` where each was called."""
+    """Names of the operations in call order, with their source lines in `locations`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket._qualified_op_name.replace("::", ".")
-        sized = kwargs.get("output_size") is not None  # repeat_interleave then needs no read
+        sized = kwargs.get("output_size") is not None  # repeat_interleave needs no read in this case
         if (name in _READS and not sized) or (name in _INDEXING and _has_mask(args[1])):
             self._reads.add(name)
         return func(*args, **kwargs)
@@ -80,7 +80,7 @@ def _has_mask(indices: Any) -> bool:
 
 @contextmanager
 def count_host_reads() -> Iterator[HostReads]:
-    """Collect the host reads of the code inside.
+    """Collect the host reads of the enclosed code.
 
     Example:
         >>> with count_host_reads() as reads:

@@ -43,7 +43,9 @@ def test_gpu_at_tiny_size(script, tmp_path, capsys):
     report = gpu.main(["--tiny", "--json", str(tmp_path / "gpu.json")])
     expected = {(row, column) for row in gpu.ROWS for column in ("eval", "step")} - {("plain ViT", "step")}
     settings = [(table.precision, table.batch, table.mode) for table in report.tables]
-    assert settings == [(precision, batch, "eager") for precision in gpu.PRECISIONS for batch in (4, 2)]
+    assert settings == [
+        (precision, batch, "eager") for precision in script("_gpu_options").PRECISIONS for batch in (4, 2)
+    ]
     for table in report.tables:
         assert places(table) == expected, table.title
         assert all(len(table.cell(*place).samples) == 2 for place in expected)
@@ -91,7 +93,7 @@ def test_gpu_compiled(script, capsys):
 def test_gpu_names_what_the_budget_drops(script, capsys):
     report = script("gpu").main([*TINY, "--budget", "0", "--precisions", "float32"])
     out = capsys.readouterr().out
-    assert "Dropped, for the time budget of 0 s: float32, batch 4, eager; float32, batch 2, eager." in out
+    assert "Dropped to fit the time budget of 0 s: float32, batch 4, eager; float32, batch 2, eager." in out
     assert not any(places(table) for table in report.tables)
     assert "| full tuning | - | dropped | dropped | - | - |" in out
 
@@ -107,7 +109,7 @@ def test_gpu_drops_the_least_important_cells(script, monkeypatch, capsys):
     assert dropped.startswith("float32, batch 2, compiled (full tuning: eval, frozen + head: eval, ")
     assert dropped.endswith("adapter, phase group: step)")
     assert dropped.count(": ") == 10
-    assert f"Dropped, for the time budget of 240 s: {dropped}." in capsys.readouterr().out
+    assert f"Dropped to fit the time budget of 240 s: {dropped}." in capsys.readouterr().out
 
 
 def test_gpu_goes_on_after_a_cell_without_memory(script, monkeypatch, capsys):
@@ -150,7 +152,7 @@ def test_gpu_refuses(script, capsys, words, told):
 
 
 def test_gpu_takes_plain_vits_of_timm_only(script):
-    with pytest.raises(SystemExit, match="resnet18 is a ResNet; give one of timm's VisionTransformer"):
+    with pytest.raises(SystemExit, match="resnet18 is a ResNet; give a VisionTransformer of timm"):
         script("gpu").main(["--model", "resnet18", "--device", "cpu"])
 
 

@@ -1,4 +1,4 @@
-"""The scripts that users copy: on striped images against the plain loop, and on two processes."""
+"""The example scripts: on striped images against the plain loop, and on two processes."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def stripes():
 
 
 def run(name, **options):
-    """Train by an example, check what every example must do, and return the trained tensors."""
+    """Train with an example, check what holds for every example, and return the trained tensors."""
     pytest.importorskip(NEEDS.get(name, "torch"))
     images, vit = stripes(), tiny_vit()
     frozen = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
     module = load_example(name)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # these loops draw from torch's default generator, as plain loops do
+        torch.manual_seed(0)  # the loops use torch's default generator
         data = TensorDataset(images, torch.tensor(LABELS))
         model = module.train(vit, data, LABELS, epochs=20, lr=0.06, **options)
     assert isinstance(model, LongTailPromptAdapter)
@@ -56,9 +56,9 @@ def plain():
     return run("plain_torch")
 
 
-def assert_close(one, other):
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5, msg=name)
+def assert_close(actual, expected):
+    for name, tensor in actual.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_plain_torch_prints_its_losses(capsys):
@@ -66,11 +66,11 @@ def test_plain_torch_prints_its_losses(capsys):
     assert capsys.readouterr().out.count("loss") == 40
 
 
-def test_accelerate_is_the_plain_loop(plain):
+def test_accelerate_equals_the_plain_loop(plain):
     assert_close(run("with_accelerate"), plain)
 
 
-def test_lightning_is_the_plain_loop(plain, tmp_path):
+def test_lightning_equals_the_plain_loop(plain, tmp_path):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     assert_close(run("with_lightning", default_root_dir=tmp_path, enable_model_summary=False, **quiet), plain)
 
@@ -84,21 +84,21 @@ def test_timm():
 
 
 @pytest.mark.parametrize(
-    ("name", "most"),
+    ("name", "max_lines"),
     [("plain_torch", 45), ("timm_loop", 60), ("with_accelerate", 45), ("with_lightning", 60), ("hf_trainer", 55)],
 )
-def test_examples_are_short_and_ours_in_few_lines(name, most):
+def test_examples_are_short_and_need_few_lines_of_lpt(name, max_lines):
     source = (EXAMPLES / f"{name}.py").read_text().split("if __name__")[0]
     lines = [line for line in source.splitlines() if line.strip()]
     assert 5 <= sum("# LPT" in line for line in lines) <= 12
-    assert len(lines) <= most
+    assert len(lines) <= max_lines
 
 
 # Two processes
 
 
 def launch(folder, launcher, names):
-    """Run examples on two processes by a launcher; each rank's record, by example."""
+    """Run examples on two processes with a launcher; return the records of the ranks by example."""
     command = [sys.executable, "-m", *launcher, "-m", "tests.clients.example_processes", str(folder), *names]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -109,7 +109,7 @@ def launch(folder, launcher, names):
 
 
 def check_ranks(ranks):
-    """Each rank loads its own share of one draw, and all train the same prompts."""
+    """Check that each rank loads its share of the same draw, and that all ranks train the same prompts."""
     for rank, record in enumerate(ranks):
         assert record["world"] == 2
         sampler = DualSampler(MANY_LABELS, 64, num_replicas=2, rank=rank)
@@ -131,7 +131,7 @@ def _halves(indices):
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-# On a machine without accelerators --multi_gpu starts the processes, and the example chooses gloo.
+# Without accelerators, --multi_gpu starts the processes and the example chooses gloo.
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
@@ -157,6 +157,7 @@ def test_two_processes_train_on_different_images(tmp_path, launcher, names):
 # Benchmarks
 
 
+@pytest.mark.nightly
 def test_the_benchmark_of_a_step_runs(capsys, monkeypatch):
     pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")  # as for a script there

@@ -1,4 +1,4 @@
-"""The counter of host reads sees every kind of read, and nothing else."""
+"""The counter of host reads detects all kinds of reads and nothing else."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ READS = {
 
 
 @pytest.mark.parametrize("case", READS)
-def test_every_kind_of_read_is_seen(case):
+def test_detects_every_kind_of_read(case):
     call, name = READS[case]
     with count_host_reads() as reads:
         call()
@@ -48,7 +48,7 @@ def test_every_kind_of_read_is_seen(case):
     assert all("test_host_reads.py" in location for location in reads.locations)
 
 
-def test_a_read_in_backward_is_seen():
+def test_detects_a_read_in_backward():
     class Reading(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -67,7 +67,7 @@ def test_a_read_in_backward_is_seen():
     assert reads == ["aten._local_scalar_dense"]
 
 
-def test_work_that_stays_on_the_device_is_not_counted():
+def test_does_not_count_work_on_the_device():
     x = X.clone().requires_grad_()
     index = torch.tensor([0, 2])
     with count_host_reads() as reads:

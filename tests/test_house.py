@@ -95,7 +95,7 @@ def test_no_global_random_state_and_no_pickle(path: Path) -> None:
         if isinstance(node, ast.Call):
             call = ast.unparse(node.func)
             allowed = path.name == "_random.py" and call == "torch.manual_seed"  # inside fork_rng
-            # Published checkpoints are pickles, from which torch reads only tensors.
+            # Checkpoints of the paper's program are pickles, of which torch reads only tensors.
             allowed |= (
                 path.name == "convert_official.py" and call == "torch.load" and "weights_only=True" in ast.unparse(node)
             )

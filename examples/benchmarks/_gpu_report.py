@@ -1,4 +1,4 @@
-"""Results of `gpu.py`, as Markdown and as JSON. Not here: measuring them."""
+"""Results of `gpu.py` as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from _measure import device_name
 import lpt_peft
 
 COLUMNS = ("eval", "step")
-BASE = {"eval": "plain ViT", "step": "full tuning"}  # what the ratios of a column are to
+BASE = {"eval": "plain ViT", "step": "full tuning"}  # the row that ratios in a column refer to
 
 
 @dataclass
 class Cell:
-    """One way to adapt the ViT, in evaluation or in a training step."""
+    """A method in evaluation or in a training step."""
 
     row: str
     column: str
     state: str = "measured"
-    """Or why there is no figure: "does not exist", "dropped", "out of memory" or "failed"."""
+    """Or why there is no number: "does not exist", "dropped", "out of memory" or "failed"."""
     error: str = ""
     trained: int = 0
-    """Parameters that the way trains."""
+    """Number of trained parameters."""
     samples: list[float] = field(default_factory=list)
     """Seconds of a call, one sample for each round."""
     peak_bytes: int | None = None
 
     @property
     def median(self) -> float | None:
-        """Seconds."""
+        """Median seconds of a call."""
         return statistics.median(self.samples) if self.samples else None
 
 
 @dataclass
 class Table:
-    """One setting and its cells."""
+    """The cells of a precision, batch size and mode."""
 
     precision: str
     batch: int
@@ -50,20 +50,20 @@ class Table:
 
     @property
     def title(self) -> str:
-        """For headings and messages."""
+        """Title for headings and messages."""
         return f"{self.precision}, batch {self.batch}, {self.mode}"
 
     def cell(self, row: str, column: str) -> Cell:
-        """The cell of this row and column."""
+        """Return the cell of a row and column."""
         return next(cell for cell in self.cells if (cell.row, cell.column) == (row, column))
 
     def ratio(self, cell: Cell) -> float | None:
-        """To the plain ViT in evaluation, to full tuning in a training step."""
+        """Ratio to the plain ViT in evaluation, to full tuning in a training step."""
         base = self.cell(BASE[cell.column], cell.column).median
         return cell.median / base if cell.median and base else None
 
     def lines(self) -> Iterator[str]:
-        """Markdown."""
+        """Markdown lines."""
         rounds = sorted({len(cell.samples) for cell in self.cells if cell.samples})
         yield f"### {self.title}"
         yield ""
@@ -86,7 +86,7 @@ class Table:
 
 @dataclass
 class LossTime:
-    """Forward and backward of one loss alone."""
+    """Times of forward and backward of a loss."""
 
     name: str
     classes: int
@@ -96,7 +96,7 @@ class LossTime:
 
 @dataclass
 class Report:
-    """All that a run measured, and on what."""
+    """All measurements of a run, its settings and its device."""
 
     settings: dict[str, Any]
     device: torch.device
@@ -106,12 +106,12 @@ class Report:
     seconds: float = 0.0
 
     def dropped(self) -> list[str]:
-        """What the time budget left out: the titles of tables, with the cells unless all of them are missing."""
+        """Tables with cells that the time budget dropped; the cells are listed unless the whole table was dropped."""
         names = []
         for table in self.tables:
             cells = [cell for cell in table.cells if cell.state == "dropped"]
-            whole = len(cells) == sum(cell.state != "does not exist" for cell in table.cells)
-            which = "" if whole else f" ({', '.join(f'{cell.row}: {cell.column}' for cell in cells)})"
+            all_dropped = len(cells) == sum(cell.state != "does not exist" for cell in table.cells)
+            which = "" if all_dropped else f" ({', '.join(f'{cell.row}: {cell.column}' for cell in cells)})"
             names += [table.title + which] if cells else []
         return names
 
@@ -128,13 +128,13 @@ class Report:
         }
 
     def markdown(self) -> str:
-        """Everything, for a terminal or a page."""
+        """The report as Markdown, for a terminal or a page."""
         s = self.settings
         lines = [
             ", ".join(f"{name} {value}" for name, value in self.about().items()) + ".",
             f"{s['model']}, {self.image_size} px, {s['classes']} classes, prompt length {s['prompt_length']}. "
             "Ratio to the plain ViT (eval) and to full tuning (step), and milliseconds. "
-            "Full tuning evaluates the plain ViT once more: how far its ratio is from 1 is the noise of the run.",
+            "The full-tuning row evaluates the plain ViT again: the distance of its ratio from 1 is the noise.",
             "",
         ]
         for table in self.tables:
@@ -142,13 +142,13 @@ class Report:
         lines += self._loss_lines()
         dropped, failed = self.dropped(), [(t, c) for t in self.tables for c in t.cells if c.state == "failed"]
         lines += [f"Failed: {table.title}: {cell.row}, {cell.column}: {cell.error}" for table, cell in failed]
-        words = f"Dropped, for the time budget of {s['budget']:g} s: "
-        lines.append(words + "; ".join(dropped) + "." if dropped else "Nothing was dropped.")
+        dropped_by = f"Dropped to fit the time budget of {s['budget']:g} s: "
+        lines.append(dropped_by + "; ".join(dropped) + "." if dropped else "Nothing was dropped.")
         lines.append(f"{self.seconds:.0f} s in all.")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The report as plain JSON content."""
         tables = [
             {
                 "precision": table.precision,

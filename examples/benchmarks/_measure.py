@@ -1,4 +1,4 @@
-"""Time and memory, measured alike by the benchmarks of this folder. Not here: what is measured."""
+"""Helpers that measure time and memory for the benchmarks in this folder."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ K = TypeVar("K", bound=Hashable)
 
 
 def device_name(device: torch.device) -> str:
-    """What a table calls the device: the card's name, or the number of CPU threads."""
+    """Return the name of the device for a table: the name of the card, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
 
 
 def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Seconds of one call, mean over `calls` in a row: by CUDA events on a GPU, else by the clock.
+    """Measure the seconds of a call, mean over `calls` calls: by CUDA events on a GPU, else by wall-clock time.
 
-    The device is idle before the first call, and the last one has finished when this returns.
+    Waits until the device is idle before the first call and after the last.
     """
     if device.type != "cuda":
         start = time.perf_counter()
@@ -43,44 +43,44 @@ def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) ->
 def interleaved(
     actions: Mapping[K, Callable[[], object]], rounds: int, device: torch.device, calls: int = 1
 ) -> dict[K, list[float]]:
-    """Seconds of every action in each of `rounds` rounds, after one to warm up; mean over `calls` calls in a row.
+    """Measure the seconds of every action in each of `rounds` rounds after a warm-up round; mean over `calls` calls.
 
-    A round goes through all of them, so that whatever else the machine does disturbs them alike.
+    Each round runs all actions, so that other load on the machine affects them equally.
     """
     samples: dict[K, list[float]] = {name: [] for name in actions}
-    for turn in range(rounds + 1):
+    for round_index in range(rounds + 1):
         for name, action in actions.items():
             sample = seconds(action, device, calls)
-            if turn:
+            if round_index > 0:
                 samples[name].append(sample)
     return samples
 
 
 def saved_bytes(run: Callable[[], Any], parameters: set[int]) -> int:
-    """Bytes that autograd saves for backward, each storage once.
+    """Count the bytes that autograd saves for backward, each storage once.
 
     Args:
-        run: The forward pass; its result must hold the graph.
-        parameters: `data_ptr` of the storages that do not count.
+        run: The forward pass; its result must keep the graph alive.
+        parameters: `data_ptr` of the storages to exclude.
     """
     saved: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         out = run()
     del out
     return sum(saved.values())
 
 
 def resident_bytes(*, peak: bool = False) -> int:
-    """Resident memory of this process now, or the most it ever had (Linux).
+    """Return the current or the peak resident memory of this process (Linux).
 
-    getrusage would count the peak of the process that started this one.
+    `getrusage` would include the peak of the parent process.
     """
     key = "VmHWM:" if peak else "VmRSS:"
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Ways to adapt a frozen ViT that the benchmarks compare with lpt_peft; for timm's VisionTransformer only."""
+"""Other methods to adapt a frozen ViT, for comparison in the benchmarks; for timm's VisionTransformer only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class FrozenWithHead(nn.Module):
         self.head = nn.Linear(vit.num_features, num_classes, device=next(vit.parameters()).device)
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, d), what the head sees."""
+        """The input of the head, (B, d)."""
         features: Tensor = self.vit.forward_head(self.vit.forward_features(images), pre_logits=True)
         return features
 
@@ -27,7 +27,7 @@ class FrozenWithHead(nn.Module):
 
 
 class LinearProbe(FrozenWithHead):
-    """The head alone is trained; the ViT runs without gradient."""
+    """Trains only the head; the ViT runs without gradient."""
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class LoRALinear(nn.Module):
 
 
 class LoRA(FrozenWithHead):
-    """Low-rank updates of `qkv` in every block, and the head, are trained."""
+    """Trains low-rank updates of `qkv` in every block, and the head."""
 
     def __init__(self, vit: nn.Module, num_classes: int, rank: int = 16, alpha: float = 16.0) -> None:
         super().__init__(vit, num_classes)
@@ -62,9 +62,9 @@ class LoRA(FrozenWithHead):
 
 
 class TokenConcatenation(FrozenWithHead):
-    """Prompt tokens through every block, their outputs dropped: VPT-Deep (arXiv 2203.12119).
+    """VPT-Deep (arXiv 2203.12119): trains prompt tokens for every block, and the head.
 
-    Hooks of the blocks append the tokens before a block and drop them after it. Prompts and head are trained.
+    Hooks append the tokens before a block and drop them after it.
     """
 
     def __init__(self, vit: nn.Module, num_classes: int, prompt_length: int = 10) -> None:

@@ -1,8 +1,8 @@
-"""Choose the settings of the digits run, on validation images only.
+"""Choose the settings of the digits run on validation images.
 
-Draws several divisions of the non-test digits into training and validation parts, trains one row of the
-run under every combination of the values given, and prints validation accuracy (mean over classes), best
-first. Test images are never read.
+Divides the non-test digits into training and validation splits in several ways, trains a row of the run with every
+combination of the given values, and prints validation accuracy (mean over classes), best first. Test images are never
+read.
 
     python examples/benchmarks/digits_search.py --row "LPT, phase 1" --shared-learning-rate 2 4 8
 """
@@ -27,7 +27,7 @@ from lpt_peft.demo.run import train_row
 
 @dataclass
 class Settings:
-    """Which row, which values."""
+    """Row and values to search."""
 
     row: str = "LPT"
     shared_epochs: list[int] = field(default_factory=list)
@@ -38,6 +38,7 @@ class Settings:
     group_weight_decay: list[float] = field(default_factory=list)
     init_groups: list[Literal["shared", "random"]] = field(default_factory=list)
     batch_size: list[int] = field(default_factory=list)
+    """Images of a step, both halves."""
     divisions: int = 3
     epochs: int = EPOCHS
 
@@ -57,11 +58,11 @@ def main(settings: Settings) -> None:
             changed = replace(changed, **{name: value})
         start = time.perf_counter()
         found = []
-        for division in range(1, settings.divisions + 1):  # division 0 is the one reported on
-            parts = [DigitsLT(part, augment=part == "train", division=division) for part in ("train", "validation")]
+        for division in range(1, settings.divisions + 1):  # division 0 is reported
+            splits = [DigitsLT(name, augment=name == "train", division=division) for name in ("train", "validation")]
             with TemporaryDirectory() as folder:
-                told = replace(row, settings=changed)
-                found.append(train_row(told, division, *parts, Path(folder), progress=False)[1])
+                variant = replace(row, settings=changed)
+                found.append(train_row(variant, division, *splits, Path(folder), progress=False)[1])
         means = [statistics.fmean(getattr(r, shot) for r in found) for shot in ("overall", "many", "medium", "few")]
         results.append((means, values, (time.perf_counter() - start) / settings.divisions))
         tqdm.write(_line(names, *results[-1]))
@@ -71,10 +72,10 @@ def main(settings: Settings) -> None:
 
 
 def _line(names: list[str], means: list[float], values: tuple[object, ...], seconds: float) -> str:
-    told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+    changes = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
     shots = zip(("all", "many", "medium", "few"), means, strict=True)
     figures = "  ".join(f"{shot} {100 * mean:.1f}" for shot, mean in shots)
-    return f"{figures}   {told}   ({seconds:.0f} s each)"
+    return f"{figures}   {changes}   ({seconds:.0f} s each)"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What prompts cost on a CPU: seconds of a pass, as ratios to the plain backbone, and memory saved for backward.
+"""Measures the cost of prompts on a CPU: times as ratios to the plain backbone, and memory saved for backward.
 
-Medians of one interleaved run, so that a noisy machine disturbs all variants alike. On a GPU, see `gpu.py`.
+Prints medians of an interleaved run, so that load on the machine affects all variants equally. For a GPU, see `gpu.py`.
 
     python examples/benchmarks/forward_cost.py --model vit_small_patch16_224 --batch-size 8
 """
@@ -25,7 +25,7 @@ from lpt_peft import LongTailPromptAdapter
 
 @dataclass
 class Settings:
-    """What to measure."""
+    """Settings of the benchmark."""
 
     model: str = "vit_small_patch16_224"
     batch_size: int = 8
@@ -34,7 +34,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Measure and print."""
+    """Run the benchmark and print the table."""
     plain = timm.create_model(settings.model, num_classes=0).eval()
     plain.requires_grad_(False)
     adapter = LongTailPromptAdapter.wrap(copy.deepcopy(plain), 100, prompt_length=settings.prompt_length).eval()
@@ -42,7 +42,7 @@ def main(settings: Settings) -> None:
     group.phase = "group"
     tokens = TokenConcatenation(copy.deepcopy(plain), 100, settings.prompt_length).eval()
     images = torch.randn(settings.batch_size, 3, *plain.patch_embed.img_size)
-    pixels = images.clone().requires_grad_()  # the plain backbone's backward pass goes from the features to the pixels
+    pixels = images.clone().requires_grad_()  # the plain backbone's backward pass ends at the pixels
     variants: dict[str, Callable[[bool], Tensor]] = {
         "plain backbone": lambda training: plain(pixels if training else images),
         "token concatenation": lambda training: tokens.features(images),

@@ -1,16 +1,16 @@
-"""What prompts cost on a GPU, against the plain ViT and other ways to adapt it, in under five minutes.
+"""Measures the cost of prompts on a GPU, compared with the plain ViT and other ways to adapt it, in under five minutes.
 
-Every table is one setting: precision, batch, eager or compiled. Its cells are measured in interleaved rounds, by CUDA
-events on a GPU and by the clock on a CPU; a figure is the median over the rounds. Ratios are to the plain ViT in
-evaluation and to full tuning in a training step. The last table is the losses alone.
+Every table is for one precision, batch size and mode (eager or compiled). Its cells are measured in interleaved rounds,
+by CUDA events on a GPU and by wall-clock time on a CPU; each number is the median over the rounds. Ratios are to the
+plain ViT in evaluation and to full tuning in a training step. The last table is for the losses alone.
 
     python examples/benchmarks/gpu.py --json gpu.json
-    python examples/benchmarks/gpu.py --tiny   # seconds on a CPU: shows that it runs; its times mean nothing
+    python examples/benchmarks/gpu.py --tiny   # seconds on a CPU: a test of the script; its times are meaningless
 
-Nothing but torch, timm and lpt_peft is needed. All rows train by SGD with momentum: the adapter with LPTLoss, the
+It needs only torch, timm and lpt_peft. All rows are trained by SGD with momentum: the adapter with LPTLoss, the
 others with cross-entropy. LoRA is the minimal module of `_variants.py`, not PEFT's. "bf16 weights" casts the ViT and
-runs without autocast; what is trained beside the ViT stays float32. Peak memory is that of a cell alone: weights,
-optimizer state and the peak of a call. The time budget drops the least important cells first and names them.
+runs without autocast; trained parameters outside the ViT stay float32. Peak memory is that of a single cell: weights,
+optimizer state and the peak of a call. The time budget drops the least important cells first and lists them.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import timm
 import torch
 import torch.nn.functional as F
+from _gpu_options import TINY_VIT, parse
 from _gpu_report import BASE, COLUMNS, Cell, LossTime, Report, Table
 from _measure import interleaved, seconds
 from _variants import LinearProbe, LoRA, TokenConcatenation
@@ -46,34 +46,28 @@ PLAIN, FULL = BASE["eval"], BASE["step"]
 PROBE, LORA, TOKENS = "frozen + head", "LoRA r=16 on qkv", "token concatenation"
 SHARED, GROUP = "adapter, phase shared", "adapter, phase group"
 ROWS = (PLAIN, FULL, PROBE, LORA, TOKENS, SHARED, GROUP)
-# The cells of a table, the most important first: the last are dropped first. Full tuning evaluates the plain ViT again.
+# Cells by importance: the last are dropped first. Evaluating "full tuning" measures the plain ViT a second time.
 IMPORTANCE = [(PLAIN, "eval"), (FULL, "step")]
 IMPORTANCE += [(row, column) for row in (GROUP, SHARED, TOKENS, LORA) for column in COLUMNS]
 IMPORTANCE += [(PROBE, "step"), (PROBE, "eval"), (FULL, "eval")]
-PRECISIONS = ("bf16 autocast", "bf16 weights", "float32")
-MODES = ("eager", "compiled")
 MIN_ROUNDS = 3
-
-TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-TINY = {"model": "vit_tiny_patch16_224", "batch": [4, 2], "classes": 11, "loss_classes": [11, 29], "repeats": 2}
-TINY |= {"prompt_length": 2, "device": "cpu", "modes": ["eager"], "backend": "eager"}
 
 
 class Benchmark:
-    """One run on one device, within its time budget."""
+    """A run on one device within a time budget."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(options.device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
         self.start = time.perf_counter()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.compilations: list[float] = []  # seconds of each
+        self.compilations: list[float] = []  # seconds
         size = TINY_VIT if options.tiny else {"img_size": options.image_size} if options.image_size else {}
         with self.device:
             self.vit = timm.create_model(options.model, num_classes=options.classes, **size)
         if type(self.vit).__name__ != "VisionTransformer":
-            sys.exit(f"--model {options.model} is a {type(self.vit).__name__}; give one of timm's VisionTransformer.")
+            sys.exit(f"--model {options.model} is a {type(self.vit).__name__}; give a VisionTransformer of timm.")
         settings = itertools.product(options.modes, options.precisions, options.batch)
         self.report = Report(
             settings=vars(options),
@@ -92,26 +86,26 @@ class Benchmark:
 
     @property
     def left(self) -> float:
-        """Seconds of the budget that are left."""
+        """Seconds left of the budget."""
         return float(self.options.budget) - self.elapsed
 
     @property
     def next_compilation(self) -> float:
-        """Seconds that one more may take: the most so far, or a guess."""
+        """Estimated seconds of another compilation: the longest so far, or a guess."""
         return max(self.compilations, default=40.0 if self.device.type == "cuda" else 0.0)
 
     def run(self) -> Report:
-        """Measure everything, the most important tables first."""
+        """Measure all tables, the most important first."""
         options = self.options
 
         def unimportance(table: Table) -> tuple[int, int]:
-            places = options.precisions.index(table.precision) + options.batch.index(table.batch)
-            return options.modes.index(table.mode), places
+            rank = options.precisions.index(table.precision) + options.batch.index(table.batch)
+            return options.modes.index(table.mode), rank
 
         order = sorted(self.report.tables, key=unimportance)
         for number, table in enumerate(order):
-            self.say(f"{table.title}: {max(self.left, 0):.0f} s left")
-            # A compiled table may use up the budget: most of its time is compilation, which no later table needs.
+            self.log(f"{table.title}: {max(self.left, 0):.0f} s left")
+            # A compiled table may use the whole budget: compilation takes most of it, and no later table needs it.
             share = self.left / (len(order) - number) if table.mode == "eager" else self.left
             self.measure(table, self.elapsed + share)
             if number == 0:
@@ -119,17 +113,17 @@ class Benchmark:
         self.report.seconds = self.elapsed
         return self.report
 
-    def say(self, words: str) -> None:
-        """A line of progress on standard error."""
-        print(f"[{self.elapsed:6.1f} s] {words}", file=sys.stderr, flush=True)
+    def log(self, message: str) -> None:
+        """Print a line of progress to standard error."""
+        print(f"[{self.elapsed:6.1f} s] {message}", file=sys.stderr, flush=True)
 
     def measure(self, table: Table, until: float) -> None:
-        """The cells of a table in interleaved rounds, as many rounds as fit before `until`, in seconds of the run."""
-        torch._dynamo.reset()  # so that models of earlier tables do not count against the limit of recompilations
+        """Measure the cells of a table in interleaved rounds, until `until` seconds after the start."""
+        torch._dynamo.reset()  # so that models of earlier tables do not count towards the recompilation limit
         ready: list[tuple[Cell, Callable[[], object], int]] = []
-        reserve = 0.0  # seconds of the fewest rounds
+        reserve = 0.0  # seconds of the minimum number of rounds
         table.cell(PLAIN, "step").state = "does not exist"
-        for cell in (table.cell(*place) for place in IMPORTANCE):
+        for cell in (table.cell(*key) for key in IMPORTANCE):
             if self.left < reserve + (self.next_compilation if table.mode == "compiled" else 0):
                 cell.state = "dropped"
                 continue
@@ -140,7 +134,7 @@ class Benchmark:
                 reserve += MIN_ROUNDS * calls * warm
         for number in range(self.options.repeats):
             if (number >= MIN_ROUNDS and self.elapsed > until) or (number and self.left < 0):
-                self.say(f"{table.title}: time for {number} of {self.options.repeats} rounds")
+                self.log(f"{table.title}: time for {number} of {self.options.repeats} rounds")
                 break
             for cell, call, calls in ready if number % 2 == 0 else reversed(ready):
                 if cell.state == "measured":
@@ -150,27 +144,27 @@ class Benchmark:
         self.free_memory()
 
     def guarded(self, table: Table, cell: Cell, action: Callable[[], T]) -> T | None:
-        """The result; or None, and the cell says what happened: one that fails does not end the run."""
+        """Return the result, or None after recording the failure in the cell, so that it does not end the run."""
         try:
             return action()
         except torch.OutOfMemoryError:
             cell.state = "out of memory"
-        except Exception as error:  # of the compiler, a kernel or the model: all end up in the report
+        except Exception as error:  # from the compiler, a kernel or the model: all are reported
             cell.state = "failed"
             cell.error = f"{type(error).__name__}: {str(error).strip()[:300]}"
         cell.samples.clear()
-        self.say(f"{table.title}: {cell.row}, {cell.column}: {cell.state} {cell.error}")
+        self.log(f"{table.title}: {cell.row}, {cell.column}: {cell.state} {cell.error}")
         self.free_memory()
         return None
 
     def free_memory(self) -> None:
-        """Give the memory of deleted models back."""
+        """Release the memory of deleted models."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def prepare(self, table: Table, cell: Cell) -> tuple[Callable[[], object], int, float]:
-        """A warm call, how many of them make a sample, and the seconds of one; the cell gets its sizes."""
+        """Return a warm call, the calls in a sample and the seconds of a call; store the sizes in the cell."""
         model, optimizer, call = self.build(table, cell)
         start = time.perf_counter()
         seconds(call, self.device)
@@ -189,7 +183,7 @@ class Benchmark:
         return call, 1 if self.device.type == "cpu" else min(10, max(1, round(0.02 / warm))), warm
 
     def build(self, table: Table, cell: Cell) -> tuple[nn.Module, torch.optim.Optimizer | None, Callable[[], object]]:
-        """Model, optimizer and the call that is timed."""
+        """Return model, optimizer and the call to time."""
         options, training = self.options, cell.column == "step"
         dtype = torch.bfloat16 if table.precision == "bf16 weights" else torch.float32
         model, images = self.model(cell.row, dtype), self.images(table.batch, dtype)
@@ -229,7 +223,7 @@ class Benchmark:
         return model, optimizer, step
 
     def model(self, row: str, dtype: torch.dtype) -> nn.Module:
-        """A ViT of its own, adapted in this way."""
+        """Return a new copy of the ViT, adapted as the row says."""
         options = self.options
         vit: Any = copy.deepcopy(self.vit).to(dtype)
         if row in (PLAIN, FULL):
@@ -248,12 +242,12 @@ class Benchmark:
 
     @functools.cache  # noqa: B019 - one benchmark in a process
     def images(self, batch: int, dtype: torch.dtype) -> Tensor:
-        """Noise, the same for every cell."""
+        """Random images, the same for every cell."""
         size = self.report.image_size
         return torch.randn(batch, 3, size, size, device=self.device).to(dtype)
 
     def measure_losses(self) -> None:
-        """Forward and backward of the losses alone, at the first batch size."""
+        """Measure forward and backward of the losses alone, at the first batch size."""
         batch = self.options.batch[0]
         for classes in self.options.loss_classes:
             counts = long_tailed_counts(classes)
@@ -278,42 +272,15 @@ def _forward_and_backward(loss: Callable[[], Tensor]) -> None:
 
 
 def long_tailed_counts(classes: int) -> list[int]:
-    """From 1,000 down to 5, exponentially."""
+    """Class counts that decrease exponentially from 1,000 to 5."""
     return [round(1000 * 0.005 ** (index / (classes - 1))) for index in range(classes)]
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options; --tiny changes the defaults of the others."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_base_patch16_224", help="a VisionTransformer of timm")
-    parser.add_argument("--image-size", type=int, help="pixels of a side (default: the model's)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[128, 8], help="even, the most important first")
-    parser.add_argument("--classes", type=int, default=365)
-    parser.add_argument("--loss-classes", type=int, nargs="+", default=[365, 8142], help="for the losses alone")
-    parser.add_argument("--prompt-length", type=int, default=10)
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--backend", default="inductor", help="of torch.compile")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds of each table, fewer where time is short")
-    parser.add_argument("--budget", type=float, default=240, help="seconds; what does not fit is dropped and named")
-    parser.add_argument("--device", help="default: cuda, or cpu where there is none")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write everything measured there as well")
-    parser.add_argument("--tiny", action="store_true", help="a ViT of two blocks on the CPU, eager alone")
-    if parser.parse_known_args(arguments)[0].tiny:
-        parser.set_defaults(**TINY)
-    options = parser.parse_args(arguments)
-    if odd := [batch for batch in options.batch if batch < 2 or batch % 2]:
-        parser.error(f"--batch {odd[0]}: LPTLoss needs two equal halves; give an even number.")
-    if options.repeats < 1 or min(options.classes, *options.loss_classes) < 2:
-        parser.error("--repeats must be at least 1, --classes and --loss-classes at least 2.")
-    return options
-
-
 def main(arguments: Sequence[str] | None = None) -> Report:
-    """Measure, and print the report."""
-    options = parse(arguments)
+    """Run the benchmark and print the report."""
+    options = parse(arguments, __doc__)
     torch.manual_seed(0)
-    # Every cell compiles the same forward for a model of its own; beyond the limit it would silently run uncompiled.
+    # Every cell compiles the same forward for another model; beyond the limit it would silently run uncompiled.
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         report = Benchmark(options).run()
     print(report.markdown())

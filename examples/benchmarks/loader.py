@@ -1,13 +1,11 @@
-"""Images per second of the training loader, and how much of an epoch of `lpt-peft train` is loading.
+"""Throughput of the training loader, and the share of loading in an epoch of `lpt-peft train`.
 
     python examples/benchmarks/loader.py
 
-Writes JPEGs of 500 px into a temporary folder. The first table compares the loader of a training phase, with its crops,
-for several numbers of worker processes, with decoding alone: Pillow, one process, nothing else. The second compares the
-epoch of a whole `lpt-peft train` with the sum of its parts: the same batches loaded without training, and the same
-steps on batches that are in memory. Everything is interleaved; the least of the rounds, for what disturbs a
-measurement only ever adds to it.
-Not a test: nothing here fails.
+Writes JPEGs of 500 px into a temporary folder. The first table compares the loader of a training phase, including
+crops, for several numbers of worker processes with decoding alone: Pillow in a single process. The second compares an
+epoch of `lpt-peft train` with the sum of its components: the same batches loaded without training, and the same steps
+on batches in memory. Rounds are interleaved, and the minimum is reported, since interference only adds time.
 """
 
 from __future__ import annotations
@@ -30,12 +28,13 @@ import tyro
 from PIL import Image
 
 from lpt_peft.cli import main as lpt_peft
-from lpt_peft.cli.common.build_run import build_adapter
-from lpt_peft.cli.common.open_data import open_parts, set_transforms
+from lpt_peft.cli.common.build_adapter import build_adapter
+from lpt_peft.cli.common.open_data import open_splits, set_transforms
 from lpt_peft.cli.common.run_settings import RunSettings
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.recipe import PhaseSettings, TrainSettings, make_accelerator
 from lpt_peft.recipe.loading.batches import batches, steps_per_epoch
+from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.training.loop import Loop
 from lpt_peft.recipe.training.phase import PhaseRun
 
@@ -44,22 +43,23 @@ QUALITY = 90
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """Settings of the measurement."""
 
     num_images: int = 192
     num_classes: int = 4
     pixels: int = 500
-    """Longer side of the JPEGs; the shorter one is three quarters of it."""
+    """Longer side of the JPEGs; the shorter side is three quarters of it."""
     img_size: int = 64
-    """What the ViT takes."""
+    """Input size of the ViT."""
     model: str = "vit_tiny_patch16_224"
-    batch_size: int = 16
+    batch_size: int = 32
+    """Images of a step, both halves."""
     workers: tuple[int, ...] = (0, 1, 2)
     rounds: int = 5
 
 
 def write_jpegs(folder: Path, settings: Settings) -> float:
-    """Class folders of pictures with large shapes, texture and grain; the mean size of a file in KiB."""
+    """Write class folders of images with large shapes, texture and grain; return the mean file size in KiB."""
     generator = np.random.default_rng(0)
     height, width = settings.pixels * 3 // 4, settings.pixels
     sizes = []
@@ -78,25 +78,25 @@ def write_jpegs(folder: Path, settings: Settings) -> float:
 
 
 def seconds_of(action: Callable[[], Any]) -> float:
-    """How long it takes."""
+    """Duration of a call."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
 
 
 class Benchmark:
-    """The parts of an epoch, each to be timed alone."""
+    """Components of an epoch, to be timed separately."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
         phase = PhaseSettings(epochs=1)
         training = TrainSettings(batch_size=settings.batch_size, shared=phase, group=replace(phase, epochs=0))
         run = RunSettings(backbone=settings.model, pretrained=False, img_size=settings.img_size, training=training)
-        parts = open_parts(str(folder), run.images, 0)
-        self.images: LabelledImages = parts["train"]
+        splits = open_splits(str(folder), run.images, 0)
+        self.images: LabelledImages = splits["train"]
         self.training = training
         self._run, self._phase = run, phase
-        set_transforms(parts, build_adapter(run, self.images.class_names).backbone.preprocess(), run.images)
+        set_transforms(splits, build_adapter(run, self.images.class_names).backbone.preprocess(), run.images)
         self._loop = Loop(
             dataset=self.images,
             labels=self.images.labels,
@@ -104,46 +104,46 @@ class Benchmark:
             criterion=None,
             accelerator=make_accelerator(training),
             history=[],
-            progress=False,
+            reporter=Reporter(False, True),
         )
         self._batches = list(batches(self.images, self.images.labels, training, "shared", epochs=1))
 
     def decode(self) -> None:
-        """Every file, by Pillow alone."""
+        """Decode every file with Pillow."""
         for path in self.folder.rglob("*.jpg"):
             with Image.open(path) as image:
                 image.convert("RGB")
 
     def load(self, workers: int) -> None:
-        """All batches of an epoch."""
+        """Load all batches of an epoch."""
         training = replace(self.training, num_workers=workers)
         for _ in batches(self.images, self.images.labels, training, "shared", epochs=1):
             pass
 
     def step(self) -> float:
-        """Seconds of all steps of an epoch on fresh prompts, with every batch in memory."""
+        """Duration of all steps of an epoch with new prompts and every batch in memory."""
         adapter = build_adapter(self._run, self.images.class_names)
         run = self._loop.start_phase(adapter.train(), "shared", self._phase)
-        return seconds_of(lambda: [run.advance(*batch) for batch in self._batches])
+        return seconds_of(lambda: [run.training_step(*batch) for batch in self._batches])
 
     def epoch(self, workers: int) -> float:
-        """Seconds of the epoch in a whole `lpt-peft train`."""
+        """Duration of the epoch in `lpt-peft train`."""
         seconds: list[float] = []
-        original = Loop.go
+        original = Loop.run
 
         def timed(loop: Loop, run: PhaseRun) -> None:
             seconds.append(seconds_of(lambda: original(loop, run)))
 
-        Loop.go = timed  # type: ignore[method-assign]
+        Loop.run = timed  # type: ignore[method-assign]
         try:
             with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(io.StringIO()):
-                words = ["train", str(self.folder), "--output", output, "--backbone", self.settings.model]
-                words += ["--no-pretrained", "--img-size", str(self.settings.img_size), "--group.epochs", "0"]
-                words += ["--batch-size", str(self.settings.batch_size), "--shared.epochs", "1"]
-                if lpt_peft([*words, "--num-workers", str(workers)]):
+                arguments = ["train", str(self.folder), "--output", output, "--backbone", self.settings.model]
+                arguments += ["--no-pretrained", "--img-size", str(self.settings.img_size), "--group.epochs", "0"]
+                arguments += ["--batch-size", str(self.settings.batch_size), "--shared.epochs", "1"]
+                if lpt_peft([*arguments, "--num-workers", str(workers)]):
                     raise SystemExit("lpt-peft train failed; see above.")
         finally:
-            Loop.go = original  # type: ignore[method-assign]
+            Loop.run = original  # type: ignore[method-assign]
         return seconds[0]
 
 
@@ -151,7 +151,7 @@ def main(settings: Settings) -> None:
     """Measure and print."""
     times: dict[tuple[str, int], list[float]] = {}
 
-    def note(name: str, workers: int, seconds: float) -> None:
+    def record(name: str, workers: int, seconds: float) -> None:
         times.setdefault((name, workers), []).append(seconds)
 
     def least(name: str, workers: int = 0) -> float:
@@ -160,14 +160,14 @@ def main(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as name:
         size = write_jpegs(Path(name), settings)
         benchmark = Benchmark(Path(name), settings)
-        benchmark.decode()  # the files are in memory from here on
+        benchmark.decode()  # the files are cached from here on
         for _ in range(settings.rounds):
-            note("decode", 0, seconds_of(benchmark.decode))
-            note("step", 0, benchmark.step())
+            record("decode", 0, seconds_of(benchmark.decode))
+            record("step", 0, benchmark.step())
             for workers in settings.workers:
-                note("load", workers, seconds_of(lambda workers=workers: benchmark.load(workers)))  # type: ignore[misc]
-                note("epoch", workers, benchmark.epoch(workers))
-    images = 2 * settings.batch_size * steps_per_epoch(settings.num_images, benchmark.training)
+                record("load", workers, seconds_of(lambda workers=workers: benchmark.load(workers)))  # type: ignore[misc]
+                record("epoch", workers, benchmark.epoch(workers))
+    images = settings.batch_size * steps_per_epoch(settings.num_images, benchmark.training)
     plain = settings.num_images / least("decode")
     print(
         f"{settings.num_images} JPEGs of {settings.pixels} px, {size:.0f} KiB each; {settings.model} at "

@@ -1,8 +1,8 @@
-"""Time to build the samplers and to draw from them, at the size of iNaturalist 2018.
+"""Time to create the samplers and to draw from them, at the size of iNaturalist 2018.
 
     python examples/benchmarks/samplers.py
 
-Prints seconds, and the peak of memory that Python and NumPy asked for while drawing. Not a test: nothing here fails.
+Prints seconds and the peak memory that Python and NumPy allocate while drawing.
 """
 
 import itertools
@@ -19,7 +19,7 @@ Build = Callable[[], ClassBalancedSampler | DualSampler]
 
 
 def long_tailed_labels(num_images: int, num_classes: int) -> list[int]:
-    """Shuffled labels with at least one image per class, the rest falling exponentially (imbalance 500)."""
+    """Shuffled labels with exponentially decreasing class sizes (imbalance 500) and no empty class."""
     weights = 500.0 ** -np.linspace(0, 1, num_classes)
     generator = np.random.default_rng(0)
     rest = generator.choice(num_classes, num_images - num_classes, p=weights / weights.sum())
@@ -38,7 +38,7 @@ def measure(name: str, build: Build) -> None:
     sampler = build()
     built = time.perf_counter() - start
     drawn = seconds_to_consume(sampler)
-    tracemalloc.start()  # in a pass of its own, as tracing is slow; later tenths need no more than the first
+    tracemalloc.start()  # in a separate pass, because tracing is slow; later tenths need no more memory
     seconds_to_consume(itertools.islice(sampler, len(sampler) // 10))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

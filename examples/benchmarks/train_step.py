@@ -1,9 +1,9 @@
-"""What a step of training costs: LPT's two phases, full fine-tuning and PEFT's LoRA on the same ViT.
+"""Cost of a training step: LPT's two phases, full fine-tuning and PEFT's LoRA on the same ViT.
 
-Seconds as ratios, the least of several interleaved rounds, for what disturbs a step only ever adds to it. Memory: what
-autograd saves for backward; gradients and optimizer state; and the peak of a process that has one variant alone and
-takes two steps, weights included: of the allocator on a GPU, else what is resident beyond the imports (Linux).
-More ways, precisions and torch.compile, on a GPU: `gpu.py`.
+Time is the minimum of several interleaved rounds, since interference only makes a step slower. Memory: tensors that
+autograd saves for backward; gradients and optimizer state; and the peak of a process that runs two steps of a single
+variant, weights included: of the allocator on a GPU, otherwise resident memory beyond the imports (Linux).
+More variants, precisions and torch.compile on a GPU: `gpu.py`.
 
     python examples/benchmarks/train_step.py
     python examples/benchmarks/train_step.py --model vit_base_patch16_224 --batch-size 128 --dtype bfloat16
@@ -34,22 +34,22 @@ NAMES = ("full fine-tuning", "LoRA, rank 8 on qkv", "LPT, phase shared", "LPT, p
 
 @dataclass
 class Settings:
-    """What to measure."""
+    """Settings of the measurement."""
 
     model: str = "vit_small_patch16_224"
     batch_size: int = 16
-    """Images of a step, both halves together."""
+    """Images of a step, both halves."""
     img_size: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast."""
     rounds: int = 5
     peak_of: str | None = None
-    """Print the peak in bytes of this variant alone, and nothing else: what the table asks processes of its own."""
+    """Only print the peak memory of this variant, in bytes; the table starts a process per variant."""
 
 
 @dataclass
 class Variant:
-    """One way to train."""
+    """A training method."""
 
     model: nn.Module
     loss: Callable[[], Tensor]
@@ -63,7 +63,7 @@ class Variant:
         self.optimizer.zero_grad(set_to_none=True)
 
     def run_loss(self) -> Tensor:
-        """The loss alone."""
+        """Compute the loss."""
         with self.autocast():
             return self.loss()
 
@@ -74,7 +74,7 @@ class Variant:
 
 
 def build(name: str, settings: Settings, images: Tensor, target: Tensor) -> Variant:
-    """The variant of this name on a ViT of its own, with the same optimizer."""
+    """Build the variant of this name on a new ViT, with the same optimizer."""
     torch.manual_seed(0)
     size = {} if settings.img_size is None else {"img_size": settings.img_size}
     vit = timm.create_model(settings.model, num_classes=CLASSES, **size).train()
@@ -91,30 +91,30 @@ def build(name: str, settings: Settings, images: Tensor, target: Tensor) -> Vari
         loss = lambda: criterion(model(images), target)  # noqa: E731
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-4, momentum=0.9)
-    half = settings.dtype == "bfloat16"
-    autocast = (lambda: torch.autocast(images.device.type, torch.bfloat16)) if half else nullcontext
+    half_precision = settings.dtype == "bfloat16"
+    autocast = (lambda: torch.autocast(images.device.type, torch.bfloat16)) if half_precision else nullcontext
     return Variant(model, loss, optimizer, autocast)
 
 
 def peak_bytes(name: str, settings: Settings) -> int:
-    """The peak of two steps of one variant in this process; nothing else may have been built here."""
+    """Peak memory of two steps of a variant; this process must not have built anything before."""
     before = resident_bytes()
     variant = build(name, settings, *batch(settings))
-    for _ in range(2):  # in the second one the momentum is there from the start
+    for _ in range(2):  # momentum exists from the start of the second step
         variant.step()
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_bytes(peak=True) - before
 
 
-def peak_elsewhere(name: str, settings: Settings) -> int:
-    """The same, by a process of its own."""
-    words = ["--model", settings.model, "--batch-size", settings.batch_size, "--dtype", settings.dtype]
-    words += [] if settings.img_size is None else ["--img-size", settings.img_size]
-    command = [sys.executable, __file__, *map(str, words), "--peak-of", name]
+def peak_in_new_process(name: str, settings: Settings) -> int:
+    """Peak memory of a variant, measured in a new process."""
+    arguments = ["--model", settings.model, "--batch-size", settings.batch_size, "--dtype", settings.dtype]
+    arguments += [] if settings.img_size is None else ["--img-size", settings.img_size]
+    command = [sys.executable, __file__, *map(str, arguments), "--peak-of", name]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def batch(settings: Settings) -> tuple[Tensor, Tensor]:
-    """Images and labels of all steps."""
+    """Build the images and labels of all steps."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = settings.img_size or 224
     images = torch.randn(settings.batch_size, 3, size, size, device=device)
@@ -140,7 +140,7 @@ def main(settings: Settings) -> None:
         trained = sum(parameter.numel() for parameter in variant.trained)
         state = 2 * sum(parameter.nbytes for parameter in variant.trained)  # gradient and momentum
         parameters = {parameter.untyped_storage().data_ptr() for parameter in variant.model.parameters()}
-        columns = ((saved_bytes(variant.run_loss, parameters), 7), (state, 8), (peak_elsewhere(name, settings), 7))
+        columns = ((saved_bytes(variant.run_loss, parameters), 7), (state, 8), (peak_in_new_process(name, settings), 7))
         sizes = "".join(f"{value / 2**20:{width}.0f} MiB" for value, width in columns)
         print(f"{name:22}{least:9.3f}{least / base:8.2f}{trained:14,}{sizes}")
 

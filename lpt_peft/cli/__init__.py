@@ -1,55 +1,91 @@
-"""The `lpt-peft` command, one file for each sub-command.
+"""The `lpt-peft` command, one file per sub-command; `common/` holds what they share.
 
-At their top, these files import only what their arguments need. torch and everything that imports it is imported
-inside the functions: `lpt-peft --help` and `lpt-peft SUBCOMMAND --help` answer without it.
+These files import only what their arguments need at the top. torch and every library that imports it are imported
+inside the functions, so that `lpt-peft --help` and `lpt-peft SUBCOMMAND --help` answer without torch.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from io import TextIOWrapper
+from contextlib import nullcontext
+from difflib import get_close_matches
 from typing import Any
 
-from lpt_peft._text import printable
 from lpt_peft._version import __version__
+from lpt_peft.cli.common.exit_codes import FAILED, INTERRUPTED, OK, USAGE
+from lpt_peft.cli.common.messages import plain_warnings, print_message, text_of_error, tidy
+from lpt_peft.cli.common.paths import expand_home
+from lpt_peft.cli.common.streams import flush_output, quiet_broken_pipe, replace_unprintable, wrapped_help
 from lpt_peft.errors import LPTError, MissingExtraError
 
-_DESCRIPTION = "Long-tailed Prompt Tuning for frozen Vision Transformers. lpt-peft --version prints the version."
+_DESCRIPTION = (
+    "Long-tailed Prompt Tuning for frozen Vision Transformers. lpt-peft --version prints the version. Exit status: "
+    "0 success; 1 an error, explained on standard error; 2 wrong arguments; 3 finished, but some images were left out "
+    "or need attention; 130 interrupted."
+)
+_RESUMABLE = ("demo", "train")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for an error that has a message, 2 for wrong arguments."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # class names in a terminal of another encoding
-    if list(arguments) == ["--version"]:
-        print(f"lpt-peft {__version__}")
-        return 0
-    try:
+    """Run the command line.
+
+    Args:
+        arguments: The words after `lpt-peft`; None takes those of the process.
+
+    Returns:
+        The exit status; see `lpt_peft.cli.common.exit_codes`.
+    """
+    replace_unprintable(sys.stdout, sys.stderr)
+    with quiet_broken_pipe(), plain_warnings():
+        words = list(sys.argv[1:] if arguments is None else arguments)
         try:
-            import rich  # noqa: F401 - an optional extra
-            import tyro
-        except ImportError as error:
-            raise MissingExtraError(f'The lpt-peft command needs {error.name}: pip install "lpt_peft[cli]".') from error
-        tyro.extras.subcommand_cli_from_dict(
-            _commands(arguments), prog="lpt-peft", description=_DESCRIPTION, args=arguments
-        )
-    except (LPTError, OSError) as error:  # of the disk: a full one, one that may not be written
-        print(f"lpt-peft: {printable(error, 10_000)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        print(f"lpt-peft: {stop or 'interrupted'}", file=sys.stderr)
-        return 130
-    return 0
+            try:
+                return _run(expand_home(words))
+            finally:
+                flush_output()
+        except LPTError as error:
+            return _fail(error)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            return _fail(text_of_error(error))
+        except KeyboardInterrupt as stop:
+            hint = " The same command resumes from the last checkpoint." if words[:1] and words[0] in _RESUMABLE else ""
+            print_message(f"{tidy(stop) or 'interrupted'}.{hint}")
+            return INTERRUPTED
 
 
-def _commands(arguments: Sequence[str]) -> dict[str, Callable[..., Any]]:
+def _run(words: Sequence[str]) -> int:
+    if list(words) == ["--version"]:
+        print(f"lpt-peft {__version__}")
+        return OK
+    try:
+        import rich  # noqa: F401 - an optional extra
+        import tyro
+    except ImportError as error:
+        raise MissingExtraError(f'The lpt-peft command needs {error.name}: pip install "lpt_peft[cli]".') from error
+    commands = _commands(words)
+    if words and words[0] not in commands and not words[0].startswith("-"):
+        near = get_close_matches(words[0], commands, 1, 0.5)
+        meant = f" Did you mean {near[0]}?" if near else ""
+        _fail(f'There is no sub-command "{words[0]}".{meant} There are {", ".join(commands)}: lpt-peft --help.')
+        return USAGE
+    with wrapped_help() if {"-h", "--help"} & set(words) else nullcontext():
+        status = tyro.extras.subcommand_cli_from_dict(commands, prog="lpt-peft", description=_DESCRIPTION, args=words)
+    return OK if status is None else int(status)
+
+
+def _fail(message: object) -> int:
+    print_message(message)
+    return FAILED
+
+
+def _commands(words: Sequence[str]) -> dict[str, Callable[..., Any]]:
     """Name and function of each sub-command; needs tyro.
 
     Raises:
-        ConfigError: The --preset or --config that `train` starts from cannot be used.
+        ConfigError: The --preset or --config of `train` cannot be used.
     """
     from lpt_peft.cli.convert import convert
     from lpt_peft.cli.demo import demo
@@ -70,5 +106,5 @@ def _commands(arguments: Sequence[str]) -> dict[str, Callable[..., Any]]:
         "predict": predict,
         "pull": pull,
         "push": push,
-        "train": train_command(arguments),
+        "train": train_command(words),
     }

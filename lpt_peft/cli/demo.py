@@ -1,41 +1,54 @@
-"""`lpt-peft demo`: a frozen ViT learns long-tailed handwritten digits with prompts alone."""
+"""`lpt-peft demo`: train a frozen ViT on long-tailed handwritten digits, with prompts alone."""
 
 from __future__ import annotations
 
-import json
+import shlex
 import sys
 from pathlib import Path
 
-from lpt_peft.cli.common.extras import extra_needed
-from lpt_peft.cli.common.interrupted import telling_how_to_go_on
+from lpt_peft.cli.common.extras import requires_extra
 from lpt_peft.cli.common.options import Json
 
 
 def demo(
     output: Path = Path("lpt-peft-demo"), seeds: int = 1, epochs: int = 20, resume: bool = True, as_json: Json = False
 ) -> None:
-    """Train five ways on the digits, compare them, write table, picture and prompt file.
+    """Train in five ways on the digits, compare them, and write a table, a figure and a prompt file.
 
     Args:
-        output: Folder for results.json, digits.png and prompts/.
-        seeds: Repeat with this many seeds, for mean and spread.
+        output: Folder for prompts/, test/, results.json and digits.png.
+        seeds: Number of seeds, for mean and spread.
         epochs: Passes over the training images, the same for every row.
-        resume: Go on with a run that was broken off in that folder; --no-resume starts anew.
+        resume: Resume an interrupted run in that folder; --no-resume starts again.
         as_json: Print the content of results.json instead of the table.
     """
+    from lpt_peft.cli.common.streams import print_json, print_text
     from lpt_peft.cli.common.tables import print_table
 
-    with extra_needed("The demo", "demo"):
+    with requires_extra("The demo", "demo"):
         from lpt_peft.demo.run import run_demo
 
-    with telling_how_to_go_on():
-        result = run_demo(output, seeds=seeds, epochs=epochs, resume=resume, progress=sys.stderr.isatty())
+    result = run_demo(output, seeds=seeds, epochs=epochs, resume=resume, progress=sys.stderr.isatty())
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+        print_json(result.to_dict())
         return
     header, rows = result.table()
     print_table(rows, header)
-    print(f"\n% of test images right. {result.rule}. {len(result.seeds)} seed(s), {result.seconds:.0f} s.")
-    print(f"Groups that no training image chose: {result.dead_groups or 'none'}.")
-    print(f"The prompt file was read back onto a fresh backbone: all predictions identical.\nWritten to {output}/:")
-    print("  prompts/ (config.json, prompts.safetensors), results.json, digits.png")
+    print_text(f"\nTest accuracy in %. {result.rule}. {len(result.seeds)} seed(s), {result.seconds:.0f} s.")
+    print_text(f"Groups that no training image chose: {result.dead_groups or 'none'}.")
+    print_text("The prompt file was loaded on a new backbone: all predictions are identical.")
+    print_text(f"Written to {output}/: prompts/ (the prompt file), test/ (the test images), results.json, digits.png")
+    print("Try next:")
+    for words in next_commands(output):
+        print(f"  {shlex.join(words)}")
+
+
+def next_commands(output: Path) -> list[list[str]]:
+    """Commands that use the output of the demo."""
+    rarest = [str(path) for path in sorted((output / "test" / "9").glob("*.png"))[:3]]
+    return [
+        ["lpt-peft", "predict", str(output), *rarest],
+        ["lpt-peft", "evaluate", str(output), str(output / "test")],
+        ["lpt-peft", "inspect", str(output)],
+        ["lpt-peft", "doctor", "glyph_vit"],
+    ]

@@ -1,4 +1,4 @@
-"""`lpt-peft evaluate DIR [DATA]`: the numbers of a finished run, measured anew from its saved files."""
+"""`lpt-peft evaluate DIR [DATA]`: measure a finished run from its saved files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from lpt_peft.cli.common.extras import extra_needed
+from lpt_peft.cli.common.extras import requires_extra
 from lpt_peft.cli.common.options import Json
-from lpt_peft.errors import ConfigError
+from lpt_peft.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from lpt_peft.recipe.settings import TrainSettings
@@ -20,55 +20,60 @@ if TYPE_CHECKING:
 def evaluate(
     folder: tyro.conf.Positional[Path], data: tyro.conf.Positional[str | None] = None, /, as_json: Json = False
 ) -> None:
-    """Measure a trained model on the validation and test parts of its data, or on other images.
+    """Measure a trained model on the validation and test splits of its data, or on other images.
 
     Args:
         folder: Output folder of `lpt-peft train`, or a prompt file.
-        data: Images, as for `lpt-peft train`; a folder of class folders or a list is taken as a test part.
+        data: Images, as for `lpt-peft train`; a folder of class folders, or a list, is a test split.
         as_json: Print one JSON object instead of the table.
     """
-    with extra_needed("lpt-peft evaluate", "train"):
-        from lpt_peft.cli.common.load_run import open_trained
-        from lpt_peft.cli.common.open_data import open_parts, open_test_parts, set_transforms
+    with requires_extra("lpt-peft evaluate", "train"):
+        from lpt_peft.cli.common.load_run import load_run
+        from lpt_peft.cli.common.open_data import open_splits, open_test_splits, set_transforms
         from lpt_peft.cli.common.tables import print_results
         from lpt_peft.metrics import ShotMetrics, ShotResult
         from lpt_peft.recipe.evaluate import evaluate as measure
         from lpt_peft.recipe.train import make_accelerator
 
-    trained = open_trained(folder)
-    adapter = trained.adapter
-    counts = adapter.metadata.class_counts
+    run = load_run(folder)
+    counts = run.adapter.metadata.class_counts
     if counts is None:
-        raise ConfigError(f"The prompt file in {folder} tells no class counts, so nothing says what many and few are.")
-    if data is None and trained.data is None:
         raise ConfigError(
-            f"{folder} does not tell what it was trained on; name the images: lpt-peft evaluate DIR DATA."
+            f"The prompt file in {folder} has no class counts, which decide the many-, medium- and few-shot classes. "
+            "Save it with class_counts."
         )
+    if data is None and run.data is None:
+        raise ConfigError(f"{folder} does not name its training data; name the images: lpt-peft evaluate DIR DATA.")
     if data is None:
-        parts = open_parts(str(trained.data), trained.images, trained.training.seed)
-        parts.pop("train")
+        splits = open_splits(str(run.data), run.images, run.training.seed)
+        splits.pop("train")
     else:
-        parts = open_test_parts(data, trained.images, trained.training.seed, trained.class_names)
-    set_transforms(parts, adapter.backbone.preprocess(), trained.images)
-    metrics = ShotMetrics.from_rule(trained.shot_rule, counts)
-    accelerator = make_accelerator(_settings_here(trained.training))
+        splits = open_test_splits(data, run.images, run.training.seed, run.class_names)
+    if not splits:
+        raise InputError(
+            f"{data or run.data} has neither a validation nor a test split, so there is nothing to evaluate. Name the "
+            "images: lpt-peft evaluate DIR DATA."
+        )
+    set_transforms(splits, run.adapter.backbone.preprocess(), run.images)
+    metrics = ShotMetrics.from_rule(run.shot_rule, counts)
+    accelerator = make_accelerator(_available_precision(run.training))
     results: dict[str, ShotResult] = {
-        name: measure(adapter, parts[name], metrics, num_workers=trained.training.num_workers, accelerator=accelerator)
+        name: measure(run.adapter, splits[name], metrics, num_workers=run.training.num_workers, accelerator=accelerator)
         for name in ("validation", "test")
-        if name in parts
+        if name in splits
     }
     print_results(results, as_json=as_json)
 
 
-def _settings_here(training: TrainSettings) -> TrainSettings:
-    """The run's settings, in a precision that this machine has."""
+def _available_precision(training: TrainSettings) -> TrainSettings:
+    """The run's settings, in a precision that this machine supports."""
     import torch
 
     if training.mixed_precision != "fp16" or torch.accelerator.is_available():
         return training
     warnings.warn(
-        "The run was measured in fp16, which needs a GPU. Without one the model answers in float32, and figures may "
-        "differ from the run's own in the last digits.",
+        "The run was measured in fp16, which needs a GPU. Here the model computes in float32, so the figures may "
+        "differ from the run's in the last digits.",
         stacklevel=2,
     )
     return replace(training, mixed_precision="no")

@@ -1,76 +1,131 @@
-"""`lpt-peft predict DIR IMAGES...`: the classes that a trained model sees in image files."""
+"""`lpt-peft predict DIR IMAGES...`: print the classes that a trained model finds in image files."""
 
 from __future__ import annotations
 
-import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from lpt_peft.cli.common.extras import extra_needed
+from lpt_peft._text import printable
+from lpt_peft.cli.common.exit_codes import FAILED, INCOMPLETE, OK
+from lpt_peft.cli.common.extras import requires_extra
+from lpt_peft.cli.common.messages import without_errno
 from lpt_peft.cli.common.options import Json
+from lpt_peft.cli.common.streams import dump_json
 from lpt_peft.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
+
+    from lpt_peft.cli.common.load_run import LoadedRun
 
 _BATCH = 64
+_SHOW = 3
 
 
 def predict(
     folder: tyro.conf.Positional[Path],
     images: tyro.conf.Positional[tuple[Path, ...]],
     /,
-    top_k: int = 3,
+    show: int | None = None,
     as_json: Json = False,
-) -> None:
-    """Name what is in images.
+) -> int:
+    """Print the most probable classes of images; images that cannot be read are left out and named at the end.
 
     Args:
         folder: Output folder of `lpt-peft train`, or a prompt file.
-        images: Image files.
-        top_k: Classes for each image, the likeliest first.
-        as_json: Print a JSON list with an object for each image.
+        images: Image files; - reads their paths from standard input, one per line or separated by NUL.
+        show: Classes to print for each image, the most probable first; None: 3, or all of fewer.
+        as_json: Print a JSON list with an object for each image: its classes, or the error of reading it.
     """
-    with extra_needed("lpt-peft predict", "train"):
-        import torch
-
-        from lpt_peft.cli.common.load_run import open_trained
+    with requires_extra("lpt-peft predict", "train"):
+        from lpt_peft.cli.common.load_run import load_run
         from lpt_peft.cli.common.tables import print_table
-        from lpt_peft.data.transforms import transforms
 
-    trained = open_trained(folder)
-    adapter, names = trained.adapter, trained.class_names
-    if not images:
-        raise InputError("predict needs images: lpt-peft predict DIR IMAGE ...")
-    if not 1 <= top_k <= len(names):
-        raise ConfigError(f"--top-k {top_k} must be from 1 to {len(names)}, the number of classes.")
-    transform = transforms(adapter.backbone.preprocess(), train=False, crop_pct=trained.images.crop_pct)
-    device = adapter.head.weight.device
-    found: list[tuple[Path, list[dict[str, Any]]]] = []
-    with torch.no_grad():
-        for start in range(0, len(images), _BATCH):
-            some = images[start : start + _BATCH]
-            batch = torch.stack([transform(_read(path)) for path in some])
-            shares, labels = adapter(batch.to(device)).softmax(1).topk(top_k)
-            for path, share, label in zip(some, shares.tolist(), labels.tolist(), strict=True):
-                pairs = zip(label, share, strict=True)
-                found.append((path, [{"class": names[j], "label": j, "probability": p} for j, p in pairs]))
+    paths = list(_given_paths(images))
+    if not paths:
+        raise InputError("predict needs images: lpt-peft predict DIR IMAGE ..., or - to read paths from stdin.")
+    if show is not None and show < 1:
+        raise ConfigError(f"--show {show} must be at least 1.")
+    run = load_run(folder)
+    num_classes = len(run.class_names)
+    if show is not None and show > num_classes:
+        raise ConfigError(f"--show {show} must be from 1 to {num_classes}, the number of classes.")
+    failed: list[dict[str, Any]] = []
+    separator = "["
+    for answers in _predictions(run, paths, min(show or _SHOW, num_classes)):
+        failed += [answer for answer in answers if "error" in answer]
+        if as_json:
+            for answer in answers:
+                print(separator, dump_json(answer), sep="\n", end="")
+                separator = ","
+        elif rows := [(a["image"], *map(_cell, a["classes"])) for a in answers if "classes" in a]:
+            print_table(rows)
+        sys.stdout.flush()  # answers before an interruption are not lost
     if as_json:
-        told = [{"image": str(path), "classes": classes} for path, classes in found]
-        print(json.dumps(told, indent=2, ensure_ascii=False))
-    else:
-        print_table([(str(path), *map(_cell, classes)) for path, classes in found])
+        print("\n]")
+    if not failed:
+        return OK
+    print(f"lpt-peft: {len(failed)} of {len(paths)} images cannot be read and were left out:", file=sys.stderr)
+    for answer in failed:
+        print(printable(f"  {answer['image']}: {answer['error']}", 10_000), file=sys.stderr)
+    return FAILED if len(failed) == len(paths) else INCOMPLETE
 
 
-def _read(path: Path) -> Image.Image:
-    from lpt_peft.data.sources import read_rgb
+def _predictions(run: LoadedRun, paths: Sequence[Path], show: int) -> Iterator[list[dict[str, Any]]]:
+    """For each batch, a dictionary per image, in order: "image" with "classes", or with "error"."""
+    import torch
+
+    from lpt_peft.data.transforms import transforms
+
+    transform = transforms(run.adapter.backbone.preprocess(), train=False, crop_pct=run.images.crop_pct)
+    device = run.adapter.head.weight.device
+    for start in range(0, len(paths), _BATCH):
+        answers: list[dict[str, Any]] = []
+        tensors = []
+        for path in paths[start : start + _BATCH]:
+            tensor, error = _load(path, transform)
+            answers.append({"image": str(path)} | ({"error": error} if error else {}))
+            tensors += [] if tensor is None else [tensor]
+        if tensors:
+            with torch.no_grad():
+                found = run.adapter(torch.stack(tensors).to(device)).float().softmax(1).topk(show)
+            readable = (answer for answer in answers if "error" not in answer)
+            for answer, probabilities, labels in zip(readable, *(part.tolist() for part in found), strict=True):
+                answer["classes"] = [
+                    {"class": run.class_names[label], "label": label, "probability": probability}
+                    for label, probability in zip(labels, probabilities, strict=True)
+                ]
+        yield answers
+
+
+def _load(path: Path, transform: Callable[[Image.Image], Tensor]) -> tuple[Tensor | None, str]:
+    """The image as a tensor (C, H, W), or None and the reason."""
+    from lpt_peft.data.files.reading import open_image
 
     try:
-        return read_rgb(path)
-    except Exception as error:  # decoders raise anything at all on broken bytes
-        raise InputError(f"{path} cannot be read as an image: {type(error).__name__}: {str(error)[:200]}.") from error
+        return transform(open_image(path)), ""
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise anything on damaged bytes
+        return None, f"{type(error).__name__}: {without_errno(str(error)[:200]) or 'no reason given'}"
+
+
+def _given_paths(images: Sequence[Path]) -> Iterator[Path]:
+    """The paths on the command line, with those of standard input in the place of "-"."""
+    for path in images:
+        if str(path) != "-":
+            yield path
+            continue
+        content = sys.stdin.buffer.read()
+        for name in content.split(b"\0" if b"\0" in content else b"\n"):
+            if name := name.removesuffix(b"\r"):  # of lists written on Windows
+                yield Path(os.fsdecode(name))
 
 
 def _cell(entry: dict[str, Any]) -> str:

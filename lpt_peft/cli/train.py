@@ -1,12 +1,12 @@
-"""`lpt-peft train DATA --backbone NAME --output DIR`: a whole run, which goes on where it was broken off.
+"""`lpt-peft train DATA --backbone NAME --output DIR`: train a model; the same command resumes it.
 
-Not here: the training (`lpt_peft.recipe`), the flags (`run_settings.py`) and what DATA may be (`sources.py`).
+Not here: the training (`lpt_peft.recipe`), the settings (`common/run_settings.py`) and the kinds of DATA
+(`common/open_data.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lpt_peft.cli.common.extras import extra_needed
-from lpt_peft.cli.common.interrupted import telling_how_to_go_on
+from lpt_peft.cli.common.extras import requires_extra
+from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.options import Json
-from lpt_peft.cli.common.run_settings import SETTINGS, RunSettings, read_settings
+from lpt_peft.cli.common.paths import SETTINGS, home_path
+from lpt_peft.cli.common.run_settings import RunSettings, read_settings
 from lpt_peft.data.transforms import RECIPE_CROP_PCT
 from lpt_peft.errors import ConfigError, MissingExtraError
 from lpt_peft.recipe.presets import preset
@@ -25,13 +26,13 @@ from lpt_peft.recipe.presets import preset
 Log = Literal["tensorboard", "wandb", "trackio"]
 
 
-def train_command(arguments: Sequence[str]) -> Callable[..., None]:
-    """The sub-command, whose defaults are those of the --preset or --config among `arguments`.
+def train_command(words: Sequence[str]) -> Callable[..., None]:
+    """Return the sub-command, with the defaults of the --preset or --config among `words`.
 
     Raises:
-        ConfigError: Both are given, or one of them cannot be used.
+        ConfigError: Both are given, or the given one cannot be used.
     """
-    start = _start(arguments if arguments[:1] == ["train"] else [])
+    start = _initial_settings(words if words[:1] == ["train"] else [])
 
     def train(
         data: tyro.conf.Positional[str],
@@ -45,17 +46,19 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
         log_with: Log | None = None,
         as_json: Json = False,
     ) -> None:
-        """Train prompts on long-tailed images; the same command goes on where a run was broken off.
+        """Train prompts on long-tailed images; the same command resumes an interrupted run.
+
+        DATA is a folder with a folder for each class, or with train/, val/ and test/ of such folders; a list of
+        "path label" lines; a JSON of iNaturalist; cifar100-lt:ROOT; or hf:NAME. See also --root, --val and --test.
 
         Args:
-            data: A folder with a folder for each class, or with train/, val/ and test/ of such; a list of "path label"
-                lines; a JSON of iNaturalist; cifar100-lt:ROOT; or hf:NAME. See --root, --val and --test.
+            data: The training images: a folder, a list, a JSON of iNaturalist, cifar100-lt:ROOT or hf:NAME.
             output: Folder for settings.json, checkpoints/, prompts/, history.json and results.json.
-            run: All that the run is told.
-            preset: Begin with published settings: paper, places_lt, cifar100_lt or inat2018. Flags come after.
-            config: Begin with the settings.json of another run. Flags come after.
-            resume: Go on from the checkpoints in the folder; --no-resume throws them away.
-            log_with: Where numbers go besides the terminal.
+            run: Settings of the run.
+            preset: Start from published settings: paper or inat2018. Flags override them.
+            config: Start from the settings.json of another run. Flags override it.
+            resume: Resume from the checkpoints in the output folder; --no-resume deletes them.
+            log_with: Log metrics to this tracker as well.
             as_json: Print the content of results.json instead of the table.
         """
         run_training(data, output, run, resume=resume, log_with=log_with, as_json=as_json)
@@ -66,62 +69,62 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
 def run_training(
     data: str, output: Path, run: RunSettings, *, resume: bool, log_with: Log | None, as_json: bool
 ) -> None:
-    """What the command does when its arguments are read.
+    """Train, save and measure a model; see `train`.
 
     Raises:
-        LPTError: Whatever is wrong with data, backbone, settings or checkpoints.
-        KeyboardInterrupt: Ctrl-C; the run was saved, and the message says how to go on.
+        LPTError: Data, backbone, settings or checkpoints are not usable.
+        KeyboardInterrupt: Ctrl-C was pressed; the run was saved.
     """
-    with extra_needed("lpt-peft train", "train"):
-        from lpt_peft.cli.common.build_run import build_adapter
-        from lpt_peft.cli.common.open_data import open_parts, set_transforms
+    with requires_extra("lpt-peft train", "train"):
+        from lpt_peft.cli.common.build_adapter import build_adapter
+        from lpt_peft.cli.common.open_data import check_output, open_splits, set_transforms
+        from lpt_peft.cli.common.streams import print_text
         from lpt_peft.cli.common.tables import print_results
-        from lpt_peft.recipe.experiment import RESULTS, Parts, fit, write_json
+        from lpt_peft.recipe.experiment import RESULTS, Splits, fit, write_json
         from lpt_peft.recipe.train import make_accelerator
 
-    parts = open_parts(data, run.images, run.training.seed)
-    adapter = build_adapter(run, parts["train"].class_names)
-    set_transforms(parts, adapter.backbone.preprocess(), run.images)
+    check_output(output, data, run.images)
+    splits = open_splits(data, run.images, run.training.seed)
+    adapter = build_adapter(run, splits["train"].class_names)
+    set_transforms(splits, adapter.backbone.preprocess(), run.images)
     accelerator = make_accelerator(run.training, **({"log_with": log_with, "project_dir": output} if log_with else {}))
     if log_with:
         _start_trackers(accelerator, run, log_with)
-    told = run.to_dict()
-    speaks = accelerator.is_main_process
-    if speaks and not (output / SETTINGS).exists():  # an earlier run's belong to its prompts, until this one is done
-        write_json(output / SETTINGS, {"data": data, **told})
+    settings = run.to_dict()
+    if accelerator.is_main_process and not (output / SETTINGS).exists():
+        # Settings of an earlier run describe its prompts, and stay until this run has finished.
+        write_json(output / SETTINGS, {"data": data, **settings})
     try:
-        with telling_how_to_go_on():
-            results = fit(
-                adapter,
-                Parts(**parts),
-                run.training,
-                output,
-                shot_rule=run.shot_rule,
-                about={"start_from": run.start_from} | {f"images.{name}": v for name, v in told["images"].items()},
-                accelerator=accelerator,
-                resume=resume,
-                progress=sys.stderr.isatty(),
-            )
+        results = fit(
+            adapter,
+            Splits(**splits),
+            run.training,
+            output,
+            shot_rule=run.shot_rule,
+            about={"start_from": run.start_from} | {f"images.{name}": v for name, v in settings["images"].items()},
+            accelerator=accelerator,
+            resume=resume,
+        )
     finally:
         accelerator.end_training()
-    if not speaks:
+    if not accelerator.is_main_process:
         return
-    write_json(output / SETTINGS, {"data": data, **told})
+    write_json(output / SETTINGS, {"data": data, **settings})
     print_results(results, as_json=as_json)
     if not as_json:
-        print(f"Written to {output}/: prompts/, {RESULTS}, history.json, {SETTINGS}, checkpoints/")
+        print_text(f"Written to {output}/: prompts/, {RESULTS}, history.json, {SETTINGS}, checkpoints/")
 
 
-def _start(arguments: Sequence[str]) -> RunSettings | Any:
-    """The settings that flags change: of a file, of a preset, or the defaults without a backbone."""
+def _initial_settings(words: Sequence[str]) -> RunSettings | Any:
+    """The settings that flags override: of a file, of a preset, or the defaults without a backbone."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset")
     parser.add_argument("--config")
-    given, _ = parser.parse_known_args(list(arguments))
+    given, _ = parser.parse_known_args(list(words))
     if given.preset and given.config:
-        raise ConfigError("--preset and --config both begin the settings; give one of them, and flags for the rest.")
+        raise ConfigError("--preset and --config cannot be combined: give one of them, and flags for the rest.")
     if given.config:
-        values = read_settings(Path(given.config))
+        values = read_settings(home_path(given.config))
         values.pop("data", None)
         named = "backbone" in values
         run = RunSettings.from_dict(values if named else {"backbone": "", **values})
@@ -129,6 +132,7 @@ def _start(arguments: Sequence[str]) -> RunSettings | Any:
     start = RunSettings(backbone=tyro.MISSING)
     if given.preset:
         known = preset(given.preset)
+        notice(f"preset {given.preset}. {known}")
         images = replace(start.images, crop_pct=RECIPE_CROP_PCT)
         start = replace(start, training=known.settings, shot_rule=known.shot_rule, images=images)  # type: ignore[arg-type]
     return start
@@ -137,8 +141,8 @@ def _start(arguments: Sequence[str]) -> RunSettings | Any:
 def _start_trackers(accelerator: Any, run: RunSettings, name: Log) -> None:
     if not accelerator.log_with:
         raise MissingExtraError(f"--log-with {name} needs that library: pip install {name}.")
-    told = run.to_dict()
-    flat = {f"{group}.{key}": value for group in ("prompts", "images") for key, value in told[group].items()}
-    flat |= {key: value for key, value in told["training"].items() if not isinstance(value, dict)}
+    settings = run.to_dict()
+    flat = {f"{group}.{key}": value for group in ("prompts", "images") for key, value in settings[group].items()}
+    flat |= {key: value for key, value in settings["training"].items() if not isinstance(value, dict)}
     plain = {key: value for key, value in flat.items() if isinstance(value, (int, float, str))}
     accelerator.init_trackers("lpt_peft", config={"backbone": run.backbone, **plain})

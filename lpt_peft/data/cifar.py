@@ -1,7 +1,7 @@
-"""CIFAR-10/100-LT from the standard python archives on disk, the accepted split.
+"""CIFAR-10/100-LT from the standard Python archives on disk.
 
-torchvision reads the archives and holds their MD5 sums against those of the originals. Not here: which images are kept
-(`long_tail.py`) and the download.
+torchvision reads the archives and verifies their MD5 sums. Not here: the long-tailed subset (`long_tail.py`) and the
+download.
 """
 
 from __future__ import annotations
@@ -28,48 +28,48 @@ def cifar_lt(
     train: bool = True,
     **options: Unpack[Options],
 ) -> LabelledImages:
-    """The long-tailed training part, or the balanced test part.
+    """Open the long-tailed training split or the balanced test split.
 
     Args:
-        root: Folder that holds `cifar-10-batches-py` or `cifar-100-python`, the unpacked archive.
+        root: Folder with the unpacked archive, `cifar-10-batches-py` or `cifar-100-python`.
         name: "cifar10" or "cifar100" (fine labels).
-        imbalance: Largest over smallest count of the training part: 100, 50 or 10 in the literature.
-        kind: "exp", or "step": half of the classes whole, half cut.
-        train: The training part; False gives all test images.
-        **options: transform, unreadable, verify and allow_empty of `LabelledImages`.
+        imbalance: Largest over smallest class count of the training split: 100, 50 or 10 in the literature.
+        kind: "exp", or "step", which keeps half of the classes complete and reduces the others.
+        train: The training split; False opens all test images.
+        **options: Options of `LabelledImages`.
 
     Raises:
-        InputError: A file of the archive is missing, or its bytes are not the original's.
-        ConfigError: The name is unknown, or imbalance or kind are none of `exponential_counts`.
+        InputError: A file of the archive is missing or differs from the original.
+        ConfigError: The name or the kind is unknown, or the imbalance is out of range.
     """
     archive = _open(Path(root), name, train)
     pixels, labels = archive.data, archive.targets
     if train:
         kept = cifar_lt_indices(labels, imbalance, kind)
         pixels, labels = pixels[kept], [labels[index] for index in kept]
-    part = "training" if train else "test"
-    return LabelledImages(ArrayImages(pixels, f"the {part} part of {name}"), labels, archive.classes, **options)
+    split = "training" if train else "test"
+    return LabelledImages(ArrayImages(pixels, f"the {split} split of {name}"), labels, archive.classes, **options)
 
 
 def _open(root: Path, name: str, train: bool) -> Any:
-    """The dataset of torchvision, or an error that says what is wrong with the files."""
-    from torchvision.datasets import CIFAR10, CIFAR100  # noqa: PLC0415 - where used
+    """Open the dataset of torchvision; the error names the missing or changed files."""
+    from torchvision.datasets import CIFAR10, CIFAR100  # noqa: PLC0415 - imported on use
 
     if name not in ("cifar10", "cifar100"):
         raise ConfigError(f'name={name!r} must be "cifar10" or "cifar100".')
     kind = CIFAR10 if name == "cifar10" else CIFAR100
     try:
         return kind(root, train=train, download=False)
-    except RuntimeError as error:  # "not found or corrupted", for either
+    except RuntimeError as error:  # the same error for missing and for changed files
         folder = root / kind.base_folder
         files = [file for file, _ in [*kind.train_list, *kind.test_list]] + [kind.meta["filename"]]
         missing = [file for file in files if not (folder / file).is_file()]
         if not missing:
             raise InputError(
-                f"The files in {folder} are not the original ones: an MD5 sum differs. Fetch {kind.url} anew and "
+                f"The files in {folder} differ from the original archive (MD5). Download {kind.url} again and "
                 "unpack it."
             ) from error
-        cure = f"Fetch {kind.url} and unpack it in {root}"
+        cure = f"Download {kind.url} and unpack it in {root}"
         if (root / kind.filename).is_file():
             cure = f"Unpack {root / kind.filename} there"
         raise InputError(f"root={str(root)!r} lacks {kind.base_folder}/ with {', '.join(missing)}. {cure}.") from error

@@ -1,6 +1,6 @@
-"""Handwritten digits made long-tailed: scikit-learn's 1,797 real scans, drawn as dark ink on light paper.
+"""Long-tailed handwritten digits: the 1,797 scans of scikit-learn, as dark ink on light paper.
 
-A data set that needs no download, for demonstrations and tests. Needs scikit-learn: `lpt_peft[demo]`.
+A data set without a download, for demonstrations and tests. Requires scikit-learn: `lpt_peft[demo]`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from lpt_peft.data.long_tail import exponential_counts
 from lpt_peft.errors import ConfigError, MissingExtraError
 
-Part = Literal["train", "validation", "test"]
+Split = Literal["train", "validation", "test"]
 NUM_CLASSES, TEST_PER_CLASS, VALIDATION_PER_CLASS = 10, 50, 30
 HEAD_COUNT, TAIL_COUNT = 120, 2
 PIXELS, PAPER, INK = 32, 0.9, 0.1
@@ -25,7 +25,7 @@ _SPLIT_SEED = 0
 
 
 def digits_counts() -> list[int]:
-    """Training images of each digit: 120 for "0" falling exponentially to 2 for "9".
+    """Training images per digit: 120 for "0", falling exponentially to 2 for "9".
 
     Example:
         >>> digits_counts()
@@ -35,42 +35,42 @@ def digits_counts() -> list[int]:
 
 
 class DigitsLT(Dataset[tuple[Tensor, int]]):
-    """One part of the long-tailed digits; yields (image (3, 32, 32) float32, label).
+    """A split of the long-tailed digits; yields (image (3, 32, 32) float32, label).
 
-    The split is fixed: of each digit, in an order shuffled by one seeded generator, the first 50 are
-    test images, the next 120 ... 2 training images, and up to 30 of the rest are for validation.
+    The splits are fixed. A seeded generator shuffles the scans of each digit; the first 50 are test images, the next
+    120 ... 2 are training images, and up to 30 of the remaining scans are validation images.
 
     Args:
-        part: "train", "validation" or "test".
-        mean: Per channel, subtracted from values in 0 to 1; the backbone's own.
-        std: Per channel, divided by; the backbone's own.
-        augment: Light random rotation, shift, scale and shear, from torch's default generator.
-        division: Draws another training and validation part from the same non-test images, for choosing
-            settings; the test part is the same for all. 0 is the split that results are reported on.
+        split: "train", "validation" or "test".
+        mean: Mean per channel on a scale of 0 to 1, as the backbone expects it.
+        std: Standard deviation per channel, as the backbone expects it.
+        augment: Apply a light random rotation, shift, scale and shear, drawn from torch's default generator.
+        division: Draws other training and validation splits from the non-test images, for the choice of settings. The
+            test split is always the same. Results are reported on division 0.
 
     Attributes:
         labels: Digit of each image, list of int.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
-        ConfigError: `part` is not one of the three.
+        ConfigError: `split` is unknown.
     """
 
     def __init__(
         self,
-        part: Part,
+        split: Split,
         *,
         mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         std: tuple[float, ...] = (0.5, 0.5, 0.5),
         augment: bool = False,
         division: int = 0,
     ) -> None:
-        if part not in ("train", "validation", "test"):
-            raise ConfigError(f'part={part!r} must be "train", "validation" or "test".')
+        if split not in ("train", "validation", "test"):
+            raise ConfigError(f'split={split!r} must be "train", "validation" or "test".')
         pixels, digits = _scans()
-        chosen = _split(digits, part, division)
-        self.labels: list[int] = digits[chosen].tolist()
-        ink = torch.from_numpy(pixels[chosen]).float().div(16)[:, None]
+        indices = _split_indices(digits, split, division)
+        self.labels: list[int] = digits[indices].tolist()
+        ink = torch.from_numpy(pixels[indices]).float().div(16)[:, None]
         ink = F.interpolate(ink, size=PIXELS, mode="bicubic", align_corners=False).clamp(0, 1)
         self._images = (PAPER - (PAPER - INK) * ink).expand(-1, 3, -1, -1)
         self._augment = v2.RandomAffine(10, (0.06, 0.06), (0.9, 1.1), 6, v2.InterpolationMode.BILINEAR, fill=PAPER)
@@ -87,24 +87,24 @@ class DigitsLT(Dataset[tuple[Tensor, int]]):
 
 
 def _scans() -> tuple[np.ndarray, np.ndarray]:
-    """Ink (1797, 8, 8) float64, 0 to 16, and digits (1797,)."""
+    """Load ink (1797, 8, 8) float64, from 0 to 16, and digits (1797,)."""
     try:
         from sklearn.datasets import load_digits  # noqa: PLC0415 - an optional extra
     except ImportError as error:
-        raise MissingExtraError('The digits come with scikit-learn: pip install "lpt_peft[demo]".') from error
+        raise MissingExtraError('The digits are part of scikit-learn: pip install "lpt_peft[demo]".') from error
     bunch = load_digits()
     return bunch.images, bunch.target
 
 
-def _split(digits: np.ndarray, part: Part, division: int) -> np.ndarray:
-    """Indices of a part, digit after digit."""
+def _split_indices(digits: np.ndarray, split: Split, division: int) -> np.ndarray:
+    """Indices of a split, digit after digit."""
     fixed, divided = np.random.default_rng(_SPLIT_SEED), np.random.default_rng([_SPLIT_SEED, division])
-    chosen = []
+    indices = []
     for digit, count in enumerate(digits_counts()):
         order = fixed.permutation(np.flatnonzero(digits == digit))
-        test, rest = order[:TEST_PER_CLASS], order[TEST_PER_CLASS:]
+        test, others = order[:TEST_PER_CLASS], order[TEST_PER_CLASS:]
         if division:
-            rest = divided.permutation(rest)
-        cuts = {"test": test, "train": rest[:count], "validation": rest[count : count + VALIDATION_PER_CLASS]}
-        chosen.append(cuts[part])
-    return np.concatenate(chosen)
+            others = divided.permutation(others)
+        splits = {"test": test, "train": others[:count], "validation": others[count : count + VALIDATION_PER_CLASS]}
+        indices.append(splits[split])
+    return np.concatenate(indices)

@@ -1,59 +1,127 @@
-"""Class folders: one folder for each class, named after it, with its images at any depth, as torchvision's ImageFolder.
-
-Not here: reading the images (`sources.py`).
-"""
+"""Class folders: one folder per class with its images at any depth, as torchvision's ImageFolder."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from lpt_peft.data.files.walk import CLOSED, OUTSIDE, ClassFolders
 from lpt_peft.data.images import LabelledImages, Options
-from lpt_peft.data.sources import ImageFiles, PathList
-from lpt_peft.errors import InputError
+from lpt_peft.data.sources import ImageFiles
+from lpt_peft.errors import InputError, UnlabelledError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
 def image_folder(
-    root: str | os.PathLike[str], class_names: Sequence[str] | None = None, **options: Unpack[Options]
+    root: str | os.PathLike[str],
+    class_names: Sequence[str] | None = None,
+    *,
+    ignore: Iterable[str | os.PathLike[str]] = (),
+    **options: Unpack[Options],
 ) -> LabelledImages:
-    """Images below `root/<class>/`; labels number the classes in sorted order of their names, hidden folders left out.
+    """Open the images below `root/<class>/`; labels number the classes in sorted order of their names.
+
+    Images are the files with an ending that Pillow can read. Hidden and system entries are left out. A link to a folder
+    that is counted elsewhere adds nothing. `summary` of the result names everything that was left out.
 
     Args:
         root: The folder of class folders.
-        class_names: (C,) names of the folders in label order; None takes those there are, sorted. For a validation part
-            pass the training set's, with `allow_empty=True` if classes may be missing.
-        **options: transform, unreadable, verify and allow_empty of `LabelledImages`.
+        class_names: (C,) names of the folders in label order; None uses the existing folders, sorted. For a validation
+            split pass those of the training set, with `allow_empty=True` if classes may be missing.
+        ignore: Files and folders to leave out, such as the output of a run inside the data; absolute, or relative to
+            `root`.
+        **options: Options of `LabelledImages`.
 
     Raises:
-        InputError: `root` is no folder or holds no class folder, a folder is not among `class_names`, there is no
-            image, or a class has none.
+        UnlabelledError: `root` contains images, but no class folder.
+        InputError: `root` is not a folder or has no class folder, a folder is missing in `class_names`, the names of
+            two folders differ only in their Unicode form, or a class has no image.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset  # noqa: PLC0415 - where used
-
     if not Path(root).is_dir():
-        raise InputError(f"root={os.fspath(root)!r} is no folder; pass the one that holds a folder for each class.")
-    try:
-        found, _ = find_classes(root)
-    except FileNotFoundError as error:
-        raise InputError(f"{root} holds no class folder; sort the images into one folder for each class.") from error
-    found = [name for name in found if not name.startswith(".")]  # such as .ipynb_checkpoints
-    label_of = {name: label for label, name in enumerate(found)}
-    if not found:
-        raise InputError(f"{root} holds no class folder; sort the images into one folder for each class.")
-    if class_names is not None:
-        if unknown := sorted(set(found) - set(class_names)):
-            raise InputError(f"{root} holds folders that are no class: {unknown[:5]}. Remove them or mend class_names.")
-        label_of = {name: label for label, name in enumerate(class_names)}
-    paths, labels = PathList(), []
-    start = len(os.path.join(root, ""))  # noqa: PTH118 - with the separator, which a Path drops
-    for path, label in make_dataset(os.fspath(root), label_of, IMG_EXTENSIONS, allow_empty=True):
-        paths.append(path[start:])
-        labels.append(label)
-    if not labels:
-        raise InputError(f"The class folders of {root} hold no image: no file ends in {', '.join(IMG_EXTENSIONS)}.")
-    return LabelledImages(ImageFiles(root, paths), labels, list(label_of), **options)
+        raise InputError(
+            f"root={os.fspath(root)!r} is not a folder; pass the folder that contains one folder per class."
+        )
+    found = ClassFolders(root, ignore)
+    if not found.class_names:
+        _refuse_without_classes(root, found)
+    names, labels, notes = _labels(root, found, class_names)
+    if not len(found.paths):
+        raise InputError(
+            f"The class folders of {root} contain no image that Pillow can read. They contain: "
+            f"{_reasons(found) or 'nothing'}."
+        )
+    counts = np.bincount(labels, minlength=len(names))
+    empty = [name for name, count in zip(names, counts, strict=True) if not count and name in found.class_names]
+    if empty:
+        notes.append(f"class folders without an image: {', '.join(map(repr, empty[:5]))}")
+    return LabelledImages(ImageFiles(root, found.paths), labels, names, left_out=found.left_out, notes=notes, **options)
+
+
+def _refuse_without_classes(root: str | os.PathLike[str], found: ClassFolders) -> None:
+    loose = len(found.left_out.get(OUTSIDE, ()))
+    if loose:
+        raise UnlabelledError(
+            f"{root} has no class folder, but {loose} files; sort the images into one folder per class, or give a list."
+        )
+    detail = f" It contains: {_reasons(found)}." if found.left_out else ""
+    raise InputError(f"{root} has no class folder; sort the images into one folder per class.{detail}")
+
+
+def _reasons(found: ClassFolders) -> str:
+    return ", ".join(f"{len(files)} {reason}" for reason, files in sorted(found.left_out.items()))
+
+
+def _labels(
+    root: str | os.PathLike[str], found: ClassFolders, class_names: Sequence[str] | None
+) -> tuple[list[str], np.ndarray, list[str]]:
+    """Class names, labels (N,) and notes; folders are matched with `class_names` in the same Unicode form."""
+    for same in _groups(found.class_names, _nfc):
+        raise InputError(
+            f"{root} has class folders whose names look the same and differ only in their Unicode form: "
+            f"{', '.join(map(ascii, same))}. Merge them, or rename a folder."
+        )
+    notes = [
+        f"class folders that differ only by upper and lower case are different classes: {', '.join(map(repr, same))}"
+        for same in _groups(found.class_names, lambda name: _nfc(name).casefold())
+    ]
+    if CLOSED in found.left_out:
+        notes.append(f"images may be missing: {len(found.left_out[CLOSED])} folders cannot be opened")
+    if class_names is None:
+        return found.class_names, found.labels, notes
+    names = [str(name) for name in class_names]
+    label_of = {_nfc(name): label for label, name in enumerate(names)}
+    label_of |= {name: label for label, name in enumerate(names)}
+    unknown = [name for name in found.class_names if name not in label_of and _nfc(name) not in label_of]
+    if unknown:
+        raise InputError(
+            f"{root} has folders that are missing in class_names: {unknown[:5]}.{_nearly(unknown, names)} Remove, "
+            "rename or add them."
+        )
+    new = np.array([label_of.get(name, label_of.get(_nfc(name), -1)) for name in found.class_names], dtype=np.int64)
+    return names, new[found.labels], notes
+
+
+def _nearly(unknown: Sequence[str], names: Sequence[str]) -> str:
+    known = {_nfc(name).casefold(): name for name in names}
+    pairs = [(name, known[_nfc(name).casefold()]) for name in unknown if _nfc(name).casefold() in known]
+    return f" {pairs[0][0]!r} differs from the class {pairs[0][1]!r} only by upper and lower case." if pairs else ""
+
+
+def _groups(names: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:
+    """Names with equal keys, in groups of at least two."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[key(name)].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)

@@ -1,7 +1,4 @@
-"""Any map-style dataset of (image, label) as LabelledImages: torchvision's, timm's or your own.
-
-Not here: iterable datasets, which no sampler can draw from.
-"""
+"""Map-style datasets of (image, label) as LabelledImages: those of torchvision, timm and your own."""
 
 from __future__ import annotations
 
@@ -20,16 +17,16 @@ if TYPE_CHECKING:
 def from_dataset(
     dataset: Any, labels: Labels | None = None, class_names: Sequence[str] | None = None, **options: Unpack[Options]
 ) -> LabelledImages:
-    """Labels, names and counts for a dataset that you have; its own transform goes on working.
+    """Wrap a map-style dataset; its own transform still applies.
 
     Args:
-        dataset: `len(dataset)`, and `dataset[index]` gives a tuple that begins with the image: PIL or a tensor.
-        labels: Class of every image, (N,) whole numbers; None takes the dataset's `targets` or `labels`.
-        class_names: (C,); None takes the dataset's `classes` if it has them, else the numbers.
-        **options: transform, unreadable, verify and allow_empty of `LabelledImages`.
+        dataset: Has `len(dataset)`, and `dataset[index]` is a tuple that starts with the image, PIL or a tensor.
+        labels: Class of every image, (N,) integers; None uses the dataset's `targets` or `labels`.
+        class_names: (C,); None uses the dataset's `classes` if it has them, otherwise the numbers.
+        **options: Options of `LabelledImages`.
 
     Raises:
-        InputError: The dataset has no length, tells no labels, or they break a rule of `LabelledImages`.
+        InputError: The dataset is not map-style, its labels are unknown, or they are invalid for `LabelledImages`.
 
     Example:
         >>> import torch
@@ -41,8 +38,8 @@ def from_dataset(
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise InputError(
-            f"{type(dataset).__name__} is not map-style: it has no len() or no [index]. Samplers draw by index; save "
-            "the images to files, or keep it out of this library's samplers."
+            f"{type(dataset).__name__} is not map-style: it has no len() or no [index], and samplers draw images by "
+            "index. Save the images as files and call image_folder or image_list."
         )
     if labels is None:
         found = [getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)]

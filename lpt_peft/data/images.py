@@ -1,66 +1,79 @@
-"""LabelledImages: what every kind of data becomes, and what is done about images that cannot be read.
+"""LabelledImages, the common data set class, with a policy for images that cannot be read.
 
-Not here: where images come from (`sources.py`) and what labels must be like (`checks.py`).
+Not here: image sources (`sources.py`), decoding (`files/reading.py`) and the validation of labels (`checks.py`).
 """
 
 from __future__ import annotations
 
 import os
-import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-import torch
 from torch.utils.data import Dataset
 
+from lpt_peft._numbers import checked_integer
 from lpt_peft.data.checks import checked_classes
-from lpt_peft.data.sources import Chosen, Images
+from lpt_peft.data.files.reading import WHITE, Color, Reading
+from lpt_peft.data.inspection.summary import DataSummary
+from lpt_peft.data.sources import Images, SubsetSource
+from lpt_peft.data.unreadable import ClassOrder, UnreadableImages
 from lpt_peft.errors import ConfigError, InputError
-from lpt_peft.samplers.checks import Labels, whole
+from lpt_peft.samplers.checks import Labels
 
 Unreadable = Literal["error", "skip"]
 Verify = Literal["no", "exists", "decode"]
-_SHOWN = 5  # names in a message
+_MAX_NAMES = 5  # in a message
 
 
 class Options(TypedDict, total=False):
-    """What every function that gives `LabelledImages` takes besides; see there."""
+    """Keyword arguments of every function that returns `LabelledImages`; see that class."""
 
     transform: Callable[[Any], Any] | None
     unreadable: Unreadable
     verify: Verify
     allow_empty: bool
+    exif: bool | None
+    background: Color | None
 
 
 class LabelledImages(Dataset[tuple[Any, int]]):
     """Images by index with their labels: a map-style dataset of (image, label) for any `torch.utils.data.DataLoader`.
 
-    An image that is missing or cannot be decoded is met when it is read, or before if `verify` asks for it. Under
-    `unreadable="error"` that raises, with its name. Under `unreadable="skip"` another image takes its place: the next
-    readable one of the same class, in index order, after the last the first. So labels, counts and what a sampler
-    draws stay as they are, and the stand-in depends on the files alone: not on seed, worker or time.
-    Each image replaced is named in `skipped`, also those that worker processes met. `verify` changes nothing of this.
+    PIL images are converted to RGB by `lpt_peft.data.files.reading.Reading` before the transform sees them.
+
+    An image that is missing or cannot be decoded is found when it is read, or earlier by `verify`. With
+    `unreadable="error"` an error names it. With `unreadable="skip"` it is replaced by the next readable image of its
+    class in index order, cyclically. Labels, counts and the indices that a sampler draws do not change, and the
+    replacement depends on the files alone, not on seed, worker or time. `skipped` names all replaced images, including
+    those found by worker processes; the first of them is logged by the logger "lpt_peft.data".
 
     Args:
-        images: Where they come from.
-        labels: Class of every image, (N,) whole numbers from 0 to `C - 1`.
-        class_names: (C,); None takes the numbers as names, and the largest label plus one as `C`.
-        transform: Called with the image alone; see `lpt_peft.data.transforms`. None gives images as they are read.
+        images: Image source.
+        labels: Class of every image, (N,) integers from 0 to `C - 1`.
+        class_names: (C,); None uses the numbers as names, and the largest label plus one as `C`.
+        transform: Called with the image; see `lpt_peft.data.transforms`. None returns RGB images.
         unreadable: "error" or "skip".
-        verify: "no"; "exists" looks for every file; "decode" reads every image once, for as long as that takes.
-        allow_empty: Take classes without an image, and one class alone, as in validation and test parts.
+        verify: "no"; "exists" checks that every file exists; "decode" reads every image once, which takes as long as an
+            epoch of reading.
+        allow_empty: Accept classes without an image, and a single class, as in validation and test splits.
+        exif: Follow the EXIF orientation. None follows the transform, or True if the transform has no such setting.
+        background: RGB colour behind transparent pixels; None follows the transform, or white.
+        left_out: For the summary: files that are not images of the data set, for each reason.
+        notes: For the summary: remarks on the data.
 
     Attributes:
         labels: Class of each image, list of N int, for samplers.
         class_names: List of C str.
-        class_counts: Images of each class, list of C int, for losses and metrics; unreadable ones count.
-        transform: As given; may be assigned.
+        class_counts: Images per class, list of C int, for losses and metrics, including unreadable images.
+        transform: The transform; may be assigned.
+        images: The image source.
+        unreadable_images: Record of the unreadable images.
 
     Raises:
-        InputError: The labels break a rule of `lpt_peft.data.checks`, are not as many as the images, or `verify` found
-            images that cannot be read.
-        ConfigError: A setting is unknown.
+        InputError: The labels are invalid (see `lpt_peft.data.checks`), their number differs from that of the images,
+            or `verify` found images that cannot be read.
+        ConfigError: An option is unknown, or `exif` or `background` contradict the transform.
 
     Example:
         >>> import numpy as np
@@ -69,6 +82,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         >>> data = LabelledImages(ArrayImages(pixels, "zeros"), [0, 0, 0, 1], ["cat", "dog"])
         >>> data.class_counts, len(data), data[3][1], data[3][0].size
         ([3, 1], 4, 1, (8, 8))
+        >>> print(data.summary)
+        4 images of 2 classes; largest class cat (3), smallest class dog (1)
     """
 
     def __init__(
@@ -81,6 +96,10 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         unreadable: Unreadable = "error",
         verify: Verify = "no",
         allow_empty: bool = False,
+        exif: bool | None = None,
+        background: Color | None = None,
+        left_out: Mapping[str, Sequence[str]] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         if unreadable not in ("error", "skip"):
             raise ConfigError(f'unreadable={unreadable!r} must be "error" or "skip".')
@@ -88,12 +107,17 @@ class LabelledImages(Dataset[tuple[Any, int]]):
             raise ConfigError(f'verify={verify!r} must be "no", "exists" or "decode".')
         self.labels, self.class_names, self.class_counts = checked_classes(labels, class_names, allow_empty)
         if len(images) != len(self.labels):
-            raise InputError(f"{len(self.labels)} labels do not fit {len(images)} images; give one label for each.")
+            raise InputError(
+                f"{len(self.labels)} labels do not match {len(images)} images; give exactly one label per image."
+            )
+        self.images = images
+        self._exif, self._background = exif, background
         self.transform = transform
-        self._images = images
-        self._unreadable: Unreadable = unreadable
-        # Shared memory: what a worker process meets is seen here.
-        self._skipped = torch.zeros(len(images), dtype=torch.bool).share_memory_()
+        self._policy: Unreadable = unreadable
+        self._left_out, self._notes = dict(left_out or {}), list(notes)
+        self.unreadable_images = UnreadableImages(len(images))
+        self._order: ClassOrder | None = None
+        self._replacements: dict[int, int] = {}
         if verify != "no":
             self._verify(verify)
 
@@ -101,108 +125,163 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        place = range(len(self))[index]  # negative as in a list; IndexError beyond the end
-        image = self._read(place)
-        return (image if self.transform is None else self.transform(image)), self.labels[place]
+        position = range(len(self))[index]  # negative indices and IndexError as in a list
+        image = self._read(position)
+        return (image if self.transform is None else self.transform(image)), self.labels[position]
+
+    @property
+    def transform(self) -> Callable[[Any], Any] | None:
+        """The transform; assigning it fails if it contradicts `exif` or `background`."""
+        return self._transform
+
+    @transform.setter
+    def transform(self, transform: Callable[[Any], Any] | None) -> None:
+        reading = getattr(transform, "reading", None)
+        own = {"exif": self._exif, "background": self._background}
+        for name, value in own.items():
+            if value is not None and isinstance(reading, Reading) and getattr(reading, name) != value:
+                raise ConfigError(
+                    f"{name}={value!r} of the data contradicts {name}={getattr(reading, name)!r} of the transform; "
+                    f"give {name} to transforms(...) alone."
+                )
+        self._transform = transform
+        self.reading: Reading = (
+            reading
+            if isinstance(reading, Reading)
+            else Reading(True if self._exif is None else self._exif, self._background or WHITE)
+        )
 
     @property
     def skipped(self) -> list[str]:
-        """Names of the images found unreadable so far, by any process, in index order; `len` counts them."""
-        return [self._images.name(place) for place in self._skipped.nonzero().flatten().tolist()]
+        """Names of the images that any process has found unreadable so far, in index order."""
+        return [self.images.name(position) for position in self.unreadable_images.positions()]
+
+    @property
+    def summary(self) -> DataSummary:
+        """Images, classes, and what was left out or replaced so far."""
+        return DataSummary(
+            len(self), self.class_names, self.class_counts, self._left_out, tuple(self.skipped), tuple(self._notes)
+        )
+
+    def add_note(self, note: str) -> None:
+        """Add a remark to the summary."""
+        self._notes.append(note)
+
+    def skipped_report(self) -> str | None:
+        """Describe the unreadable images found so far: count, the first names and causes; None if there are none.
+
+        The named images are read again to find their causes.
+        """
+        positions = self.unreadable_images.positions()
+        if not positions:
+            return None
+        causes = ((self.images.name(position), self._attempt(position)[1]) for position in positions[:_MAX_NAMES])
+        names = ", ".join(f"{name} ({_short(error)})" if error else name for name, error in causes)
+        return (
+            f"{len(positions)} of {len(self)} images cannot be read; other images of their classes replaced them: "
+            f"{names}{', ...' if len(positions) > _MAX_NAMES else ''}"
+        )
 
     def about(self) -> dict[str, Any]:
-        """What tells these images from others of equal labels, plain JSON: class names, and a sum over file names."""
+        """Checksums of class names and file names (plain JSON), which distinguish data sets with equal labels."""
         names = zlib.crc32(b"")
-        for place in range(len(self)):
-            names = zlib.crc32(os.fsencode(os.path.basename(self._images.name(place))) + b"/", names)  # noqa: PTH119
+        for position in range(len(self)):
+            name = os.path.basename(self.images.name(position))  # noqa: PTH119 - a Path per image is slow
+            names = zlib.crc32(os.fsencode(name) + b"/", names)
         classes = zlib.crc32("/".join(self.class_names).encode())
         return {"class names_crc32": classes, "image names_crc32": names}
 
     def subset(self, indices: Sequence[int], *, allow_empty: bool = False) -> LabelledImages:
-        """The images at `indices`, in that order, with the same classes, transform and policy.
+        """Select the images at `indices`, in that order, with the same classes, transform and options.
 
         Args:
-            indices: Whole numbers from 0 to `N - 1`, as from `make_long_tailed`.
-            allow_empty: As for the whole.
+            indices: Integers from 0 to `N - 1`, for example from `make_long_tailed`.
+            allow_empty: Accept classes without an image.
 
         Raises:
-            InputError: An index is out of range, or a class is left without an image.
+            InputError: An index is out of range, or a class has no image.
         """
-        places = [whole("index", index, 0, len(self) - 1, InputError) for index in indices]
-        part = LabelledImages(
-            Chosen(self._images, places),
-            [self.labels[place] for place in places],
+        positions = [checked_integer("index", index, 0, len(self) - 1, InputError) for index in indices]
+        subset = LabelledImages(
+            SubsetSource(self.images, positions),
+            [self.labels[position] for position in positions],
             self.class_names,
             transform=self.transform,
-            unreadable=self._unreadable,
+            unreadable=self._policy,
             allow_empty=allow_empty,
+            exif=self._exif,
+            background=self._background,
+            left_out=self._left_out,
+            notes=self._notes,
         )
-        part._skipped |= self._skipped[places]
-        return part
+        subset.unreadable_images.copy_from(self.unreadable_images, positions)
+        return subset
 
-    def _read(self, place: int) -> Any:
-        image, error = self._attempt(place)
+    def _read(self, position: int) -> Any:
+        image, error = self._attempt(position)
         if error is None:
             return image
-        if self._unreadable == "error":
+        name = self.images.name(position)
+        if self._policy == "error":
             raise InputError(
-                f"{self._images.name(place)} (index {place}) cannot be read: {_short(error)}. Mend or remove it; or "
-                'pass unreadable="skip" to take another image of its class instead.'
+                f"{name} (index {position}) cannot be read: {_short(error)}. Repair or remove it, or pass "
+                'unreadable="skip" to replace it by another image of its class.'
             ) from error
-        self._note(place, error)
-        for other in self._same_class(place):
-            image, failed = self._attempt(other)
-            if failed is None:
+        self.unreadable_images.add(
+            [position],
+            f"{name} (index {position}) cannot be read: {_short(error)}. Another image of its class replaces it; "
+            "`skipped` of the data set names all such images.",
+        )
+        for other in self._candidates(position):
+            image, failure = self._attempt(other)
+            if failure is None:
+                self._replacements[position] = other
                 return image
-            self._note(other, failed)
-        label = self.labels[place]
+            self.unreadable_images.add([other])
+        label = self.labels[position]
         raise InputError(
-            f"Class {label} ({self.class_names[label]!r}) has no image that can be read, so nothing can stand in for "
-            f"{self._images.name(place)} (index {place}). Mend one, or leave the class out."
+            f"Class {label} ({self.class_names[label]!r}) has no readable image, so {name} (index {position}) cannot "
+            "be replaced. Repair an image of the class, or remove the class."
         ) from error
 
-    def _attempt(self, place: int) -> tuple[Any, Exception | None]:
+    def _attempt(self, position: int) -> tuple[Any, Exception | None]:
         try:
-            return self._images.read(place), None
+            return self.reading(self.images.read(position)), None
         except MemoryError:
-            raise  # not the image's fault
-        except Exception as error:  # decoders raise anything at all on broken bytes
+            raise  # not an error of the image
+        except Exception as error:  # decoders raise all kinds of exceptions on broken bytes
             return None, error
 
-    def _same_class(self, place: int) -> Iterator[int]:
-        """The other images of the class, starting behind `place`."""
-        size = len(self)
-        rows = ((place + step) % size for step in range(1, size))
-        return (row for row in rows if self.labels[row] == self.labels[place])
+    def _candidates(self, position: int) -> Iterator[int]:
+        """Images to replace an image: the previous choice, then the class, unreadable images last."""
+        if position in self._replacements:
+            yield self._replacements[position]
+        if self._order is None:
+            self._order = ClassOrder(self.labels)
+        label = self.labels[position]
+        yield from (other for other in self._order.others(position, label) if other not in self.unreadable_images)
+        yield from (other for other in self._order.others(position, label) if other in self.unreadable_images)
 
-    def _note(self, place: int, error: Exception) -> None:
-        if not self._skipped.any():
-            warnings.warn(
-                f"{self._images.name(place)} (index {place}) cannot be read: {_short(error)}. Another image of its "
-                "class stands in; `skipped` of the dataset names all such images. This is said once.",
-                stacklevel=2,
-            )
-        self._skipped[place] = True
-
-    def _verify(self, how: Verify) -> None:
-        if how == "exists":
-            broken = [place for place in range(len(self)) if not self._images.present(place)]
+    def _verify(self, method: Verify) -> None:
+        if method == "exists":
+            paths = ((position, self.images.path(position)) for position in range(len(self)))
+            broken = [position for position, path in paths if path is not None and not os.path.isfile(path)]  # noqa: PTH113
         else:
-            broken = [place for place in range(len(self)) if self._attempt(place)[1] is not None]
+            broken = [position for position in range(len(self)) if self._attempt(position)[1] is not None]
         if not broken:
             return
-        names = ", ".join(self._images.name(place) for place in broken[:_SHOWN])
-        fault = "are missing" if how == "exists" else "cannot be read"
-        told = f"{len(broken)} of {len(self)} images {fault}: {names}{', ...' if len(broken) > _SHOWN else ''}."
-        if self._unreadable == "error":
+        names = ", ".join(self.images.name(position) for position in broken[:_MAX_NAMES])
+        names += ", ..." if len(broken) > _MAX_NAMES else ""
+        verb = "are missing" if method == "exists" else "cannot be read"
+        found = f"{len(broken)} of {len(self)} images {verb}: {names}."
+        if self._policy == "error":
             raise InputError(
-                f'{told} Mend or remove them, check root; or pass unreadable="skip" to take other images of their '
-                "classes instead."
+                f'{found} Repair or remove them and check root, or pass unreadable="skip" to replace them by other '
+                "images of their classes."
             )
-        self._skipped[broken] = True
-        warnings.warn(f"{told} Other images of their classes stand in.", stacklevel=3)
+        self.unreadable_images.add(broken, f"{found} Other images of their classes replace them.")
 
 
 def _short(error: Exception) -> str:
-    text = str(error) or "no message"
+    text = str(error).rstrip(".") or "no message"
     return f"{type(error).__name__}: {text[:200]}"

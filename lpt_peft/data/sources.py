@@ -1,13 +1,11 @@
-"""Where images come from: files, arrays, another dataset, chosen rows of any of these.
+"""Image sources: files, arrays, other datasets, and subsets of them.
 
-A source knows how to read and how to name an image, and nothing else. Not here: labels, and what is done
-when reading fails (`images.py`).
+A source reads and names images. Not here: labels and unreadable images (`images.py`).
 """
 
 from __future__ import annotations
 
 import os
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,80 +13,41 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from lpt_peft.data.files.reading import open_image
 from lpt_peft.errors import InputError
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """8 bits of red, green and blue; Pillow's own conversion would cut 16 bits of grey off at 255."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def read_rgb(path: Path) -> Image.Image:
-    """An image file, whole and decoded; whatever is wrong with it is raised here."""
-    with path.open("rb") as file:
-        return as_rgb(Image.open(file))
-
-
 class Images(Protocol):
-    """What `LabelledImages` needs of a source."""
+    """Protocol of an image source."""
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Any:
-        """The image, whole and decoded; whatever is wrong with it is raised here."""
+        """Read and decode an image in its own mode; every error of the decoder is raised here."""
 
     def name(self, index: int) -> str:
-        """What a person would look for: a path, or a row of something."""
+        """Name of an image for messages: a path, or a row of a table."""
 
-    def present(self, index: int) -> bool:
-        """Tell quickly whether there is anything to read; True where only reading would tell."""
-
-
-class PathList:
-    """Paths in one block of bytes: 500,000 of them are two Python objects, which worker processes share untouched.
-
-    Example:
-        >>> paths = PathList()
-        >>> paths.append("a/1.jpg"), paths.append("b/2.jpg")
-        (None, None)
-        >>> len(paths), paths[1], list(paths)
-        (2, 'b/2.jpg', ['a/1.jpg', 'b/2.jpg'])
-    """
-
-    def __init__(self) -> None:
-        self._text = bytearray()
-        self._ends = array("q")
-
-    def append(self, path: str | bytes) -> None:
-        """Add one path; bytes as the file system has them."""
-        self._text += os.fsencode(path)
-        self._ends.append(len(self._text))
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:
-        place = range(len(self))[index]
-        start = self._ends[place - 1] if place else 0
-        return os.fsdecode(bytes(self._text[start : self._ends[place]]))
+    def path(self, index: int) -> str | None:
+        """Path of the image; None if it is not a file of its own."""  # words: allow
 
 
 class ImageFiles:
-    """Files below a folder, read as RGB.
+    """Files below a folder.
 
     Args:
         root: The folder.
-        paths: Below it.
+        paths: Paths relative to the folder.
 
     Raises:
-        InputError: `root` is no folder.
+        InputError: `root` is not a folder.
     """
 
-    def __init__(self, root: str | os.PathLike[str], paths: PathList) -> None:
+    def __init__(self, root: str | os.PathLike[str], paths: Sequence[str]) -> None:
         if not Path(root).is_dir():
-            raise InputError(f"root={os.fspath(root)!r} is no folder; pass the one that the paths start from.")
+            raise InputError(
+                f"root={os.fspath(root)!r} is not a folder; pass the folder that the paths are relative to."
+            )
         self._root = os.fspath(root)
         self._paths = paths
 
@@ -96,24 +55,24 @@ class ImageFiles:
         return len(self._paths)
 
     def read(self, index: int) -> Image.Image:
-        """The image as RGB; orientation tags are not followed, as torchvision does not."""
-        return read_rgb(Path(self.name(index)))
+        """Read and decode an image in its own mode."""
+        return open_image(self.path(index))
 
     def name(self, index: int) -> str:
-        """The whole path."""
-        return os.path.join(self._root, self._paths[index])  # noqa: PTH118 - a Path for each of 500,000 is slow
+        """Path including the root."""
+        return self.path(index)
 
-    def present(self, index: int) -> bool:
-        """Whether the file is there."""
-        return os.path.isfile(self.name(index))  # noqa: PTH113 - as above
+    def path(self, index: int) -> str:
+        """Path including the root."""
+        return os.path.join(self._root, self._paths[index])  # noqa: PTH118 - a Path for each of 500,000 is slow
 
 
 class ArrayImages:
     """Images (N, H, W, 3) uint8 in memory.
 
     Args:
-        pixels: The array; kept, not copied.
-        source: What it is, for messages.
+        pixels: The array; it is not copied.
+        source: Description for messages.
     """
 
     def __init__(self, pixels: np.ndarray, source: str) -> None:
@@ -124,25 +83,26 @@ class ArrayImages:
         return len(self._pixels)
 
     def read(self, index: int) -> Image.Image:
-        """The image as RGB."""
+        """Return an image as RGB."""
         return Image.fromarray(self._pixels[index])
 
     def name(self, index: int) -> str:
-        """The row."""
+        """Row of the array."""
         return f"image {index} of {self._source}"
 
-    def present(self, index: int) -> bool:
-        """Always."""
-        return True
+    def path(self, index: int) -> None:
+        """None: the image is in memory."""
 
 
 class ItemImages:
-    """The images of anything indexable that yields (image, ...) tuples, or dictionaries with an image under a key.
+    """Images of an indexable object that yields (image, ...) tuples, or dictionaries with an image under a key.
+
+    An image is a PIL image, a tensor, the bytes of a file, or a dictionary of `bytes` and `path` as in `datasets`.
 
     Args:
-        items: `len(items)` and `items[index]`.
-        key: Of the image in an item: 0 in a tuple, a column's name in a dictionary.
-        source: What it is, for messages.
+        items: Has `len(items)` and `items[index]`.
+        key: Position of the image in a tuple, or its column in a dictionary.
+        source: Description for messages.
     """
 
     def __init__(self, items: Any, key: int | str, source: str) -> None:
@@ -154,23 +114,26 @@ class ItemImages:
         return len(self._items)
 
     def read(self, index: int) -> Any:
-        """The image: RGB if it is PIL's, else as it is."""
+        """Return an image in its own mode; files are decoded."""
         image = self._items[index][self._key]
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
         if image is None:
             raise ValueError("there is no image in this row")
-        return as_rgb(image) if isinstance(image, Image.Image) else image
+        if isinstance(image, (bytes, str, os.PathLike)):
+            return open_image(image)
+        return image
 
     def name(self, index: int) -> str:
-        """The row."""
+        """Row of the object."""
         return f"image {index} of {self._source}"
 
-    def present(self, index: int) -> bool:
-        """True: only reading would tell."""
-        return True
+    def path(self, index: int) -> None:
+        """None: only the object can read the image."""
 
 
-class Chosen:
-    """Some images of another source, in the order given."""
+class SubsetSource:
+    """Images of another source at the given indices, in their order."""
 
     def __init__(self, images: Images, indices: Sequence[int] | np.ndarray) -> None:
         self._images = images
@@ -180,13 +143,13 @@ class Chosen:
         return len(self._indices)
 
     def read(self, index: int) -> Any:
-        """The image, as the other source reads it."""
+        """Read an image of the other source."""
         return self._images.read(int(self._indices[index]))
 
     def name(self, index: int) -> str:
-        """As the other source names it."""
+        """Name of the image in the other source."""
         return self._images.name(int(self._indices[index]))
 
-    def present(self, index: int) -> bool:
-        """As the other source tells."""
-        return self._images.present(int(self._indices[index]))
+    def path(self, index: int) -> str | None:
+        """Path of the image in the other source."""
+        return self._images.path(int(self._indices[index]))

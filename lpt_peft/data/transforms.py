@@ -1,18 +1,45 @@
-"""From image to what a backbone was trained on: size, mean, std and interpolation of its own data configuration.
+"""Training and evaluation transforms from the data configuration of a backbone.
 
-Wrong mean and std cost points silently, so nothing here has a default of its own for them. Evaluation is timm's;
-training is LPT's recipe, random crop and flip. Not here: other augmentation; compose your own behind or instead.
+A wrong mean or std silently lowers accuracy, so there are no default values here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lpt_peft.data.files.reading import Color, Reading
 from lpt_peft.errors import ConfigError
 
 RECIPE_CROP_PCT = 224 / 256
-"""LPT's evaluation: resize the shorter side to 256, crop 224 in the centre."""
+"""The evaluation of the LPT paper: resize the shorter side to 256 and crop the central 224."""
+
+
+class ImageTransform:
+    """Transform from an image to a tensor; starts with the conversion to RGB.
+
+    Args:
+        reading: Orientation and background. `LabelledImages` reads images with it.
+        steps: Functions that are applied to the RGB image in their order.
+
+    Attributes:
+        reading: Orientation and background.
+        transforms: The functions.
+    """
+
+    def __init__(self, reading: Reading, steps: Sequence[Callable[[Any], Any]]) -> None:
+        self.reading = reading
+        self.transforms = list(steps)
+
+    def __call__(self, image: Any) -> Any:
+        """Transform a PIL image of any mode, or an object that the first function accepts."""
+        image = self.reading(image)
+        for step in self.transforms:
+            image = step(image)
+        return image
+
+    def __repr__(self) -> str:
+        return f"ImageTransform({self.reading}, {self.transforms})"
 
 
 def transforms(
@@ -23,24 +50,28 @@ def transforms(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
     crop_pct: float | None = None,
-) -> Any:
-    """A function of a PIL image, RGB, to a tensor (C, H, W) float32.
+    exif: bool | None = None,
+    background: Color | None = None,
+) -> ImageTransform:
+    """Build a transform from a PIL image of any mode to a tensor (C, H, W) float32.
 
-    Training: torchvision's RandomResizedCrop, then a horizontal flip. They draw from torch's default generator, so
-    seeds and resumed runs hold; timm's own crop would draw from Python's `random`. Evaluation:
-    `timm.data.create_transform`, by default resize to `floor(size / crop_pct)` and centre crop.
+    Training applies torchvision's RandomResizedCrop and a random horizontal flip, which draw from torch's default
+    generator, so that seeded and resumed runs repeat; the crop of timm draws from Python's `random`. Evaluation is
+    `timm.data.create_transform`: by default resize to `floor(size / crop_pct)`, then a centre crop.
 
     Args:
-        preprocess: `adapter.backbone.preprocess()`, or `preprocess` of a prompt file's config.json.
-        train: Random crop and flip, or the evaluation.
-        scale: Least and largest share of the image's area that a training crop covers.
-        ratio: Least and largest width over height of a training crop.
-        flip: Probability of a horizontal flip; 0 where left and right mean something, as in digits.
-        crop_pct: Instead of the configuration's, in the evaluation: `RECIPE_CROP_PCT` for LPT's 256 and 224, 1 to lose
-            no border.
+        preprocess: `adapter.backbone.preprocess()`, or `preprocess` of a prompt file.
+        train: Training transform; False builds the evaluation transform.
+        scale: Smallest and largest share of the image area that a training crop covers.
+        ratio: Smallest and largest width over height of a training crop.
+        flip: Probability of a horizontal flip; use 0 where left and right differ in meaning, as in digits.
+        crop_pct: Replaces the value of `preprocess` in the evaluation: `RECIPE_CROP_PCT` for the 256 and 224 of the
+            paper, 1 to keep the border.
+        exif: Follow the EXIF orientation; None uses `exif` of `preprocess`, or True if it is missing.
+        background: RGB colour behind transparent pixels; None uses `background` of `preprocess`, or white.
 
     Raises:
-        ConfigError: The configuration lacks a key or is not for RGB images, or a setting is out of its range.
+        ConfigError: The configuration has a missing key or is not for RGB images, or a setting is out of range.
 
     Example:
         >>> from PIL import Image
@@ -49,18 +80,22 @@ def transforms(
         >>> transforms(preprocess, train=False)(Image.new("RGB", (50, 40))).shape
         torch.Size([3, 32, 32])
     """
-    from timm.data import create_transform  # noqa: PLC0415 - where used
+    from timm.data import create_transform  # noqa: PLC0415 - imported on use
     from timm.data.transforms import str_to_interp_mode  # noqa: PLC0415
-    from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop  # noqa: PLC0415
+    from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop  # noqa: PLC0415
 
+    given = {"exif": exif, "background": background}
+    reading = Reading.from_preprocess(
+        {**preprocess, **{key: value for key, value in given.items() if value is not None}}
+    )
     config = _checked(preprocess, scale, ratio, flip, crop_pct)
     evaluation = create_transform(**config, is_training=False)
     if not train:
-        return evaluation
+        return ImageTransform(reading, evaluation.transforms)
     interpolation = str_to_interp_mode(config["interpolation"])
     crop = RandomResizedCrop(config["input_size"][1:], scale, ratio, interpolation, antialias=True)
     to_tensor, normalize = evaluation.transforms[-2:]
-    return Compose([crop, RandomHorizontalFlip(flip), to_tensor, normalize])
+    return ImageTransform(reading, [crop, RandomHorizontalFlip(flip), to_tensor, normalize])
 
 
 def _checked(
@@ -70,28 +105,28 @@ def _checked(
     flip: float,
     crop_pct: float | None,
 ) -> dict[str, Any]:
-    """The configuration as `create_transform` takes it."""
+    """Validate the settings; return the arguments of `create_transform`."""
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     if missing := [key for key in keys if key not in preprocess]:
-        raise ConfigError(f"preprocess lacks {missing}; pass adapter.backbone.preprocess().")
+        raise ConfigError(f"preprocess has no {missing}; pass adapter.backbone.preprocess().")
     config: dict[str, Any] = {key: preprocess[key] for key in keys}
     config |= {key: tuple(config[key]) for key in ("input_size", "mean", "std")}
     if config["input_size"][0] != 3 or len(config["mean"]) != 3 or len(config["std"]) != 3:
         raise ConfigError(
-            f"preprocess is for input_size={list(config['input_size'])} with {len(config['mean'])} means; images are "
-            "read as RGB, 3 channels. Build the backbone with in_chans=3, or write a transform of your own."
+            f"preprocess has input_size={list(config['input_size'])} and {len(config['mean'])} means, but images are "
+            "read as RGB, 3 channels. Build the backbone with in_chans=3, or use another transform."
         )
     if crop_pct is not None:
         config["crop_pct"] = crop_pct
     checks = {
         f"scale={scale}": (
             0 < scale[0] <= scale[1] <= 1,
-            "two shares of the area, above 0 and up to 1, the least first",
+            "two shares of the area, above 0 and up to 1, the smaller first",
         ),
-        f"ratio={ratio}": (0 < ratio[0] <= ratio[1], "two of width over height, above 0, the least first"),
+        f"ratio={ratio}": (0 < ratio[0] <= ratio[1], "two values of width over height, above 0, the smaller first"),
         f"flip={flip}": (0 <= flip <= 1, "a probability from 0 to 1"),
         f"crop_pct={config['crop_pct']}": (0.05 <= config["crop_pct"] <= 1, "from 0.05 to 1"),
     }
-    if broken := [f"{name} must be {rule}" for name, (fine, rule) in checks.items() if not fine]:
+    if broken := [f"{name} must be {rule}" for name, (valid, rule) in checks.items() if not valid]:
         raise ConfigError(f"transforms: {'; '.join(broken)}.")
     return config

@@ -1,4 +1,4 @@
-"""The bundled tiny backbone and the digits run behind `lpt-peft demo`. Needs the extra `lpt_peft[demo]`."""
+"""The bundled tiny backbone and the digits run of `lpt-peft demo`. Needs the extra `lpt_peft[demo]`."""
 
 from lpt_peft.backbones.bundled.glyph_vit import glyph_vit
 

@@ -1,4 +1,4 @@
-"""One picture of the digits run: accuracy against class count, and the groups that each class chose."""
+"""Figure of the digits run: accuracy against class count, and the groups chosen for each class."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lpt_peft.demo.result import DemoResult
 
 
 def draw(result: DemoResult, path: Path) -> None:
-    """Write the figure as PNG; matplotlib's global state is left alone."""
+    """Write the figure as PNG, without touching matplotlib's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow to import
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -44,6 +44,6 @@ def draw(result: DemoResult, path: Path) -> None:
     right.set_ylabel("digit (training images)")
     right.set_xticks(range(len(result.groups_per_class[0])))
     right.set_yticks(range(len(counts)), [f"{digit} ({count})" for digit, count in enumerate(counts)])
-    right.set_title("Groups that the test images of a class chose")
+    right.set_title("Groups chosen for the test images of a class")
     figure.colorbar(image, ax=right, label="share of the class's images")
     figure.savefig(path)

@@ -1,4 +1,4 @@
-"""What the digits run came to: the numbers, as a table and as JSON."""
+"""Results of the digits run, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lpt_peft.metrics.result import SHOTS
 
 @dataclass
 class RowResult:
-    """What one row came to, over seeds."""
+    """Results of a row over seeds."""
 
     name: str
     trained_parameters: int
@@ -22,26 +22,26 @@ class RowResult:
     results: list[ShotResult] = field(default_factory=list)
 
     def mean(self, figure: str) -> float:
-        """Mean over seeds of `overall`, `many`, `medium` or `few`."""
+        """Return the mean over seeds of `overall`, `many`, `medium` or `few`."""
         return statistics.fmean(getattr(result, figure) for result in self.results)
 
     def spread(self, figure: str) -> float | None:
-        """Standard deviation over seeds; None for one seed."""
+        """Return the standard deviation over seeds; None for a single seed."""
         values = [getattr(result, figure) for result in self.results]
         return statistics.stdev(values) if len(values) > 1 else None
 
     def per_class(self) -> list[float]:
-        """Accuracy of each class, mean over seeds."""
+        """Return the accuracy of each class, mean over seeds."""
         return [statistics.fmean(values) for values in zip(*(r.per_class for r in self.results), strict=True)]
 
 
 @dataclass
 class DemoResult:
-    """Everything the run has to show."""
+    """Results of the digits run."""
 
     rows: list[RowResult]
     groups_per_class: list[list[float]]
-    """Share of the test images of each class (row) that chose each group (column), LPT, first seed."""
+    """Share of the test images of each class (row) for which each group (column) was chosen; LPT, first seed."""
     dead_groups: list[int]
     rule: str
     seeds: list[int]
@@ -50,7 +50,7 @@ class DemoResult:
     prompt_file: str
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return a plain dictionary for JSON."""
         table = [
             {
                 "name": row.name,
@@ -67,7 +67,7 @@ class DemoResult:
         return {"rows": table, **about, "class_counts": counts, "library_version": __version__}
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Header and rows: percent, mean and spread over seeds."""
+        """Return header and rows: percent, mean and spread over seeds."""
         header = ("", *SHOTS, "parameters", "file")
         rows = [
             (

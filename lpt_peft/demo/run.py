@@ -1,4 +1,4 @@
-"""The digits run: `recipe.fit` for each row with prompts, and a proof that the prompt file reads back."""
+"""The digits run: train each row, and check that the prompt file gives the same predictions when loaded again."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.utils import save_image
 
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.backbones.bundled.glyph_vit import glyph_config, glyph_vit
-from lpt_peft.checkpoint import read_pair
-from lpt_peft.checkpoint.files import write_pair
+from lpt_peft.checkpoint import read_prompt_file, write_prompt_file
 from lpt_peft.data.digits import NUM_CLASSES, DigitsLT, digits_counts
 from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.demo.figure import draw
@@ -24,36 +24,37 @@ from lpt_peft.demo.result import DemoResult, RowResult
 from lpt_peft.demo.rows import EPOCHS, Row, rows
 from lpt_peft.errors import ConfigError, LPTError
 from lpt_peft.metrics import ShotMetrics, ShotResult
-from lpt_peft.recipe import Parts, evaluate, fit, predict, run_phase
+from lpt_peft.recipe import Splits, evaluate, fit, predict, run_phase
 from lpt_peft.recipe.experiment import PROMPTS
 
-RUNS = "runs"
+RUNS, IMAGES = "runs", "test"
+SHOT_RULE = "lpt"
 
 
 class DemoError(LPTError):
-    """The run contradicts itself: the prompt file did not give the predictions it was written with."""
+    """The prompt file gives other predictions than the adapter that wrote it."""
 
 
 def run_demo(
     output: Path, *, seeds: int = 1, epochs: int = EPOCHS, resume: bool = True, progress: bool = True
 ) -> DemoResult:
-    """Train, test and write `results.json`, `digits.png` and the folder `prompts` into `output`.
+    """Train and test; write `results.json`, `digits.png` and the folders `prompts` and `test` into `output`.
 
     Args:
-        output: Folder to write into; made if it is missing. Until all is done, what was trained is in `runs/` there.
-        seeds: Repeat with seeds 0 to `seeds - 1`, for mean and spread.
+        output: Folder to write into; created if missing. Its `runs/` holds the trained rows until the run is complete.
+        seeds: Number of seeds, 0 to `seeds - 1`, for mean and spread.
         epochs: Passes over the training images, the same for every row.
-        resume: Go on with a run that was broken off; False starts anew.
-        progress: Show bars.
+        resume: Resume an interrupted run; False starts again.
+        progress: Show progress bars.
 
     Raises:
         ConfigError: `seeds` or `epochs` is too small.
-        StateError: The run that was broken off had other settings.
-        DemoError: The prompt file, read back into a fresh adapter, gave other predictions.
+        StateError: The interrupted run had other settings.
+        DemoError: The prompt file, loaded into a new adapter, gave other predictions.
     """
     if seeds < 1 or epochs < 2:
         raise ConfigError(
-            f"The digits run needs seeds of at least 1 and epochs of at least 2, got {seeds} and {epochs}."
+            f"The digits run needs at least 1 seed and at least 2 epochs, got --seeds {seeds} and --epochs {epochs}."
         )
     output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -71,12 +72,12 @@ def run_demo(
             if seed == 0:
                 table.append(RowResult(row.name, _trained_parameters(model, row)))
                 if isinstance(model, LongTailPromptAdapter):
-                    lpt = model  # the last row's is the one to keep
-                    write_pair(output / PROMPTS, *read_pair(folder / PROMPTS))
-                    table[-1].file_bytes = _prove(model, output / PROMPTS, test_set)
+                    lpt = model  # the last row's adapter is kept
+                    write_prompt_file(output / PROMPTS, read_prompt_file(folder / PROMPTS))
+                    table[-1].file_bytes = _check_prompt_file(model, output / PROMPTS, test_set)
             table[-1].results.append(result)
     assert lpt is not None  # noqa: S101 - the last row has prompts; narrows the type
-    done = DemoResult(
+    demo_result = DemoResult(
         rows=table,
         groups_per_class=_groups_per_class(lpt, test_set),
         dead_groups=lpt.pool.dead_groups(),
@@ -86,13 +87,14 @@ def run_demo(
         seconds=time.perf_counter() - start,
         prompt_file=str(output / PROMPTS),
     )
-    (output / "results.json").write_text(json.dumps(done.to_dict(), indent=2, allow_nan=False) + "\n")
-    draw(done, output / "digits.png")
-    for folder in trained:  # and nothing else that may lie in a folder of this name
+    (output / "results.json").write_text(json.dumps(demo_result.to_dict(), indent=2, allow_nan=False) + "\n")
+    draw(demo_result, output / "digits.png")
+    save_images(output / IMAGES)
+    for folder in trained:  # and nothing else that a folder of this name may hold
         shutil.rmtree(folder)
     with suppress(OSError):
         (output / RUNS).rmdir()
-    return done
+    return demo_result
 
 
 def train_row(
@@ -105,43 +107,54 @@ def train_row(
     resume: bool = True,
     progress: bool = True,
 ) -> tuple[nn.Module, ShotResult]:
-    """One row with one seed: the trained model and its result on `test_set`; a row with prompts fills `folder`."""
+    """Train a row with a seed; return the model and its result on `test_set`. A row with prompts writes to `folder`."""
     settings = replace(row.settings, seed=seed)
     with seeded(seed):
         model = row.build(NUM_CLASSES)
     bar = progress and f"{row.name}, seed {seed}"
     if isinstance(model, LongTailPromptAdapter):
         train_images = from_dataset(train_set, class_names=[str(digit) for digit in range(NUM_CLASSES)])
-        parts = Parts(train=train_images, test=test_set)
-        return model, fit(model, parts, settings, folder, resume=resume, progress=bar)["test"]
+        splits = Splits(train=train_images, test=test_set)
+        results = fit(model, splits, settings, folder, shot_rule=SHOT_RULE, resume=resume, progress=bar)
+        return model, results["test"]
     run_phase(model, train_set, train_set.labels, settings, settings.shared, name="head", progress=bar)
-    return model, evaluate(model, test_set, ShotMetrics(digits_counts()), num_workers=0)
+    return model, evaluate(model, test_set, ShotMetrics.from_rule(SHOT_RULE, digits_counts()), num_workers=0)
+
+
+def save_images(folder: Path) -> None:
+    """Write the test images as `folder/DIGIT/NUMBER.png`; PNG rounds values from 0 to 1 to multiples of 1/255."""
+    dataset = DigitsLT("test", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    for number in range(len(dataset)):
+        image, label = dataset[number]
+        file = folder / str(label) / f"{number:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_image(image, file)
 
 
 def _trained_parameters(model: nn.Module, row: Row) -> int:
-    """Parameters that the row's phases learn, the head among them."""
+    """Count the parameters that the row's phases train, including the head."""
     if not isinstance(model, LongTailPromptAdapter):
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
-    learnt = {"head.weight"}
-    learnt |= {"shared.prompts"} if row.settings.shared.epochs else set()
-    learnt |= {"pool.prompts", "pool.keys"} if row.settings.group.epochs else set()
-    return sum(model.get_parameter(name).numel() for name in learnt)
+    trained = {"head.weight"}
+    trained |= {"shared.prompts"} if row.settings.shared.epochs else set()
+    trained |= {"pool.prompts", "pool.keys"} if row.settings.group.epochs else set()
+    return sum(model.get_parameter(name).numel() for name in trained)
 
 
-def _prove(adapter: LongTailPromptAdapter, folder: Path, test_set: DigitsLT) -> int:
-    """Read the prompt file onto a fresh backbone and compare the predictions; its size in bytes."""
-    twin = LongTailPromptAdapter.from_pretrained(folder, glyph_vit())
-    ours, theirs = (predict(model, test_set, num_workers=0)[0].logits for model in (adapter, twin))
-    if not torch.equal(ours, theirs):
+def _check_prompt_file(adapter: LongTailPromptAdapter, folder: Path, test_set: DigitsLT) -> int:
+    """Load the prompt file on a new backbone, compare the predictions, and return the size of the file in bytes."""
+    loaded = LongTailPromptAdapter.from_pretrained(folder, glyph_vit().to(adapter.head.weight.device))
+    expected, actual = (predict(model, test_set, num_workers=0)[0].logits for model in (adapter, loaded))
+    if not torch.equal(expected, actual):
         raise DemoError(
-            f"The prompt file in {folder} gives other predictions than the adapter it was written from: largest "
-            f"difference {float((ours - theirs).abs().max()):.3g}. Please report this."
+            f"The prompt file in {folder} gives other predictions than the adapter that wrote it: largest "
+            f"difference of logits {float((expected - actual).abs().max()):.3g}. Please report this."
         )
     return sum((folder / name).stat().st_size for name in ("config.json", "prompts.safetensors"))
 
 
 def _groups_per_class(adapter: LongTailPromptAdapter, test_set: DigitsLT) -> list[list[float]]:
-    """Share of each class's images (row) that chose each group (column)."""
+    """Return the share of each class's images (row) for which each group (column) was chosen."""
     output, labels = predict(adapter, test_set, num_workers=0)
     chosen = torch.zeros(len(labels), adapter.prompt_config.pool_size).scatter_(1, output.groups, 1.0)
     return [chosen[labels == digit].mean(0).tolist() for digit in range(NUM_CLASSES)]

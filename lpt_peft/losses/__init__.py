@@ -1,10 +1,7 @@
-"""Losses of Long-tailed Prompt Tuning: A-GCL, and the whole objective on a dual-sampled batch.
+"""Losses for long-tailed classification: A-GCL and the full LPT objective.
 
-`agcl_loss` / `AGCLLoss` stand alone: they take the logits of any cosine classifier, labels and class counts.
-`LPTLoss` adds the match term of the prompt pool and the weights of the two sampling branches.
-
-Not here: what makes the logits (`lpt_peft.heads`), the batches (`lpt_peft.samplers`) and the similarities
-(`lpt_peft.prompts`).
+`agcl_loss` and `AGCLLoss` work with the logits of any cosine classifier. `LPTLoss` adds the match term of the prompt
+pool and weights the two halves of a dual-sampled batch.
 
 Source: Dong, Zhou, Yan, Zuo, "LPT: Long-tailed Prompt Tuning for Image Classification", ICLR 2023, arXiv 2210.01033.
 """

@@ -1,21 +1,22 @@
-"""A-GCL, the asymmetric Gaussian-clouded logit loss: `agcl_loss`, and `AGCLLoss`, which draws the noise."""
+"""Asymmetric Gaussian-clouded logit loss (A-GCL): `agcl_loss` and `AGCLLoss`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from lpt_peft.losses.agcl_definition import Branches, Noise
+from lpt_peft.losses.agcl_rows import agcl_rows
+from lpt_peft.losses.base import ClassCountsLoss, compute_delta
 from lpt_peft.losses.checks import Reduction, check_batch, check_settings, checked_class_counts, loss_dtype
-from lpt_peft.losses.counted import CountedLoss, delta_of
-from lpt_peft.losses.rows import Branches, Noise, agcl_rows
 
 
 def agcl_loss(
     logits: Tensor,
     target: Tensor,
-    class_counts: Sequence[int] | Tensor,
+    class_counts: Sequence[int] | Mapping[int, int] | Tensor,
     noise: Tensor | None = None,
     *,
     scale: float = 20.0,
@@ -27,7 +28,7 @@ def agcl_loss(
     normalize: bool = True,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Asymmetric Gaussian-clouded logit loss (A-GCL) of LPT, arXiv 2210.01033.
+    """Compute the asymmetric Gaussian-clouded logit loss (A-GCL) of LPT, arXiv 2210.01033.
 
     With `s = scale`, `mu = margin`, `nu = noise_scale`, `a = label_smoothing` and `C` classes of `n_j` training images:
 
@@ -37,33 +38,37 @@ def agcl_loss(
         loss    = - sum_j ((1 - a) * [j = y] + a / C) * w_j * log p_j
         w_y     = (1 - p_y) ** gamma_pos,   w_j = p_j ** gamma_neg for j != y
 
-    The noise lowers the logits of a class the more, the rarer it is; gradients flow through the weights `w`, and an
-    exponent of 0 makes them exactly 1. With margin, noise, exponents and smoothing at 0 this is cross entropy.
+    The noise lowers the logits of rare classes more than those of frequent classes. Gradients flow through the weights
+    `w`; an exponent of 0 makes a weight exactly 1. With margin, noise, exponents and smoothing at 0, A-GCL equals
+    cross-entropy.
 
-    Computed in float32 at least, also under autocast, from log-probabilities and log-odds: loss and gradient are
-    finite for all finite logits. Logits beyond +-1e18 count as +-1e18; NaN logits give NaN and no error.
+    The loss is computed in float32 or float64, also under autocast, from log-probabilities and log-odds: loss and
+    gradient are finite for all finite logits. Logits are clamped to +-1e18; NaN logits give NaN without an error.
 
     Args:
         logits: `(B, C)`, any floating dtype: `scale` times the cosines.
-        target: `(B,)`, any integer dtype: class indices, 0 to `C - 1`. A label out of range is an error that names
-            it on a CPU, and a failed device assertion of torch on a GPU, so that the host need not wait.
-        class_counts: `(C,)` integers, 1 or more: training images of each class. If all are equal, delta is 0. Checked
-            at every call, which waits for the device of a tensor: `AGCLLoss` checks them once.
-        noise: `(B, C)`: a Gaussian draw clamped to [-1, 1], a constant. None means no noise: this function draws none.
-        scale: Scale `s` of the cosine classifier. It turns margin and noise, which are cosines, into logits.
-        margin: How much larger the target's cosine must be.
-        noise_scale: The most that noise takes from a cosine, that of the rarest class.
-        gamma_pos: Exponent of the target's weight: the larger, the less an easy image counts.
-        gamma_neg: Exponent of the other classes' weights. They act through the label smoothing alone, so weakly.
+        target: `(B,)`, any integer dtype: class indices, 0 to `C - 1`. Or `(B, C)`, floating point: probabilities, for
+            which the loss is the expectation over labels drawn from them, `sum_y target_y * loss(y)`. On a CPU, a label
+            out of range and a row that is not a distribution are errors. A GPU would have to synchronize for a check:
+            there, torch's own device assertion fails for the label, and the loss of the row is NaN.
+        class_counts: `(C,)` integers of at least 1: training images of each class; or a mapping from label to count. If
+            all are equal, delta is 0. The counts are checked at every call, which synchronizes if the tensor is on a
+            GPU; `AGCLLoss` checks them once.
+        noise: `(B, C)`: a Gaussian draw clamped to [-1, 1], without gradient. None means no noise.
+        scale: Scale `s` of the cosine classifier. It converts margin and noise, which are cosines, into logits.
+        margin: Amount by which the target's cosine must exceed the others.
+        noise_scale: Largest amount that the noise subtracts from a cosine, reached for the rarest class.
+        gamma_pos: Exponent of the target's weight. Larger values reduce the loss of easy images.
+        gamma_neg: Exponent of the other classes' weights. They act only through label smoothing, so the effect is weak.
         label_smoothing: Fraction `a` of the target distribution that is uniform, 0 to 1.
-        normalize: Divide delta by its largest value; the paper's equation prints it undivided.
+        normalize: Divide delta by its largest value. The paper's equation does not.
         reduction: "mean" over the batch, "sum" or "none".
 
     Returns:
         A scalar, or `(B,)` for reduction "none"; float64 where the logits are, else float32.
 
     Raises:
-        InputError: Counts, labels or shapes break a rule above.
+        InputError: Counts, labels or shapes do not follow the rules above.
         ConfigError: A setting is out of its range.
 
     Example:
@@ -82,27 +87,30 @@ def agcl_loss(
         gamma_neg=gamma_neg,
         label_smoothing=label_smoothing,
     )
-    counts = checked_class_counts(class_counts).to(logits.device)
-    check_batch(logits, target, noise, num_classes=len(counts))
-    delta = delta_of(counts, loss_dtype(logits), normalize)
+    counts = checked_class_counts(class_counts)
+    counts = counts.to(logits.device) if isinstance(logits, Tensor) else counts
+    check_batch(logits, target, noise, counts)
+    delta = compute_delta(counts, loss_dtype(logits), normalize)
     branches = Branches((gamma_pos,), (gamma_neg,), scale, margin, noise_scale, label_smoothing, delta)
-    return _reduced(agcl_rows(logits, target.long(), Noise.NONE if noise is None else noise, branches), reduction)
+    return _reduce(agcl_rows(logits, target, Noise.NONE if noise is None else noise, branches), reduction)
 
 
-class AGCLLoss(CountedLoss):
-    """`agcl_loss` as a module that draws its noise while training.
+class AGCLLoss(ClassCountsLoss):
+    """A-GCL as a module that draws noise during training.
 
-    In `train()` every call draws one number per logit from a Gaussian of mean 0 and standard deviation 1/3, which is
-    what N(0, 1/3) means in the paper (not the variance), clamped to [-1, 1]; it comes from torch's default generator
-    of the device, as in `nn.Dropout`. In `eval()` there is no noise; the margin stays. A `noise` given to the call
-    is used in both modes. The counts are a buffer outside the state dict that `.to(device)` moves and `.half()` keeps.
-    Every setting is an attribute that may be assigned later; the value is checked then.
+    In `train()` mode, every call draws one number per logit from a Gaussian with mean 0 and standard deviation 1/3 (the
+    paper's N(0, 1/3) gives the standard deviation, not the variance), clamped to [-1, 1]. The draw comes from torch's
+    default generator of the device, as in `nn.Dropout`. In `eval()` mode there is no noise, but the margin stays. A
+    `noise` passed to the call is used in both modes.
+
+    The class counts are a non-persistent buffer: `.to(device)` moves them, `.half()` leaves them exact. Every setting
+    is an attribute that can be assigned later; the new value is checked.
 
     Args:
-        class_counts: `(C,)` integers, 1 or more: training images of each class.
-        scale: See `agcl_loss`, as for all settings below.
-        margin: How much larger the target's cosine must be.
-        noise_scale: The most that noise takes from a cosine.
+        class_counts: `(C,)` integers of at least 1: training images of each class; or a mapping from label to count.
+        scale: Scale of the cosine classifier. See `agcl_loss` for this and all settings below.
+        margin: Amount by which the target's cosine must exceed the others.
+        noise_scale: Largest amount that the noise subtracts from a cosine.
         gamma_pos: Exponent of the target's weight. LPT uses 0 for class-balanced batches, 0.5 for others.
         gamma_neg: Exponent of the other classes' weights. LPT uses 4 for class-balanced batches, 8 for others.
         label_smoothing: Fraction of the target distribution that is uniform.
@@ -133,7 +141,7 @@ class AGCLLoss(CountedLoss):
 
     def __init__(
         self,
-        class_counts: Sequence[int] | Tensor,
+        class_counts: Sequence[int] | Mapping[int, int] | Tensor,
         *,
         scale: float = 20.0,
         margin: float = 0.1,
@@ -156,11 +164,11 @@ class AGCLLoss(CountedLoss):
     if TYPE_CHECKING:  # nn.Module's own __call__ returns Any
 
         def __call__(self, logits: Tensor, target: Tensor, noise: Tensor | None = None) -> Tensor:
-            """As `forward`."""
+            """See `forward`."""
 
     def forward(self, logits: Tensor, target: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Loss of `logits (B, C)` against `target (B,)`; `noise (B, C)` replaces the draw. See `agcl_loss`."""
-        check_batch(logits, target, noise, num_classes=len(self.class_counts))
+        """Compute the loss of `logits (B, C)` for `target`; `noise (B, C)` replaces the draw. See `agcl_loss`."""
+        check_batch(logits, target, noise, self.class_counts)
         branches = Branches(
             (self.gamma_pos,),
             (self.gamma_neg,),
@@ -170,10 +178,10 @@ class AGCLLoss(CountedLoss):
             self.label_smoothing,
             self._delta_in(loss_dtype(logits)),
         )
-        return _reduced(agcl_rows(logits, target.long(), self._noise_or(noise), branches), self.reduction)
+        return _reduce(agcl_rows(logits, target, self._noise_or_default(noise), branches), self.reduction)
 
 
-def _reduced(rows: Tensor, reduction: Reduction) -> Tensor:
+def _reduce(rows: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "none":
         return rows
     return rows.mean() if reduction == "mean" else rows.sum()

@@ -1,15 +1,16 @@
-"""Accuracy of a long-tailed classifier: many/medium/few-shot groups, means over classes, calibration.
+"""Long-tailed classification metrics: many-, medium- and few-shot accuracy, class means and calibration.
 
-For any evaluation loop: logits, labels and the classes' training counts go in; a JSON-ready result comes out, and it
-always states its shot rule, because codebases differ in it. `shot_metrics` is the pure function, `ShotMetrics` its
-accumulating twin. Not here: losses, plots, a confusion matrix (530 MB on iNaturalist; these counters are O(C)).
+The metrics work in any evaluation loop. They take logits, labels and the training counts of the classes, and give a
+JSON-ready result that always states its shot rule, because codebases differ in it. `shot_metrics` is a pure function of
+counters; `ShotMetrics` accumulates the counters over batches. There is no confusion matrix: it would take 530 MB on
+iNaturalist, whereas these counters are O(C).
 
-A class never seen in training (count 0) is few-shot. A class without a test image is listed as absent and left out of
-every mean; a mean over nothing is None, never 0 or NaN. Accuracies are fractions from 0 to 1.
+A class without training images (count 0) is few-shot. A class without test images is listed as absent and excluded from
+every mean. A mean over nothing is None, never 0 or NaN. Accuracies are fractions from 0 to 1.
 """
 
 from lpt_peft.metrics.accumulator import ShotMetrics
 from lpt_peft.metrics.result import Average, ShotResult, shot_metrics
-from lpt_peft.metrics.rules import SHOT_RULES, ShotRule, shot_groups
+from lpt_peft.metrics.shot_rules import SHOT_RULES, ShotRule, shot_groups
 
 __all__ = ["SHOT_RULES", "Average", "ShotMetrics", "ShotResult", "ShotRule", "shot_groups", "shot_metrics"]

@@ -1,45 +1,44 @@
-"""ShotResult, and the pure function from per-class counters to it."""
+"""Metrics computed from per-class counters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from lpt_peft.errors import ConfigError, InputError
-from lpt_peft.metrics.checks import as_integers, first_true
-from lpt_peft.metrics.rules import SHOT_RULES, ShotRule, shot_groups
+from lpt_peft.metrics.checks import Counts, as_integers, first_true
+from lpt_peft.metrics.shot_rules import SHOT_RULES, ShotRule, shot_groups
 
 Average = Literal["class", "image"]
 
 SHOTS = ("overall", "many", "medium", "few")
-"""The accuracies of a `ShotResult` that are told first."""
+"""Names of the accuracies that summarize a `ShotResult`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShotResult:
-    """What a test set says of a classifier; None where there is nothing to average.
+    """Test-set metrics; None if nothing can be averaged.
 
     Attributes:
-        rule: The shot rule and the average in words.
-        num_images: Test images counted.
-        overall: `balanced_accuracy` or `accuracy`, as `average` said.
-        many: Accuracy on the many-shot classes, averaged like `overall`; so are `medium` and `few`.
-        medium: On the medium-shot classes.
-        few: On the few-shot classes.
+        rule: Description of the shot rule and of the average.
+        num_images: Number of test images.
+        overall: `balanced_accuracy` or `accuracy`, depending on `average`.
+        many: Accuracy on the many-shot classes, averaged like `overall`.
+        medium: Accuracy on the medium-shot classes, averaged like `overall`.
+        few: Accuracy on the few-shot classes, averaged like `overall`.
         accuracy: Mean over images: top-1 accuracy.
         balanced_accuracy: Mean over classes of the per-class accuracies.
-        geometric_mean: Of the per-class accuracies; 0 as soon as one of them is 0.
-        harmonic_mean: Of the per-class accuracies; 0 as soon as one of them is 0.
-        worst_class: The class of lowest accuracy, the first of equals.
-        worst_accuracy: Its accuracy.
-        expected_calibration_error: |accuracy - confidence| of a bin, mean over images (Guo et al., ICML 2017);
-            confidence is the largest softmax probability, in 15 bins (a, b]. None if some image came without logits.
-        absent_classes: Classes without a test image.
-        per_class: Accuracy of each class, None for absent ones.
+        geometric_mean: Geometric mean of the per-class accuracies; 0 if any of them is 0.
+        harmonic_mean: Harmonic mean of the per-class accuracies; 0 if any of them is 0.
+        worst_class: Class with the lowest accuracy; the lowest index if several are equal.
+        worst_accuracy: Accuracy of the worst class.
+        expected_calibration_error: |accuracy - confidence| of a bin, averaged over images (Guo et al., ICML 2017).
+            Confidence is the largest softmax probability, in 15 bins (a, b]. None if some images came without logits.
+        absent_classes: Classes without test images.
+        per_class: Accuracy of each class; None for absent classes.
     """
 
     rule: str
@@ -59,25 +58,25 @@ class ShotResult:
     per_class: tuple[float | None, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes by name, as strict JSON takes them: `json.dumps(result.to_dict(), allow_nan=False)`."""
+        """Convert to a dictionary for strict JSON: `json.dumps(result.to_dict(), allow_nan=False)`."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def shot_metrics(
-    correct: Tensor | Sequence[int],
-    total: Tensor | Sequence[int],
-    class_counts: Tensor | Sequence[int],
-    rule: ShotRule = SHOT_RULES["lift"],
+    correct: Counts,
+    total: Counts,
+    class_counts: Counts,
+    rule: ShotRule = SHOT_RULES["lpt"],
     average: Average = "class",
 ) -> ShotResult:
-    """All figures that follow from per-class counters; the calibration error does not and is None.
+    """Compute the metrics that follow from per-class counters. The calibration error does not and is None.
 
     Args:
         correct: Correctly classified test images of each class, (C,) integers.
         total: Test images of each class, (C,) integers.
-        class_counts: Training images of each class, (C,) integers of at least 0.
+        class_counts: Training images of each class, (C,) integers of at least 0; or a mapping from label to count.
         rule: The shot thresholds.
-        average: "class" weighs classes alike, "image" images, in `overall`, `many`, `medium` and `few`.
+        average: "class" or "image": whether `overall`, `many`, `medium` and `few` weight classes or images equally.
 
     Raises:
         InputError: Counters are negative, not integers, of different lengths, or `correct` exceeds `total`.
@@ -88,7 +87,7 @@ def shot_metrics(
         >>> result.many, result.medium, result.few, result.absent_classes
         (0.9, 0.75, None, (2,))
         >>> result.rule
-        'many: n > 100, medium: 20 <= n <= 100, few: n < 20; mean over classes'
+        'many: n > 100, medium: 20 < n <= 100, few: n <= 20; mean over classes'
     """
     check_average(average)
     correct, total = as_integers("correct", correct), as_integers("total", total)
@@ -96,13 +95,13 @@ def shot_metrics(
     if not len(correct) == len(total) == len(groups):
         raise InputError(
             f"correct, total and class_counts must have one entry per class, not {len(correct)}, {len(total)} and "
-            f"{len(groups)}. Count with torch.bincount(labels, minlength=num_classes)."
+            f"{len(groups)}: count with torch.bincount(labels, minlength=num_classes)."
         )
     if (correct > total).any():
         raise InputError(f"correct exceeds total for class {first_true(correct > total)}. Pass correct before total.")
 
     present = total > 0
-    rates = correct.double() / total  # NaN for absent classes, which no mean below reads
+    rates = correct.double() / total  # NaN for absent classes, which the means exclude
 
     def mean(classes: Tensor, by: Average) -> float | None:
         classes = classes & present
@@ -112,8 +111,8 @@ def shot_metrics(
             return float(rates[classes].mean())
         return int(correct[classes].sum()) / int(total[classes].sum())
 
-    seen = rates[present]
-    worst = first_true(rates == seen.min()) if len(seen) else None
+    present_rates = rates[present]
+    worst = first_true(rates == present_rates.min()) if len(present_rates) else None
     return ShotResult(
         rule=f"{rule}; mean over {'classes' if average == 'class' else 'images'}",
         num_images=int(total.sum()),
@@ -123,8 +122,8 @@ def shot_metrics(
         few=mean(groups == 2, average),
         accuracy=mean(present, "image"),
         balanced_accuracy=mean(present, "class"),
-        geometric_mean=float(seen.log().mean().exp()) if len(seen) else None,
-        harmonic_mean=float(1 / (1 / seen).mean()) if len(seen) else None,
+        geometric_mean=float(present_rates.log().mean().exp()) if len(present_rates) else None,
+        harmonic_mean=float(1 / (1 / present_rates).mean()) if len(present_rates) else None,
         worst_class=worst,
         worst_accuracy=None if worst is None else float(rates[worst]),
         expected_calibration_error=None,
@@ -134,6 +133,8 @@ def shot_metrics(
 
 
 def check_average(average: str) -> None:
-    """`average` is one of the two words."""
+    """Check that `average` is "class" or "image"."""
     if average not in get_args(Average):
-        raise ConfigError(f"average={average!r} is unknown; pass 'class' (mean over classes) or 'image' (over images).")
+        raise ConfigError(
+            f"average={average!r} is unknown: pass 'class' (mean over classes) or 'image' (mean over images)."
+        )

@@ -1,8 +1,16 @@
-"""Training LPT in two phases on Accelerate: settings, one loop for both phases, resume, evaluation.
+"""Train LPT in two phases on Accelerate: settings, one loop for all phases, resume, evaluation.
 
-A recipe, not a trainer: read `loop.py` and `phase.py`, copy them, change them. Losses, samplers and metrics are
-products of their own and know nothing of this package. Needs the extra `lpt_peft[train]`.
-Public names are imported on first use, so that reading settings (`settings.py`) imports neither torch nor Accelerate.
+A recipe rather than a trainer: read `training/loop.py` and `training/phase.py`, copy them, change them. Losses,
+samplers and metrics do not depend on this package. It needs the extra `lpt_peft[train]`.
+
+    train.py, experiment.py   run phases; run, save and evaluate into an output folder
+    settings.py, presets.py   configuration
+    training/                 one phase: initialization, loop, step, optimizer, schedule
+    loading/                  batches, worker processes, validation split
+    resume/                   checkpoints, Ctrl-C
+    evaluate.py, checks.py, parallel.py
+
+Public names are imported on first use, so reading settings imports neither torch nor Accelerate.
 """
 
 from typing import TYPE_CHECKING
@@ -11,7 +19,7 @@ from lpt_peft._lazy import import_on_first_use
 
 if TYPE_CHECKING:
     from lpt_peft.recipe.evaluate import evaluate, predict
-    from lpt_peft.recipe.experiment import Parts, fit
+    from lpt_peft.recipe.experiment import Splits, fit
     from lpt_peft.recipe.presets import PRESETS, preset
     from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
     from lpt_peft.recipe.train import make_accelerator, run_phase, train
@@ -19,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
-    "Parts",
     "PhaseSettings",
+    "Splits",
     "TrainSettings",
     "evaluate",
     "fit",
@@ -32,11 +40,11 @@ __all__ = [
     "warmup_cosine",
 ]
 
-import_on_first_use(  # the imports above, for the interpreter: a test holds the two equal
+import_on_first_use(  # the imports above at run time; a test compares the two
     __name__,
     {
         "evaluate": ["evaluate", "predict"],
-        "experiment": ["Parts", "fit"],
+        "experiment": ["Splits", "fit"],
         "presets": ["PRESETS", "preset"],
         "train": ["make_accelerator", "run_phase", "train"],
         "training.schedule": ["warmup_cosine"],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -13,22 +13,22 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lpt_peft.errors import InputError
 from lpt_peft.metrics import ShotMetrics, ShotResult
-from lpt_peft.recipe.loading.loader import image_loader, resolve_workers
-from lpt_peft.recipe.parallel import place
+from lpt_peft.recipe.loading.loader import image_loader, open_batches, resolve_workers, stop_workers
+from lpt_peft.samplers.checks import current_replica
 
 
 class Evaluation:
-    """Shot metrics on one dataset, any number of times with the same worker processes.
+    """Shot metrics on a dataset, repeatable with the same worker processes.
 
     Args:
-        model: Called as `model(images, return_output=True)`: an adapter, or anything alike. On its device.
+        model: Called as `model(images, return_output=True)`: an adapter or a compatible module, on its device.
         dataset: Yields (image, label).
-        batch_size: Images at a time.
+        batch_size: Images of a batch.
         num_workers: Processes that load images; None chooses, see `TrainSettings.num_workers`.
-        distributed: Share the images out among the processes, each counted once; all must call it, and all get the
-            result for the whole. False: this process alone looks at all.
-        accelerator: Its mixed precision is used; None computes in the model's own dtypes.
-        persistent: Keep the workers from one call to the next.
+        distributed: Share the images among the processes, each image counted once; all processes must call it, and all
+            get the result for the complete dataset. False: this process evaluates all images.
+        accelerator: Provides mixed precision; None computes in the model's own dtypes.
+        persistent: Keep the workers between calls, until `close`.
     """
 
     def __init__(
@@ -43,21 +43,26 @@ class Evaluation:
         persistent: bool = False,
     ) -> None:
         if distributed:
-            rank, processes = place()
+            processes, rank = current_replica()
             dataset = Subset(dataset, range(rank, len(dataset), processes))  # type: ignore[arg-type]
         self._model, self._distributed, self._accelerator = model, distributed, accelerator
         self._loader = _loader(model, dataset, batch_size, num_workers, persistent)
 
     def __call__(self, metrics: ShotMetrics) -> ShotResult:
-        """Reset `metrics`, feed them and compute; the model's mode is left as it was.
+        """Reset `metrics`, update them with all images and compute; the model's mode is restored.
 
         Args:
-            metrics: Carries the class counts of training and the rule of the shot groups.
+            metrics: Has the class counts of training and the shot rule.
         """
         metrics.reset()
-        for output, labels in _batches(self._model, self._loader, self._accelerator):
-            metrics.update(output[0], labels)
+        with closing(_outputs(self._model, self._loader, self._accelerator)) as outputs:
+            for output, labels in outputs:
+                metrics.update(output[0], labels)
         return (metrics.sync() if self._distributed else metrics).compute()
+
+    def close(self) -> None:
+        """Stop persistent workers."""
+        stop_workers(self._loader)
 
 
 def evaluate(
@@ -70,18 +75,18 @@ def evaluate(
     distributed: bool = False,
     accelerator: Accelerator | None = None,
 ) -> ShotResult:
-    """Shot metrics on a dataset: `metrics` is reset, fed and computed.
+    """Reset `metrics`, update them with a dataset and compute.
 
-    Only the logits are used, and on an accelerator their predictions are fetched once, at the end.
+    Only the logits are used. On an accelerator, predictions are copied to the host once, at the end.
 
     Args:
-        model: As in `Evaluation`, like all that follows.
+        model: As in `Evaluation`, like all following arguments.
         dataset: Yields (image, label).
-        metrics: Carries the class counts of training and the rule of the shot groups.
-        batch_size: Images at a time.
+        metrics: Has the class counts of training and the shot rule.
+        batch_size: Images of a batch.
         num_workers: Processes that load images; None chooses.
-        distributed: Share the images out among the processes.
-        accelerator: Its mixed precision is used.
+        distributed: Share the images among the processes.
+        accelerator: Provides mixed precision.
     """
     evaluation = Evaluation(
         model,
@@ -102,28 +107,29 @@ def predict(
     num_workers: int | None = None,
     accelerator: Accelerator | None = None,
 ) -> tuple[Any, Tensor]:
-    """Outputs and labels of a whole dataset, in its order; the model's mode is left as it was.
+    """Return outputs and labels of a dataset, in its order; the model's mode is restored.
 
     Args:
-        model: Called as `model(images, return_output=True)`: an adapter, or anything alike.
+        model: Called as `model(images, return_output=True)`: an adapter or a compatible module.
         dataset: Yields (image, label).
-        batch_size: Images at a time.
+        batch_size: Images of a batch.
         num_workers: Processes that load images; None chooses, see `TrainSettings.num_workers`.
-        accelerator: Its mixed precision is used; None computes in the model's own dtypes.
+        accelerator: Provides mixed precision; None computes in the model's own dtypes.
 
     Returns:
         The model's output type with every tensor on the CPU, (N, ...), and labels (N,) int64.
 
     Raises:
-        InputError: The dataset is empty, or its images are no tensors of one shape.
+        InputError: The dataset is empty, or its images are not tensors of the same shape.
     """
     if not len(dataset):  # type: ignore[arg-type]
         raise InputError("The dataset is empty: there is nothing to predict.")
     outputs, labels = [], []
-    for output, target in _batches(model, _loader(model, dataset, batch_size, num_workers), accelerator):
-        outputs.append(type(output)(*(tensor.cpu() for tensor in output)))
-        labels.append(target)
-    joined = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    with closing(_outputs(model, _loader(model, dataset, batch_size, num_workers), accelerator)) as found:
+        for output, target in found:
+            outputs.append(type(output)(*(tensor.cpu() for tensor in output)))
+            labels.append(target)
+    joined = (torch.cat(fields) for fields in zip(*outputs, strict=True))
     return type(outputs[0])(*joined), torch.cat(labels)
 
 
@@ -136,16 +142,17 @@ def _loader(
 
 
 @torch.no_grad()
-def _batches(
+def _outputs(
     model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator | None
-) -> Iterator[tuple[Any, Tensor]]:
+) -> Generator[tuple[Any, Tensor], None, None]:
     """Outputs on the model's device and labels on the CPU, batch by batch."""
-    device, mode = next(model.parameters()).device, model.training
+    device, training = next(model.parameters()).device, model.training
     model.eval()
     try:
-        for images, labels in loader:
-            with nullcontext() if accelerator is None else accelerator.autocast():
-                output = model(images.to(device, non_blocking=True), return_output=True)
-            yield output, labels
+        with open_batches(loader) as batches:
+            for images, labels in batches:
+                with nullcontext() if accelerator is None else accelerator.autocast():
+                    output = model(images.to(device, non_blocking=True), return_output=True)
+                yield output, labels
     finally:
-        model.train(mode)
+        model.train(training)

@@ -1,6 +1,6 @@
-"""What a training run is told: two small frozen dataclasses, stored with the results they led to.
+"""Training configuration dataclasses.
 
-Not here: published settings (`presets.py`), and what a run reads and writes (`fit.py`).
+Both are frozen and stored with the results. Not here: published settings (`presets.py`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lpt_peft.errors import ConfigError
 
-BYSTANDERS = frozenset({"num_workers", "save_every", "keep_checkpoints"})
-"""Settings that may change when a run goes on: they have no say in what is learnt."""
+RESUME_IGNORED_FIELDS = frozenset({"num_workers", "save_every", "keep_checkpoints"})
+"""Settings that may change when a run is resumed, because they do not affect its result."""
 
 _BACKBONE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,20 +31,20 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseSettings:
-    """How one phase is trained; SGD with momentum, per-step warm-up, then cosine to zero.
+    """Settings of one phase: SGD with momentum, warm-up per step, then cosine decay to zero.
 
-    Defaults are the paper's where it gives one (LPT, Dong et al., ICLR 2023, arXiv 2210.01033).
+    Defaults are the paper's where it gives a value (LPT, Dong et al., ICLR 2023, arXiv 2210.01033).
     """
 
     epochs: int = 40
     """Passes of the instance-balanced half over the images; 0 skips the phase."""
     learning_rate: float = 0.02
-    """For a half batch of 256; the run uses `learning_rate * batch_size / 256`."""
+    """For 256 images in each half of a batch; the run uses `learning_rate * (batch_size / 2) / 256`."""
     weight_decay: float = 0.01
-    """L2; prompts enter only through a norm, so on them it acts as learning-rate control."""
+    """L2. Prompts enter only through a norm, so for them it controls the effective learning rate."""
     momentum: float = 0.9
     warmup: float = 0.05
-    """Share of the steps in which the learning rate rises linearly."""
+    """Fraction of the steps in which the learning rate rises linearly."""
 
     def __post_init__(self) -> None:
         _refuse(
@@ -54,72 +54,75 @@ class PhaseSettings:
                 "learning_rate": (self.learning_rate > 0, "above 0"),
                 "weight_decay": (self.weight_decay >= 0, "at least 0"),
                 "momentum": (0 <= self.momentum < 1, "at least 0 and below 1"),
-                "warmup": (0 <= self.warmup <= 1, "a share from 0 to 1"),
+                "warmup": (0 <= self.warmup <= 1, "a fraction from 0 to 1"),
             },
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """A whole run: phase "shared", then phase "group", or both at once."""
+    """Settings of a run: phase "shared", then phase "group", or both at once."""
 
     shared: PhaseSettings = field(default_factory=PhaseSettings)
     group: PhaseSettings = field(default_factory=PhaseSettings)
     phases: Literal["decoupled", "joint"] = "decoupled"
-    """One phase after the other; or, as an ablation, one phase "joint" with the settings of `group`."""
-    batch_size: int = 64
-    """Images `B` of each half of a step, over all processes: a step sees `2 B`, however they are shared out."""
+    """Phases in sequence; or, as an ablation, a single phase "joint" with the settings of `group`."""
+    batch_size: int = 128
+    """Images of a step over all processes, an even number: instance-balanced half first, then class-balanced half."""
     accumulate: int = 1
-    """Parts that a process cuts its share of a step into, one after the other: the same step in less memory."""
+    """Chunks into which each process divides its share of a step: the same step in less memory."""
     sampling: Literal["dual", "instance"] = "dual"
-    """Instance-balanced and class-balanced halves, or `2 B` instance-balanced images."""
+    """Instance-balanced and class-balanced halves, or instance-balanced images only."""
     samples_per_class: int = 4
-    """Images of one class that the class-balanced draw takes at a time."""
+    """Images that the class-balanced half draws from a class at a time."""
     loss: Literal["lpt", "agcl", "cross_entropy"] = "lpt"
-    """A-GCL weighed over both halves; A-GCL or cross-entropy on all images alike. All with the match term."""
+    """A-GCL weighted per half; or A-GCL or cross-entropy on all images. Each includes the match term."""
     eta: float = 0.5
-    """Weight of the instance-balanced branch of "lpt" at the start; falls linearly to 0."""
+    """Initial weight of the instance-balanced half in loss "lpt"; falls linearly to 0."""
     init_keys: Literal["kmeans", "random"] = "kmeans"
-    """How keys start in phase "group": centres of the training queries, or at random."""
+    """Initial keys of phase "group": k-means centers of the training queries, or random."""
     init_groups: Literal["shared", "random"] = "shared"
-    """How group prompts start: as copies of the trained shared prompt, or at random as in the paper."""
+    """Initial group prompts: copies of the trained shared prompt, or random as in the paper."""
     decay: Literal["all", "selected"] = "all"
-    """Weight decay on the whole pool, or only on the groups that a step has chosen."""
+    """Weight decay on all groups, or only on the groups that a step selects."""
     clip_norm: float | None = None
-    """Largest norm of the gradient; None does not clip."""
+    """Largest norm of the gradient; None disables clipping."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Of the backbone's passes; None leaves it to Accelerate's configuration."""
+    """Precision of the backbone's computation; None uses Accelerate's configuration."""
     backbone_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Frozen weights are cast to it once, before training, and stay so; "float32" leaves them as they are. Prompts,
-    keys and head stay float32."""
+    """Frozen weights are cast to this dtype once, before training; "float32" leaves them as loaded. Prompts, keys and
+    head stay float32."""
     compile: bool = False
-    """Train through `torch.compile`: the first step of each phase takes about a minute, the others less time."""
+    """Train with `torch.compile`: the first step of each phase takes about a minute, later steps less time."""
     average: float | None = None
-    """Decay of a moving average of what is learnt, 0.999 for example, which then is the result; None: no average."""
+    """Decay of a moving average of the trained parameters, for example 0.999. The average is the result; None: off."""
     keep: Literal["last", "best"] = "last"
-    """What a phase ends with: its last epoch, or the one of the best balanced accuracy on the validation part."""
+    """Result of a phase: its last epoch, or the epoch with the best balanced accuracy on the validation split."""
     patience: int | None = None
-    """Validations without a better one after which a phase ends early; None never."""
+    """Validations without improvement after which a phase ends early; None disables this."""
     validate_every: int = 1
-    """Epochs from one validation to the next, where there is a validation part; the last epoch always has one."""
+    """Epochs between validations, if there is a validation split; the last epoch is always validated."""
     save_every: int | None = None
-    """Steps from one checkpoint to the next, besides those at the end of a phase; None: one for each epoch."""
+    """Steps between checkpoints, in addition to the end of each phase; None: once per epoch."""
     keep_checkpoints: int = 2
     num_workers: int | None = None
-    """Processes that load images, for each process that trains; None: one for each core, at most 8, and none for small
+    """Processes that load images, per training process; None: the number of cores, at most 8, and none for small
     datasets."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        some, none_or_some = "at least 1", "None or at least 1"
+        positive, optional_positive = "at least 1", "None or at least 1"
         _refuse(
             self,
             {
                 "phases": (self.phases in ("decoupled", "joint"), '"decoupled" or "joint"'),
-                "batch_size": (self.batch_size >= 1, some),
-                "accumulate": (self.accumulate >= 1, some),
+                "batch_size": (
+                    self.batch_size >= 2 and self.batch_size % 2 == 0,
+                    "even and at least 2, since the two halves of a step are equal",
+                ),
+                "accumulate": (self.accumulate >= 1, positive),
                 "sampling": (self.sampling in ("dual", "instance"), '"dual" or "instance"'),
-                "samples_per_class": (self.samples_per_class >= 1, some),
+                "samples_per_class": (self.samples_per_class >= 1, positive),
                 "loss": (self.loss in ("lpt", "agcl", "cross_entropy"), '"lpt", "agcl" or "cross_entropy"'),
                 "eta": (self.eta >= 0, "at least 0"),
                 "init_keys": (self.init_keys in ("kmeans", "random"), '"kmeans" or "random"'),
@@ -133,20 +136,25 @@ class TrainSettings:
                 "backbone_dtype": (self.backbone_dtype in _BACKBONE_DTYPES, " or ".join(map(repr, _BACKBONE_DTYPES))),
                 "average": (self.average is None or 0 < self.average < 1, "None or above 0 and below 1"),
                 "keep": (self.keep in ("last", "best"), '"last" or "best"'),
-                "patience": (self.patience is None or self.patience >= 1, none_or_some),
-                "validate_every": (self.validate_every >= 1, some),
-                "save_every": (self.save_every is None or self.save_every >= 1, none_or_some),
-                "keep_checkpoints": (self.keep_checkpoints >= 1, some),
+                "patience": (self.patience is None or self.patience >= 1, optional_positive),
+                "validate_every": (self.validate_every >= 1, positive),
+                "save_every": (self.save_every is None or self.save_every >= 1, optional_positive),
+                "keep_checkpoints": (self.keep_checkpoints >= 1, positive),
                 "num_workers": (self.num_workers is None or self.num_workers >= 0, "None or at least 0"),
                 "seed": (0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
             },
         )
         if self.loss == "lpt" and self.sampling != "dual":
-            raise ConfigError('loss="lpt" weighs the two halves of a dual batch: it needs sampling="dual".')
+            raise ConfigError('loss="lpt" weights the two halves of a dual batch, so it needs sampling="dual".')
+
+    @property
+    def half_batch(self) -> int:
+        """Images of each half of a step, over all processes; the paper's batch size B."""
+        return self.batch_size // 2
 
     @property
     def plan(self) -> dict[str, PhaseSettings]:
-        """The phases that are trained, by name, in order."""
+        """Phases to train, by name, in order."""
         phases = {"shared": self.shared, "group": self.group} if self.phases == "decoupled" else {"joint": self.group}
         return {name: phase for name, phase in phases.items() if phase.epochs}
 
@@ -156,10 +164,10 @@ class TrainSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainSettings:
-        """The inverse of `to_dict`; what is left out takes its default.
+        """The inverse of `to_dict`; missing fields take their defaults.
 
         Raises:
-            ConfigError: A key is unknown or a value out of its range.
+            ConfigError: A key is unknown or a value is out of range.
         """
         given = dict(known(cls, values))
         for name in ("shared", "group"):
@@ -169,29 +177,31 @@ class TrainSettings:
 
 
 def known(kind: type, values: Any) -> Mapping[str, Any]:
-    """Names and values out of JSON for a dataclass of settings.
+    """Validate field names and types read from JSON for a settings dataclass.
 
     Raises:
-        ConfigError: They are no names and values, a name is unknown, or a value is of another type than its field's.
+        ConfigError: `values` is not a mapping, a name is unknown, or a value does not have its field's type.
     """
     types = {field.name: str(field.type) for field in fields(kind)}
     hints = get_type_hints(kind)
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{kind.__name__} needs names and values, not {values!r:.80}.")
+        raise ConfigError(f"{kind.__name__} needs a mapping of names to values, not {values!r:.80}.")
     if unknown := sorted(set(values) - set(types)):
-        raise ConfigError(f"{kind.__name__} has no {', '.join(unknown)}; known are {', '.join(sorted(types))}.")
+        raise ConfigError(f"{kind.__name__} has no {', '.join(unknown)}; the fields are {', '.join(sorted(types))}.")
     for name, value in values.items():
         choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else None
         if choices is not None and not (isinstance(value, str) and value in choices):
             raise ConfigError(f"{kind.__name__}: {name}={value!r:.80} must be one of {', '.join(choices)}.")
-        wanted = _TYPES.get(types[name])
-        if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
+        allowed = _TYPES.get(types[name])
+        if allowed is not None and (
+            not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
+        ):
             raise ConfigError(f"{kind.__name__}: {name}={value!r:.80} must be {types[name]}.")
     return values
 
 
 def _refuse(settings: object, checks: Mapping[str, tuple[bool, str]]) -> None:
     if broken := [
-        f"{name}={getattr(settings, name)!r} must be {rule}" for name, (fine, rule) in checks.items() if not fine
+        f"{name}={getattr(settings, name)!r} must be {rule}" for name, (valid, rule) in checks.items() if not valid
     ]:
         raise ConfigError(f"{type(settings).__name__}: {'; '.join(broken)}.")

@@ -1,7 +1,8 @@
-"""Whole runs on Accelerate: phase after phase of LPT, or one phase of any model; from the start or from a checkpoint.
+"""Complete runs on Accelerate: all phases of LPT, or a single phase of any model.
 
-One process or many, CPU or GPU. Random numbers follow from seed, phase and step (`randomness.py`), and the caller's are
-given back. Not here: the loop (`loop.py`), data sets, and what to do with the prompts afterwards (`fit.py`).
+Runs on a CPU, a GPU or several processes, from the start or from a checkpoint. Random numbers depend on seed, phase and
+step, and the caller's generators are restored. Not here: the loop (`training/loop.py`), and output folders
+(`experiment.py`).
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import Dataset
 
+from lpt_peft._random import preserve_random_state
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.errors import ConfigError
 from lpt_peft.metrics import ShotMetrics, ShotResult
-from lpt_peft.recipe.checks import check_data, check_image
+from lpt_peft.recipe.checks import check_evaluation_split, prepare
 from lpt_peft.recipe.evaluate import Evaluation
-from lpt_peft.recipe.parallel import check_accelerator, check_precision, copy_from_first
-from lpt_peft.recipe.randomness import kept_random_state
-from lpt_peft.recipe.resume.checkpointing import Checkpoints, about_run
+from lpt_peft.recipe.progress import Reporter
+from lpt_peft.recipe.resume.checkpointing import Checkpoints, run_identity
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
+from lpt_peft.recipe.summary import run_summary
 from lpt_peft.recipe.training.criteria import Criterion
 from lpt_peft.recipe.training.loop import History, Loop
 from lpt_peft.recipe.training.phase import PhaseRun
@@ -41,59 +43,78 @@ def train(
     accelerator: Accelerator | None = None,
     checkpoints: Path | None = None,
     about: Mapping[str, Any] | None = None,
-    shot_rule: str = "lift",
+    shot_rule: str = "lpt",
     resume: bool = True,
     progress: bool | str = True,
 ) -> History:
-    """Train the phases that the settings plan; the adapter is left in the last one, in eval mode.
+    """Train the phases of the settings; leave the adapter in the last phase, in eval mode.
 
-    With several processes every one calls this with the same arguments; `batch_size` images are shared out among them,
-    so their number changes nothing but speed and rounding.
+    With several processes, all call this with the same arguments. The images of a step are shared among them, so their
+    number affects only speed and rounding.
 
     Args:
         adapter: A wrapped ViT.
         dataset: Map-style, yields (image, label), `len(labels)` items.
         labels: Class of every item, 0 to `C - 1`; every class at least once.
-        settings: How to train; None takes the defaults: the paper's recipe, but keys start at k-means centres and
-            groups as copies of the shared prompt.
-        validation: Yields (image, label); for history, `keep="best"` and `patience`. Never the test part.
-        criterion: Called as `criterion(output, target, epoch)` with epochs counted from 0 in every phase; None takes
-            what `settings.loss` says.
-        accelerator: Yours, for trackers for example; None makes one of `settings.mixed_precision`.
-        checkpoints: Folder to save the run in as it goes, some megabytes at a time; None saves nothing. Ctrl-C and
-            SIGTERM then save first.
-        about: More that tells this run from others, plain JSON, such as how images are cropped: what is different
-            there from the checkpoint's is refused, as settings, labels, backbone and number of processes are.
-        shot_rule: A name of `lpt_peft.metrics.SHOT_RULES`, for the validation's many, medium and few.
-        resume: Go on from the last checkpoint there, to the very prompts that a run without a break gives (on a CPU,
-            and with the same number of processes). False throws the checkpoints away.
-        progress: Show a bar for each phase; a text is put before the phase's name.
+        settings: Training settings; None uses the defaults: the paper's recipe, except that keys start at k-means
+            centers and groups as copies of the shared prompt.
+        validation: Yields (image, label); for history, `keep="best"` and `patience`. Never the test split.
+        criterion: Called as `criterion(output, target, epoch)` with epochs counted from 0 in every phase; None uses
+            `settings.loss`.
+        accelerator: An existing accelerator, for example with trackers; None creates one from
+            `settings.mixed_precision`.
+        checkpoints: Folder for checkpoints of a few megabytes each; None saves nothing. Ctrl-C and SIGTERM save before
+            the run stops.
+        about: Further properties that identify this run, plain JSON, such as the cropping of images. A run is resumed
+            only if they, the settings, labels, backbone and number of processes equal the checkpoint's.
+        shot_rule: A name of `lpt_peft.metrics.SHOT_RULES`, for many, medium and few of the validation.
+        resume: Resume from the last checkpoint in the folder; the result is identical to an uninterrupted run (on a
+            CPU, and with the same number of processes). False removes existing checkpoints.
+        progress: Print a summary, progress and notes on stderr: a bar on a terminal, otherwise a line per epoch and
+            every five minutes. A string precedes the name of the phase. False prints nothing; warnings are then
+            `UserWarning`s.
 
     Returns:
-        One record for each epoch: phase, epoch, loss, learning_rate of its last step, and shot accuracies of a
-        validation.
+        A record per epoch: phase, epoch, loss, learning_rate of its last step, and shot accuracies if validated.
 
     Raises:
         InputError: Labels do not fit the dataset or the head, or a class has no image.
-        ConfigError: The settings need a validation part that is not there, or the batch cannot be shared out.
-        StateError: The loss became NaN or infinite, a checkpoint is of another run or cannot be written.
+        ConfigError: The settings need a validation split, or the batch cannot be divided evenly.
+        StateError: The loss became NaN or infinite, or a checkpoint belongs to a different run or cannot be written.
         KeyboardInterrupt: Ctrl-C was pressed; with `checkpoints`, after saving.
     """
     settings = settings or TrainSettings()
     accelerator = accelerator or make_accelerator(settings)
     if validation is None and (settings.keep == "best" or settings.patience is not None):
         raise ConfigError(
-            f"keep={settings.keep!r} and patience={settings.patience} choose by validation images: pass validation=, "
+            f"keep={settings.keep!r} and patience={settings.patience} need validation images: pass validation=, with "
             "images that are neither trained on nor tested on."
         )
-    labels = _prepare(adapter, dataset, labels, settings, criterion=criterion, accelerator=accelerator)
+    labels = prepare(adapter, dataset, labels, settings, criterion=criterion, accelerator=accelerator)
+    if validation is not None:
+        check_evaluation_split(adapter, validation, "validation", accelerator)
     store, saved = None, None
     if checkpoints is not None:
-        told = about_run(
-            adapter, labels, settings, criterion=criterion, validation=validation, processes=accelerator.num_processes
+        processes = accelerator.num_processes
+        identity = run_identity(
+            adapter, labels, settings, criterion=criterion, validation=validation, processes=processes
         )
-        store = Checkpoints(checkpoints, {**told, **(about or {})}, settings, accelerator)
-        saved = store.open(resume)
+        store = Checkpoints(checkpoints, {**identity, **(about or {})}, settings, accelerator)
+        saved = store.load(resume)
+    reporter = Reporter(progress, accelerator.is_main_process)
+    reporter.note(
+        run_summary(
+            dataset,
+            labels,
+            settings,
+            accelerator,
+            num_classes=adapter.prompt_config.num_classes,
+            validation=validation,
+            criterion=criterion,
+        )
+    )
+    if saved:
+        reporter.note(f"Resuming phase {saved.phase} after step {saved.numbers['step']}, saved in {saved.path}")
     history: History = list(saved.history) if saved else []
     names = list(settings.plan)
     counts = torch.bincount(torch.as_tensor(labels), minlength=adapter.prompt_config.num_classes)
@@ -120,21 +141,27 @@ def train(
         criterion=criterion,
         accelerator=accelerator,
         history=history,
-        progress=progress,
+        reporter=reporter,
         validate=None if validation is None else validate,
         save=None if store is None else save,
     )
-    with kept_random_state():
-        for name in names[names.index(saved.phase) if saved else 0 :]:
-            learnt = saved.adapter if saved else None
-            begin_phase(adapter, name, dataset, settings, accelerator=accelerator, saved=learnt)
-            run = loop.start_phase(adapter, name, settings.plan[name])
-            if saved:
-                run.restore(saved.tensors, saved.numbers)
-                saved = None
-            loop.run(run)
+    try:
+        with preserve_random_state():
+            for name in names[names.index(saved.phase) if saved else 0 :]:
+                trained = saved.adapter if saved else None
+                begin_phase(adapter, name, dataset, settings, accelerator=accelerator, reporter=reporter, saved=trained)
+                run = loop.start_phase(adapter, name, settings.plan[name])
+                if saved:
+                    run.restore(saved.tensors, saved.numbers)
+                    saved = None
+                loop.run(run)
+    finally:
+        if evaluation is not None:
+            evaluation.close()
+        for images in (dataset, validation):
+            _report_skipped(images, reporter)
     if names:
-        adapter.phase = "shared" if names[-1] == "shared" else "group"  # "joint" had opened the shared prompt
+        adapter.phase = "shared" if names[-1] == "shared" else "group"  # "joint" also trained the shared prompt
     adapter.eval()
     return history
 
@@ -151,25 +178,34 @@ def run_phase(
     accelerator: Accelerator | None = None,
     progress: bool | str = True,
 ) -> History:
-    """Train what requires a gradient in `model`: one phase of LPT, or a baseline by the same loop.
+    """Train the parameters of `model` that require a gradient: a phase of LPT, or a baseline with the same loop.
 
     Args:
         model: Called as `model(images, return_output=True)`; returns an `AdapterOutput`. Has a `CosineClassifier`
             named `head`.
         dataset: Map-style, yields (image, label).
         labels: Class of every item.
-        settings: What phases share; what is said there of validation and checkpoints has no use here.
-        phase: What is this phase's own.
+        settings: Settings of all phases; those on validation and checkpoints are not used.
+        phase: Settings of this phase.
         name: For history, seeds and progress bar.
-        criterion: Called as `criterion(output, target, epoch)`; None takes what `settings.loss` says.
-        accelerator: Yours, or None for one of `settings.mixed_precision`.
-        progress: Show a bar; a text is put before the name.
+        criterion: Called as `criterion(output, target, epoch)`; None uses `settings.loss`.
+        accelerator: An existing accelerator; None creates one from `settings.mixed_precision`.
+        progress: As in `train`, without the summary.
 
     Returns:
-        One record for each epoch.
+        A record per epoch.
+
+    Raises:
+        LPTError: As `train`.
     """
     accelerator = accelerator or make_accelerator(settings)
-    labels = _prepare(model, dataset, labels, settings, criterion=criterion, accelerator=accelerator)
+    if settings.keep == "best" or settings.patience is not None:
+        raise ConfigError(
+            f"keep={settings.keep!r} and patience={settings.patience} need validation, which run_phase does not do: "
+            "use train, or leave them out."
+        )
+    reporter = Reporter(progress, accelerator.is_main_process)
+    labels = prepare(model, dataset, labels, settings, criterion=criterion, accelerator=accelerator)
     loop = Loop(
         dataset=dataset,
         labels=labels,
@@ -177,49 +213,39 @@ def run_phase(
         criterion=criterion,
         accelerator=accelerator,
         history=[],
-        progress=progress,
+        reporter=reporter,
     )
-    with kept_random_state():
-        loop.run(loop.start_phase(model, name, phase))
+    try:
+        with preserve_random_state():
+            loop.run(loop.start_phase(model, name, phase))
+    finally:
+        _report_skipped(dataset, reporter)
     model.eval()
     return loop.history
 
 
 def make_accelerator(settings: TrainSettings, **options: Any) -> Accelerator:
-    """An Accelerator of the settings' precision; `options` are its own."""
-    cpu = not torch.accelerator.is_available()  # else Accelerate would take several processes without a GPU for one
-    return Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu, **options)
+    """Create an Accelerator with the precision of the settings.
+
+    Args:
+        settings: `mixed_precision` is used.
+        **options: Further arguments of `Accelerator`.
+
+    Raises:
+        ConfigError: Accelerate refuses the precision, or was set up differently before.
+    """
+    cpu = not torch.accelerator.is_available()  # otherwise Accelerate ignores additional processes without a GPU
+    try:
+        return Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu, **options)
+    except ValueError as error:
+        raise ConfigError(
+            f'Accelerate cannot be set up with mixed_precision="{settings.mixed_precision}": {error} Its configuration '
+            "is fixed by the first Accelerator of a process."
+        ) from error
 
 
-def _prepare(
-    model: nn.Module,
-    dataset: Dataset[Any],
-    labels: Sequence[int],
-    settings: TrainSettings,
-    *,
-    criterion: Criterion | None,
-    accelerator: Accelerator,
-) -> list[int]:
-    """Put the model in place, the same on every process, when all is checked that can be; the labels as numbers."""
-    check_accelerator(accelerator)
-    check_precision(settings, accelerator)
-    head: Any = model.get_submodule("head")
-    plain = check_data(
-        dataset,
-        labels,
-        settings,
-        num_classes=len(head.weight),
-        num_processes=accelerator.num_processes,
-        own_criterion=criterion is not None,
-    )
-    if settings.backbone_dtype != "float32":
-        if not isinstance(model, LongTailPromptAdapter):
-            raise ConfigError(
-                f"backbone_dtype={settings.backbone_dtype!r} casts the frozen ViT of an adapter, and a "
-                f'{type(model).__name__} has none: leave it at "float32", and cast the model yourself.'
-            )
-        model.cast_backbone(getattr(torch, settings.backbone_dtype))
-    model.to(accelerator.device)
-    copy_from_first(model)
-    check_image(model, dataset, plain, accelerator)
-    return plain
+def _report_skipped(dataset: Dataset[Any] | None, reporter: Reporter) -> None:
+    """Name the images that could not be read and were replaced."""
+    report = getattr(dataset, "skipped_report", None)
+    if report is not None and (text := report()):
+        reporter.warn(text)

@@ -1,4 +1,4 @@
-"""The endless rows of indices behind an epoch: pure functions of (seed, epoch), made in blocks."""
+"""Infinite index sequences that depend only on (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ import numpy as np
 from lpt_peft.samplers.checks import Rows
 
 Key = tuple[int, int]  # seed, epoch
-BLOCK_ROWS = 2**14  # rows made at a time; part of the order: another value is another draw
-_INSTANCES, _CLASSES, _MEMBERS = range(3)  # what a generator is for: no two purposes share random numbers
+BLOCK_ROWS = 2**14  # indices generated at a time; changing it changes the order
+_INSTANCES, _CLASSES, _MEMBERS = range(3)  # purposes of generators, so that no two purposes share random numbers
 
 
 def instance_balanced(images: int, key: Key, start: int, size: int) -> Iterator[Rows]:
-    """Endless: every image once in random order, then all again; in pieces of `size` from row `start` on."""
+    """Yield random permutations of all images, without end, in chunks of `size` beginning at index `start`."""
     passes = max(1, BLOCK_ROWS // images)
 
     def block(number: int) -> Rows:
         return _shuffled(_generator(key, _INSTANCES, number), images, passes)
 
-    return _pieces(block, passes * images, start, size)
+    return _chunks(block, passes * images, start, size)
 
 
 def class_balanced(class_of: Rows, run: int, key: Key, start: int, size: int) -> Iterator[Rows]:
-    """Endless: every class once in random order, `run` images of each, then all again; pieces as above."""
+    """Yield runs of `run` images of every class in random order, without end, in chunks of `size` from `start`."""
     counts = np.bincount(class_of)
     first = np.cumsum(counts) - counts
     order = _generator(key, _MEMBERS).permutation(len(class_of))
-    members = order[np.argsort(class_of[order], kind="stable")]  # class after class, shuffled within each
+    members = order[np.argsort(class_of[order], kind="stable")]  # sorted by class, shuffled within each class
     cycles = max(1, BLOCK_ROWS // (len(counts) * run))
 
     def block(number: int) -> Rows:
         generator = _generator(key, _CLASSES, number)
         classes = _shuffled(generator, len(counts), cycles)[:, None]
-        # A run is `run` neighbours on the ring of a class's shuffled images: no image twice if there are enough.
-        ring = counts[classes]
-        return members[first[classes] + (generator.integers(ring) + np.arange(run)) % ring].ravel()
+        # A run is a cyclic window over the shuffled images of its class, so it repeats none if there are enough.
+        sizes = counts[classes]
+        return members[first[classes] + (generator.integers(sizes) + np.arange(run)) % sizes].ravel()
 
-    return _pieces(block, cycles * len(counts) * run, start, size)
+    return _chunks(block, cycles * len(counts) * run, start, size)
 
 
 def _generator(key: Key, *purpose: int) -> np.random.Generator:
@@ -47,12 +47,12 @@ def _generator(key: Key, *purpose: int) -> np.random.Generator:
 
 
 def _shuffled(generator: np.random.Generator, size: int, times: int) -> Rows:
-    """The numbers below `size` in random order, `times` times over: (times * size,) int64."""
+    """Concatenate `times` random permutations of the integers below `size`: (times * size,) int64."""
     return generator.permuted(np.tile(np.arange(size, dtype=np.int64), (times, 1)), axis=1).ravel()
 
 
-def _pieces(block: Callable[[int], Rows], length: int, start: int, size: int) -> Iterator[Rows]:
-    """Cut the endless rows `block(0), block(1), ...` (`length` each) into pieces of `size`, from row `start` on."""
+def _chunks(block: Callable[[int], Rows], length: int, start: int, size: int) -> Iterator[Rows]:
+    """Split the sequence `block(0), block(1), ...` (`length` each) into chunks of `size`, from index `start`."""
     number, skip = divmod(start, length)
     rows = block(number)[skip:]
     while True:

@@ -1,4 +1,4 @@
-"""Base of the samplers: checked labels, the rank, the epoch and the position in it that can be saved."""
+"""Base class of the samplers: labels, rank, epoch and a resumable position."""
 
 from __future__ import annotations
 
@@ -10,51 +10,52 @@ from typing import TypeVar
 import numpy as np
 from torch.utils.data import Sampler
 
+from lpt_peft._numbers import checked_integer
 from lpt_peft.errors import InputError
-from lpt_peft.samplers.checks import Labels, checked_labels, checked_replica, current_replica, whole
+from lpt_peft.samplers.checks import Labels, checked_labels, checked_replica, current_replica
 
 _T = TypeVar("_T")
 
 
 class EpochSampler(Sampler[_T]):
-    """Checked labels, the rank, the epoch, and the position in it."""
+    """Base class with checked labels, the rank, the epoch and the position in the epoch."""
 
     def __init__(
         self, labels: Labels, samples_per_class: int, seed: int, num_replicas: int | None, rank: int | None
     ) -> None:
-        images = checked_labels(labels)
-        classes, self._class_of = np.unique(images, return_inverse=True)
+        label_array = checked_labels(labels)
+        classes, self._class_of = np.unique(label_array, return_inverse=True)
         if len(classes) == 1:
             raise InputError(
-                f"labels hold one class only ({classes[0]}), so there is nothing to balance; "
-                f"pass the labels of the whole training set, or use torch.utils.data.RandomSampler."
+                f"labels contain a single class ({classes[0]}), so there is nothing to balance: "
+                f"pass the labels of all training images, or use torch.utils.data.RandomSampler."
             )
         self._num_classes = len(classes)
-        self._samples_per_class = whole("samples_per_class", samples_per_class, 1)
-        self._seed = whole("seed", seed, 0)
+        self._samples_per_class = checked_integer("samples_per_class", samples_per_class, 1)
+        self._seed = checked_integer("seed", seed, 0)
         self._given_replica = checked_replica(num_replicas, rank)
-        self._labels_crc32 = zlib.crc32(images.astype("<i8").tobytes())
+        self._labels_crc32 = zlib.crc32(label_array.astype("<i8").tobytes())
         self._epoch = self._start = self._position = 0
 
     @property
     def _replica(self) -> tuple[int, int]:
-        """World size and rank, asked for at every use: a process group may begin after the sampler was made."""
+        """World size and rank, read at every use because a process group may be created after the sampler."""
         return current_replica() if self._given_replica is None else self._given_replica
 
     @abstractmethod
     def _sizes(self, num_replicas: int) -> dict[str, int]:
-        """Settings of the subclass that the order depends on."""
+        """Settings of the subclass that determine the order."""
 
     @abstractmethod
     def _length(self, num_replicas: int) -> int:
-        """Items that each rank yields in an epoch."""
+        """Number of items that each rank yields in an epoch."""
 
     @abstractmethod
     def _draw(self, epoch: int, start: int, num_replicas: int, rank: int) -> Iterator[_T]:
-        """The items of an epoch from number `start` on."""
+        """Yield the items of an epoch, beginning with number `start`."""
 
     def _settings(self) -> dict[str, int]:
-        """What a saved position is valid for; not the rank, so that one checkpoint serves all ranks."""
+        """Settings that a saved position depends on. The rank is excluded, so all ranks can load the same state."""
         num_replicas, _ = self._replica
         return {
             "labels_crc32": self._labels_crc32,
@@ -65,12 +66,12 @@ class EpochSampler(Sampler[_T]):
         }
 
     def __len__(self) -> int:
-        """Lists (`DualSampler`) or indices (`ClassBalancedSampler`) that this rank yields in a whole epoch."""
+        """Number of batches (`DualSampler`) or indices (`ClassBalancedSampler`) that this rank yields in an epoch."""
         return self._length(self._replica[0])
 
     def __repr__(self) -> str:
         num_replicas, rank = self._replica
-        shown = {
+        fields = {
             "images": len(self._class_of),
             "classes": self._num_classes,
             **self._sizes(num_replicas),
@@ -80,11 +81,11 @@ class EpochSampler(Sampler[_T]):
             "num_replicas": num_replicas,
             "rank": rank,
         }
-        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in fields.items())})"
 
     def __iter__(self) -> Iterator[_T]:
-        # All of this happens at the first next(): a DataLoader with workers calls iter() twice and drops the first, so
-        # iter() must not use up a loaded position. Once used, the next pass starts at the beginning.
+        # A DataLoader with workers calls iter() twice and drops the first iterator, so only next() may consume a loaded
+        # position.
         start, self._start = self._start, 0
         for position, item in enumerate(self._draw(self._epoch, start, *self._replica), start + 1):
             self._position = position
@@ -92,68 +93,68 @@ class EpochSampler(Sampler[_T]):
 
     @property
     def epoch(self) -> int:
-        """The epoch whose order the next iteration gives."""
+        """The epoch that determines the order of the next iteration."""
         return self._epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; call it before each one, else every pass repeats the same order.
+        """Set the epoch. Call it before each epoch; otherwise every epoch has the same order.
 
-        A position set by `load_state_dict` stays if it lies in this epoch, so a resumed loop may call this as well.
+        A position loaded by `load_state_dict` is kept if it belongs to this epoch, so a resumed loop can call this too.
 
         Args:
-            epoch: Whole number of at least 0.
+            epoch: Integer of at least 0.
 
         Raises:
-            ConfigError: `epoch` is not such a number.
+            ConfigError: `epoch` is not an integer of at least 0.
         """
-        epoch = whole("epoch", epoch, 0)
+        epoch = checked_integer("epoch", epoch, 0)
         if epoch != self._epoch:
             self._epoch, self._start, self._position = epoch, 0, 0
 
     def state_dict(self, position: int | None = None) -> dict[str, int]:
-        """The position in the epoch, and the settings it is valid for, as ints ready for JSON; equal on all ranks.
+        """Return the position in the epoch and the settings it depends on: JSON-ready ints, equal on all ranks.
 
         Args:
-            position: Items of this epoch (lists of a `DualSampler`, else indices) that training has used, counted from
-                the beginning of the epoch, also after a resume. None: those yielded so far, which is right where the
-                sampler is iterated directly. The workers of a DataLoader fetch ahead of training, so there the loop
-                must say how far it is: `sampler.state_dict(position=step + 1)`.
+            position: Number of items of this epoch (batches of a `DualSampler`, otherwise indices) that training has
+                used, counted from the start of the epoch, also after resuming. None means the items yielded so far,
+                which is correct if the sampler is iterated directly. DataLoader workers fetch items in advance, so
+                with workers pass the position explicitly: `sampler.state_dict(position=step + 1)`.
 
         Raises:
             ConfigError: `position` is not from 0 to `len(self)`.
         """
-        position = self._position if position is None else whole("position", position, 0, len(self))
+        position = self._position if position is None else checked_integer("position", position, 0, len(self))
         return {**self._settings(), "epoch": self._epoch, "position": position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Return to a saved position: the next iteration yields exactly what was left of that epoch.
+        """Restore a saved position: the next iteration yields exactly the rest of that epoch.
 
         Args:
-            state: What `state_dict` returned, on any rank. The number of ranks is compared, so load the state after
-                torch.distributed is initialised.
+            state: Result of `state_dict` on any rank. The number of ranks is compared, so load the state after
+                torch.distributed is initialized.
 
         Raises:
-            InputError: The state is of another sampler, of other labels or of other settings (the message lists the
-                differences), or its position does not exist. The sampler stays as it was.
+            InputError: The state belongs to another sampler, other labels or other settings (the message lists the
+                differences), or its position is out of range. The sampler is then unchanged.
         """
         settings = self._settings()
         expected = {*settings, "epoch", "position"}
         if not isinstance(state, Mapping) or set(state) != expected:
-            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise InputError(
-                f"The state of a {type(self).__name__} has the keys {sorted(expected)}, not {got}; "
-                f"pass what state_dict() of the same sampler class returned."
+                f"The state of a {type(self).__name__} has the keys {sorted(expected)}, not {found}: "
+                f"pass the result of state_dict() of the same sampler class."
             )
         differences = [
-            f"{name} is {here} here and {state[name]} in the state"
-            for name, here in settings.items()
-            if state[name] != here
+            f"{name} is {value} here and {state[name]} in the state"
+            for name, value in settings.items()
+            if state[name] != value
         ]
         if differences:
             raise InputError(
-                f"The state belongs to another draw: {'; '.join(differences)}. Build the sampler as it was when the "
-                f"state was saved, or begin the epoch anew with set_epoch()."
+                f"The state belongs to another draw: {'; '.join(differences)}. Create the sampler with the settings of "
+                f"the saved state, or restart the epoch with set_epoch()."
             )
-        epoch = whole("state['epoch']", state["epoch"], 0, error=InputError)
-        position = whole("state['position']", state["position"], 0, len(self), error=InputError)
+        epoch = checked_integer("state['epoch']", state["epoch"], 0, error=InputError)
+        position = checked_integer("state['position']", state["position"], 0, len(self), error=InputError)
         self._epoch, self._start, self._position = epoch, position, position

@@ -9,11 +9,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +18,9 @@ from torch import nn
 
 from lpt_peft import LongTailPromptAdapter
 from tests.backbones.models import ROWS, build, images, make, phases, rows, wrap
-from tests.backbones.two_processes import gradients, saved
+from tests.backbones.two_processes import everything, gradients, saved
+from tests.processes import run_ranks
 
-ROOT = Path(__file__).parents[2]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -96,51 +93,41 @@ def test_checkpointing(row, phase):
         torch.testing.assert_close(recomputed[name], plain[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.fixture(scope="session")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_processes")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.backbones.two_processes", str(folder)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
+@pytest.fixture(scope="module")
+def first_rank():
+    """Results of rank 0 of two."""
+    return run_ranks(everything, timeout=600)[0]
 
 
-def check_two_processes(folder, row, phase, kind):
-    got = torch.load(folder / f"{row} {phase} {kind}.pt", weights_only=True)
-    assert not isinstance(got, str), got
-    wanted = gradients(row, phase, "single")
-    assert got.keys() == wanted.keys()
-    for name in wanted:
-        torch.testing.assert_close(got[name], wanted[name], rtol=1e-9, atol=1e-11, msg=name)
+def check_gradients(found, row, phase):
+    assert not isinstance(found, str), found
+    expected = gradients(row, phase, "single")
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-11, msg=name)
 
 
 @pytest.mark.slow
 @rows
 @phases
-def test_ddp(two_processes, row, phase):
-    check_two_processes(two_processes, row, phase, "DDP")
+def test_ddp(first_rank, row, phase):
+    check_gradients(first_rank[row, phase, "DDP"], row, phase)
 
 
 @pytest.mark.slow
 @rows
 @phases
-def test_fsdp2(two_processes, row, phase):
-    check_two_processes(two_processes, row, phase, "FSDP2")
+def test_fsdp2(first_rank, row, phase):
+    check_gradients(first_rank[row, phase, "FSDP2"], row, phase)
 
 
 @pytest.mark.slow
 @rows
-def test_fsdp2_saves_after_an_evaluation(two_processes, row):
-    got, wanted = torch.load(two_processes / f"{row} saved.pt", weights_only=True), saved(row, "group", "single")
-    assert got["config"] == wanted["config"]
-    assert got["weights"] == wanted["weights"]
-    assert all(torch.equal(tensor, wanted["best"][name]) for name, tensor in got["best"].items())
+def test_fsdp2_saves_after_an_evaluation(first_rank, row):
+    found, expected = first_rank[row,], saved(row, "group", "single")
+    assert found["config"] == expected["config"]
+    assert found["weights"] == expected["weights"]
+    assert all(torch.equal(tensor, expected["best"][name]) for name, tensor in found["best"].items())
 
 
 @rows

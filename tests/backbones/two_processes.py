@@ -1,11 +1,10 @@
-"""DDP and FSDP2 on every row of the table, on two gloo processes; run by test_compatibility.py.
+"""DDP and FSDP2 on two ranks, for every row of the table: functions that test_compatibility.py runs.
 
-Each process has half of the batch. Gradients of trainable parameters are written as full tensors.
+Each rank has half of the batch. Gradients of trained parameters are full tensors.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lpt_peft import LongTailPromptAdapter
+from lpt_peft._prompt_content import content_of
 from lpt_peft.checkpoint import encode
 from tests.backbones.models import ROWS, build, images
 
@@ -45,43 +45,40 @@ def gradients(row: str, phase: str, kind: str) -> dict[str, Tensor]:
     return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
 
 
+def gradients_or_error(row: str, phase: str, kind: str) -> dict[str, Tensor] | str:
+    """`gradients`, or the message of an error, which must not stop the other rows."""
+    try:
+        return gradients(row, phase, kind)
+    except Exception as error:
+        return repr(error)
+
+
 def shard(adapter: LongTailPromptAdapter) -> None:
     """FSDP2, block by block."""
     for block in adapter.backbone.blocks:
         fully_shard(block)
-    # CLIP's logit_scale: fully_shard takes no 0-d parameter, and the adapter does not use it.
+    # CLIP's logit_scale: fully_shard takes no parameter without a dimension, and the adapter does not use it.
     fully_shard(adapter, ignored_params={parameter for parameter in adapter.parameters() if parameter.ndim == 0})
 
 
 def saved(row: str, phase: str, kind: str) -> dict[str, Any]:
-    """Bytes of a prompt file, and the `adapter_state_dict`, after an evaluation; `kind` as in `gradients`."""
+    """The bytes of a prompt file, and `adapter_state_dict()`, after an evaluation; `kind` as in `gradients`."""
     adapter = build(row, phase).eval()
     if kind == "FSDP2":
         shard(adapter)
     with torch.no_grad():  # without a backward pass FSDP2 leaves the root's parameters in buffers that it frees later
         adapter(images(2))
     best = adapter.adapter_state_dict()
-    config, weights = encode(adapter)
-    return {"config": config, "weights": weights, "best": best}
+    encoded = encode(content_of(adapter))
+    return {"config": encoded.copy, "weights": encoded.weights, "best": best}
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def everything() -> dict[tuple[str, ...], Any]:
+    """Results of every row on this rank: by row, phase and kind the gradients or an error, by row what was saved."""
+    found: dict[tuple[str, ...], Any] = {}
     for row in ROWS:
         for phase in ("shared", "group"):
             for kind in ("DDP", "FSDP2"):
-                try:
-                    answer: Any = gradients(row, phase, kind)
-                except Exception as error:
-                    answer = repr(error)
-                if rank == 0:
-                    torch.save(answer, f"{folder}/{row} {phase} {kind}.pt")
-        answer = saved(row, "group", "FSDP2")
-        if rank == 0:
-            torch.save(answer, f"{folder}/{row} saved.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.multiprocessing.spawn(work, args=(sys.argv[1],), nprocs=2)
+                found[row, phase, kind] = gradients_or_error(row, phase, kind)
+        found[row,] = saved(row, "group", "FSDP2")
+    return found

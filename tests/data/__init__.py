@@ -1,1 +1,1 @@
-"""Tests of lpt_peft.data; `tests/data` is a folder of files."""
+"""Tests of lpt_peft.data, and small files that they read."""

@@ -1,4 +1,4 @@
-"""Small images and files in the formats of the real archives, for the tests beside."""
+"""Helpers that write small images for the tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def color(index: int, label: int = 0) -> tuple[int, int, int]:
-    """A colour that tells index and label."""
+    """A colour that encodes index and label."""
     return (index % 256, 10 * label % 256, 99)
 
 
@@ -18,6 +18,6 @@ def write_png(path: Path, index: int, label: int = 0, size: tuple[int, int] = (6
 
 
 def seen(image: Image.Image) -> tuple[int, int, int]:
-    """The colour of an image that `write_png` wrote."""
+    """The colour of an image written by `write_png`."""
     assert image.mode == "RGB"
     return image.getpixel((0, 0))

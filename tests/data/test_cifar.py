@@ -1,7 +1,7 @@
-"""CIFAR-LT from archives written here in the layout of the real ones, and the split on labels of CIFAR's shape.
+"""CIFAR-LT from small archives in the layout of the originals.
 
-torchvision holds MD5 sums against those of the originals. Here it is given those of the small archives, so its check
-runs as ever: a changed byte is refused in these tests too.
+torchvision verifies MD5 sums. The tests replace its sums by those of the small archives, so a changed byte is refused
+here as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PER_CLASS, TEST_PER_CLASS = 10, 2
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes text and bytes alike as Python 2's `str`, as in the originals: read back as either, by `encoding`."""
+    """Writes text and bytes as `str` of Python 2, as in the original archives."""
 
     dispatch = pickle._Pickler.dispatch.copy()
 
@@ -38,14 +38,14 @@ class Python2Pickler(pickle._Pickler):
 
 
 def python2_pickle(content):
-    """Protocol 2; arrays name the numpy module of 2009."""
+    """Pickle with protocol 2 and the numpy module name of 2009."""
     stream = io.BytesIO()
     Python2Pickler(stream, protocol=2).dump(content)
     return stream.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
 
 
 def archive(rng, labels, key):
-    """One pickled batch: what the originals hold, rows of 1024 red, 1024 green and 1024 blue values."""
+    """Content of a batch file: rows of 1024 red, 1024 green and 1024 blue values."""
     data = rng.integers(0, 256, (len(labels), 3072), dtype=np.uint8)
     names = [b"%d.png" % index for index in range(len(labels))]
     content = {b"batch_label": b"a batch", key: [int(label) for label in labels], b"data": data, b"filenames": names}
@@ -54,52 +54,52 @@ def archive(rng, labels, key):
     return content
 
 
-def write(folder, parts, meta, monkeypatch, kind):
-    """Write the files and tell torchvision their sums."""
+def write(folder, batches, meta, monkeypatch, kind):
+    """Write the files and give torchvision their MD5 sums."""
     folder.mkdir()
     sums = {}
-    for name, content in {**parts, **meta}.items():
+    for name, content in {**batches, **meta}.items():
         raw = python2_pickle(content)
         (folder / name).write_bytes(raw)
         sums[name] = hashlib.md5(raw).hexdigest()
     [meta_name] = meta
-    monkeypatch.setattr(kind, "train_list", [[name, sums[name]] for name in parts if not name.startswith("test")])
-    monkeypatch.setattr(kind, "test_list", [[name, sums[name]] for name in parts if name.startswith("test")])
+    monkeypatch.setattr(kind, "train_list", [[name, sums[name]] for name in batches if not name.startswith("test")])
+    monkeypatch.setattr(kind, "test_list", [[name, sums[name]] for name in batches if name.startswith("test")])
     monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": sums[meta_name]})
-    return parts
+    return batches
 
 
 @pytest.fixture
 def cifar100(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     train, test = (rng.permutation(np.repeat(np.arange(100), n)) for n in (PER_CLASS, TEST_PER_CLASS))
-    parts = {"train": archive(rng, train, b"fine_labels"), "test": archive(rng, test, b"fine_labels")}
+    batches = {"train": archive(rng, train, b"fine_labels"), "test": archive(rng, test, b"fine_labels")}
     meta = {b"fine_label_names": [b"fine_%d" % j for j in range(100)], b"coarse_label_names": [b"c"] * 20}
-    return write(tmp_path / "cifar-100-python", parts, {"meta": meta}, monkeypatch, torchvision.datasets.CIFAR100)
+    return write(tmp_path / "cifar-100-python", batches, {"meta": meta}, monkeypatch, torchvision.datasets.CIFAR100)
 
 
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
     rng = np.random.default_rng(1)
     labels = rng.permutation(np.repeat(np.arange(10), 50)).reshape(5, 100)
-    parts = {f"data_batch_{j + 1}": archive(rng, labels[j], b"labels") for j in range(5)}
-    parts["test_batch"] = archive(rng, rng.permutation(np.repeat(np.arange(10), 3)), b"labels")
+    batches = {f"data_batch_{j + 1}": archive(rng, labels[j], b"labels") for j in range(5)}
+    batches["test_batch"] = archive(rng, rng.permutation(np.repeat(np.arange(10), 3)), b"labels")
     meta = {b"num_cases_per_batch": 100, b"label_names": [b"name_%d" % j for j in range(10)], b"num_vis": 3072}
     return write(
-        tmp_path / "cifar-10-batches-py", parts, {"batches.meta": meta}, monkeypatch, torchvision.datasets.CIFAR10
+        tmp_path / "cifar-10-batches-py", batches, {"batches.meta": meta}, monkeypatch, torchvision.datasets.CIFAR10
     )
 
 
 def kept(labels, counts):
-    """Trap 13 read slowly: one legacy generator seeded 0 shuffles class after class, the first n_j stay."""
+    """Trap 13 by brute force: numpy's global generator with seed 0 shuffles each class; the first n_j are kept."""
     state = np.random.get_state()
     try:
         np.random.seed(0)
         rows = []
         for label, count in enumerate(counts):
-            mine = np.array([index for index, other in enumerate(labels) if other == label])
-            np.random.shuffle(mine)
-            rows += list(mine[:count])
+            indices = np.array([index for index, other in enumerate(labels) if other == label])
+            np.random.shuffle(indices)
+            rows += list(indices[:count])
     finally:
         np.random.set_state(state)
     return rows
@@ -109,8 +109,8 @@ def pixel(rows, index, y, x):
     return tuple(int(rows[index, 1024 * channel + 32 * y + x]) for channel in range(3))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy, of the module's name in old pickles
-def test_the_archives_here_have_the_layout_of_the_originals(cifar100):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy: the module name in old pickles
+def test_archives_have_the_layout_of_the_originals(cifar100):
     raw = python2_pickle(cifar100["test"])
     assert raw[:3] == b"\x80\x02}"
     opcodes = {opcode.name for opcode, _, _ in pickletools.genops(raw)}
@@ -133,14 +133,14 @@ def test_cifar_100_lt(cifar100, tmp_path):
     assert (counts[0], counts[-1]) == (10, 2)
     assert data.labels == [raw[b"fine_labels"][row] for row in rows]
     assert data.class_names[:2] == ["fine_0", "fine_1"]
-    for place, row in list(enumerate(rows))[::37]:
-        image, label = data[place]
+    for position, row in list(enumerate(rows))[::37]:
+        image, label = data[position]
         assert (image.size, image.mode, label) == ((32, 32), "RGB", raw[b"fine_labels"][row])
         for y, x in ((0, 0), (3, 29), (31, 1)):
             assert image.getpixel((x, y)) == pixel(raw[b"data"], row, y, x)
 
 
-def test_cifar_100_test_part_is_whole(cifar100, tmp_path):
+def test_cifar_100_test_split_is_complete(cifar100, tmp_path):
     data = cifar_lt(str(tmp_path), train=False)
     assert data.labels == cifar100["test"][b"fine_labels"]
     assert data.class_counts == [TEST_PER_CLASS] * 100
@@ -163,13 +163,13 @@ def test_cifar_10_lt(cifar10, tmp_path, kind):
 
 
 def test_missing_archives(tmp_path, cifar100):
-    with pytest.raises(InputError, match=r"lacks cifar-10-batches-py/ with data_batch_1, .*Fetch https"):
+    with pytest.raises(InputError, match=r"lacks cifar-10-batches-py/ with data_batch_1, .*Download https"):
         cifar_lt(tmp_path, "cifar10")
     (tmp_path / "cifar-10-python.tar.gz").touch()
     with pytest.raises(InputError, match=r"Unpack .*cifar-10-python\.tar\.gz there"):
         cifar_lt(tmp_path, "cifar10")
     (tmp_path / "cifar-100-python" / "meta").unlink()
-    with pytest.raises(InputError, match=r"root='.*' lacks cifar-100-python/ with meta\. Fetch"):
+    with pytest.raises(InputError, match=r"root='.*' lacks cifar-100-python/ with meta\. Download"):
         cifar_lt(tmp_path)
 
 
@@ -179,7 +179,7 @@ def test_a_changed_byte_is_refused(tmp_path, cifar100, name):
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(InputError, match="MD5 sum differs"):
+    with pytest.raises(InputError, match=r"differ from the original archive \(MD5\)\. Download"):
         cifar_lt(tmp_path)
 
 
@@ -189,7 +189,7 @@ def test_bad_settings(tmp_path, cifar100):
     with pytest.raises(ConfigError, match="imbalance >= 1"):
         cifar_lt(tmp_path, imbalance=0.01)
     with pytest.raises(ConfigError, match="no image"):
-        cifar_lt(tmp_path, imbalance=100)  # of ten images a class
+        cifar_lt(tmp_path, imbalance=100)  # of ten images per class
     with pytest.raises(ConfigError, match='kind=\'linear\' must be "exp" or "step"'):
         cifar_lt(tmp_path, kind="linear")
 
@@ -198,18 +198,17 @@ def test_bad_settings(tmp_path, cifar100):
     ("classes", "per_class", "imbalance", "last", "total"),
     [(100, 500, 100, 5, 10_847), (100, 500, 50, 10, 12_608), (100, 500, 10, 50, 19_573), (10, 5000, 100, 50, None)],
 )
-def test_split_on_labels_of_cifars_shape(classes, per_class, imbalance, last, total):
+def test_subset_of_labels_as_large_as_cifar(classes, per_class, imbalance, last, total):
     labels = np.random.default_rng(3).permutation(np.repeat(np.arange(classes), per_class)).tolist()
     counts = [int(per_class * (1 / imbalance) ** (j / (classes - 1))) for j in range(classes)]
-    ours = cifar_lt_indices(labels, imbalance)
-    assert ours == kept(labels, counts)
-    found = np.bincount([labels[index] for index in ours])
+    indices = cifar_lt_indices(labels, imbalance)
+    assert indices == kept(labels, counts)
+    found = np.bincount([labels[index] for index in indices])
     assert (found[0], found[-1]) == (per_class, last)
-    assert total is None or len(ours) == total
+    assert total is None or len(indices) == total
 
 
-def test_step_split_on_labels_of_cifars_shape():
+def test_step_subset_of_labels_as_large_as_cifar():
     labels = np.random.default_rng(3).permutation(np.repeat(np.arange(100), 500)).tolist()
     for imbalance, tail in ((100, 5), (50, 10), (10, 50)):
-        ours = cifar_lt_indices(labels, imbalance, "step")
-        assert ours == kept(labels, [500] * 50 + [tail] * 50)
+        assert cifar_lt_indices(labels, imbalance, "step") == kept(labels, [500] * 50 + [tail] * 50)

@@ -1,4 +1,4 @@
-"""The long-tailed digits: counts, disjoint parts, a test part that no division touches."""
+"""The long-tailed digits: counts, disjoint splits, and the same test split in every division."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from lpt_peft.data.digits import PAPER, DigitsLT, _split, digits_counts
+from lpt_peft.data.digits import PAPER, DigitsLT, _split_indices, digits_counts
 from lpt_peft.errors import ConfigError
 
 DIGITS = load_digits().target
@@ -24,16 +24,16 @@ def test_counts():
 
 
 @pytest.mark.parametrize("division", [0, 1, 7])
-def test_parts_are_disjoint_and_as_large_as_told(division):
-    parts = {part: _split(DIGITS, part, division) for part in ("train", "validation", "test")}
-    chosen = [index for part in parts.values() for index in part.tolist()]
-    assert len(chosen) == len(set(chosen))
-    assert Counter(DIGITS[parts["test"]].tolist()) == dict.fromkeys(range(10), 50)
-    assert Counter(DIGITS[parts["train"]].tolist()) == dict(enumerate(digits_counts()))
-    assert all(count >= 8 for count in Counter(DIGITS[parts["validation"]].tolist()).values())
-    assert parts["test"].tolist() == _split(DIGITS, "test", 0).tolist()
+def test_splits_are_disjoint_and_have_the_documented_sizes(division):
+    splits = {name: _split_indices(DIGITS, name, division) for name in ("train", "validation", "test")}
+    indices = [index for split in splits.values() for index in split.tolist()]
+    assert len(indices) == len(set(indices))
+    assert Counter(DIGITS[splits["test"]].tolist()) == dict.fromkeys(range(10), 50)
+    assert Counter(DIGITS[splits["train"]].tolist()) == dict(enumerate(digits_counts()))
+    assert all(count >= 8 for count in Counter(DIGITS[splits["validation"]].tolist()).values())
+    assert splits["test"].tolist() == _split_indices(DIGITS, "test", 0).tolist()
     if division:
-        assert parts["train"].tolist() != _split(DIGITS, "train", 0).tolist()
+        assert splits["train"].tolist() != _split_indices(DIGITS, "train", 0).tolist()
 
 
 def test_images_are_dark_ink_on_light_paper():
@@ -47,15 +47,15 @@ def test_images_are_dark_ink_on_light_paper():
     assert torch.equal(DigitsLT("train")[0][0], (image - 0.5) / 0.5)
 
 
-def test_augmentation_is_torchs_own_and_changes_little():
+def test_augmentation_draws_from_the_generator_of_torch():
     data = DigitsLT("train", augment=True)
     torch.manual_seed(3)
-    one = data[5][0]
+    image = data[5][0]
     torch.manual_seed(3)
-    assert torch.equal(data[5][0], one)
-    assert not torch.equal(data[5][0], one)
+    assert torch.equal(data[5][0], image)
+    assert not torch.equal(data[5][0], image)
 
 
-def test_unknown_part():
-    with pytest.raises(ConfigError, match="part='val'"):
+def test_unknown_split():
+    with pytest.raises(ConfigError, match="split='val'"):
         DigitsLT("val")

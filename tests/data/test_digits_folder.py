@@ -1,4 +1,4 @@
-"""examples/digits_folder.py: the class folders hold the demo's very images."""
+"""examples/digits_folder.py: the class folders contain the images of the demo."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(("name", "part"), [("train", "train"), ("val", "validation"), ("test", "test")])
-def test_folders_are_the_demos_parts(folder, name, part):
+@pytest.mark.parametrize(("name", "split"), [("train", "train"), ("val", "validation"), ("test", "test")])
+def test_folders_contain_the_splits_of_the_demo(folder, name, split):
     data = image_folder(folder / name, transform=lambda image: pil_to_tensor(image).float() / 255, verify="decode")
-    demo = DigitsLT(part, mean=(0.0,) * 3, std=(1.0,) * 3)
+    demo = DigitsLT(split, mean=(0.0,) * 3, std=(1.0,) * 3)
     assert data.class_names == [str(digit) for digit in range(10)]
     assert data.labels == demo.labels
-    for ours, theirs in zip(data, demo, strict=True):
-        assert ours[0].shape == (3, 32, 32)
-        assert torch.all((ours[0] - theirs[0]).abs() <= 1 / 510 + 1e-6)
+    for (image, _), (original, _) in zip(data, demo, strict=True):
+        assert image.shape == (3, 32, 32)
+        assert torch.all((image - original).abs() <= 1 / 510 + 1e-6)
 
 
 def test_training_counts_are_long_tailed(folder):

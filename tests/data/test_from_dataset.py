@@ -1,4 +1,4 @@
-"""Any map-style dataset: torchvision's and bare tensors, with labels told or given."""
+"""Map-style datasets: torchvision, tensors and custom classes, with listed or given labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lpt_peft.errors import InputError
 from tests.data.make import color, seen, write_png
 
 
-def test_torchvision_dataset_tells_its_own_labels_and_names(tmp_path):
+def test_labels_and_names_of_a_torchvision_dataset(tmp_path):
     for index in range(4):
         write_png(tmp_path / ("cat" if index < 3 else "dog") / f"{index}.png", index)
     data = from_dataset(ImageFolder(str(tmp_path)))
@@ -23,18 +23,18 @@ def test_torchvision_dataset_tells_its_own_labels_and_names(tmp_path):
     assert [seen(image) for image, _ in data] == [color(index) for index in range(4)]
 
 
-def test_tensors_and_own_transforms_go_through():
+def test_tensors_and_transforms():
     images, targets = torch.rand(6, 3, 4, 4), torch.tensor([0, 0, 0, 1, 1, 1])
     data = from_dataset(TensorDataset(images, targets), targets, transform=lambda image: -image)
     assert torch.equal(data[4][0], -images[4])
-    part = data.subset(make_long_tailed(data.labels, 3))
-    assert part.class_counts == [3, 1]
-    assert all(any(torch.equal(image, -row) for row in images) for image, _ in part)
-    assert len(list(DualSampler(part.labels, 4))) == 3
+    subset = data.subset(make_long_tailed(data.labels, 3))
+    assert subset.class_counts == [3, 1]
+    assert all(any(torch.equal(image, -row) for row in images) for image, _ in subset)
+    assert len(list(DualSampler(subset.labels, 4))) == 3
 
 
 def test_labels_attribute_and_given_names():
-    class Mine:
+    class Custom:
         labels = (0, 1)
 
         def __len__(self):
@@ -43,7 +43,7 @@ def test_labels_attribute_and_given_names():
         def __getitem__(self, index):
             return Image.new("L", (2, 2), index), "more", "things"
 
-    data = from_dataset(Mine(), class_names=["x", "y"])
+    data = from_dataset(Custom(), class_names=["x", "y"])
     assert (data.class_names, data[1][0].mode, data[1][0].getpixel((0, 0))) == (["x", "y"], "RGB", (1, 1, 1))
 
 
@@ -56,5 +56,5 @@ def test_refusals():
         from_dataset(Stream())
     with pytest.raises(InputError, match="FakeData has neither"):
         from_dataset(FakeData(3))
-    with pytest.raises(InputError, match="2 labels do not fit 3 images"):
+    with pytest.raises(InputError, match="2 labels do not match 3 images"):
         from_dataset(FakeData(3), [0, 1])

@@ -1,4 +1,4 @@
-"""LabelledImages: labels and classes that fit, and images that cannot be read, found before or met at read time."""
+"""LabelledImages: validation of labels and classes, and images that cannot be read."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
 from lpt_peft import DualSampler, ShotMetrics
+from lpt_peft.data.files.path_list import PathList
 from lpt_peft.data.images import LabelledImages
-from lpt_peft.data.sources import ArrayImages, Chosen, ImageFiles, PathList, as_rgb
+from lpt_peft.data.sources import ArrayImages, ImageFiles, SubsetSource
 from lpt_peft.errors import ConfigError, InputError
 from tests.data.make import color, seen, write_png
 
@@ -25,7 +26,7 @@ quick = settings(max_examples=60, deadline=None)
 
 
 class Fake:
-    """A source of numbers; what is in `broken` cannot be read."""
+    """A source of numbers; those in `broken` cannot be read."""
 
     def __init__(self, size, broken=()):
         self.size, self.broken = size, set(broken)
@@ -35,14 +36,14 @@ class Fake:
 
     def read(self, index):
         if index in self.broken:
-            raise SyntaxError("broken PNG file")  # what PIL raises on a bad chunk, no OSError
+            raise SyntaxError("broken PNG file")  # raised by PIL on a bad chunk
         return index
 
     def name(self, index):
         return f"fake-{index}"
 
-    def present(self, index):
-        return index not in self.broken
+    def path(self, index):
+        return "/missing" if index in self.broken else None
 
 
 @pytest.fixture
@@ -80,23 +81,7 @@ def test_images_labels_names_and_counts(tmp_path):
     assert data[0] == ((6, 5), 1)
 
 
-def test_every_mode_is_read_as_rgb(tmp_path):
-    paths = PathList()
-    for mode in ("L", "P", "RGBA", "CMYK", "1"):
-        Image.new(mode, (4, 4)).save(tmp_path / f"{mode}.tif")
-        paths.append(f"{mode}.tif")
-    assert {image.mode for image, _ in LabelledImages(ImageFiles(tmp_path, paths), [0, 0, 1, 1, 1])} == {"RGB"}
-
-
-def test_16_bits_of_grey_are_not_cut_off(tmp_path):
-    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    assert Image.open(tmp_path / "ramp.png").mode == "I;16"
-    pixels = np.asarray(as_rgb(Image.open(tmp_path / "ramp.png")))
-    assert np.array_equal(pixels[..., 1].ravel(), np.arange(256))
-
-
-def test_samplers_and_metrics_take_its_labels_and_counts():
+def test_samplers_and_metrics_take_labels_and_counts():
     data = LabelledImages(Fake(30), [0] * 20 + [1] * 8 + [2] * 2)
     assert all(type(value) is int for value in data.labels + data.class_counts)
     loader = DataLoader(data, batch_sampler=DualSampler(data.labels, batch_size=12))
@@ -110,18 +95,18 @@ def test_samplers_and_metrics_take_its_labels_and_counts():
 
 @quick
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=40))
-def test_labels_are_taken_exactly_if_no_class_is_empty(labels):
+def test_labels_are_accepted_exactly_if_every_class_has_an_image(labels):
     size = max(labels) + 1
-    fine = size > 1 and set(labels) == set(range(size))
+    valid = size > 1 and set(labels) == set(range(size))
     try:
         data = LabelledImages(Fake(len(labels)), labels)
     except InputError:
-        assert not fine
+        assert not valid
     else:
-        assert fine
+        assert valid
         assert data.class_counts == [labels.count(label) for label in range(size)]
-    part = LabelledImages(Fake(len(labels)), labels, list("abcdefg"), allow_empty=True)
-    assert part.class_counts == [labels.count(label) for label in range(7)]
+    split = LabelledImages(Fake(len(labels)), labels, list("abcdefg"), allow_empty=True)
+    assert split.class_counts == [labels.count(label) for label in range(7)]
 
 
 @pytest.mark.parametrize(
@@ -131,16 +116,16 @@ def test_labels_are_taken_exactly_if_no_class_is_empty(labels):
         ([0, -1, 1], None, r"labels\[1\] is -1"),
         ([0, 1, 3, 3], None, "1 of 4 classes have no image; the first is label 2. Number"),
         ([1, 2, 1], None, "1 of 3 classes have no image; the first is label 0"),
-        ([0, 1, 10**15], None, "the first is label 2"),  # and no array of 10^15 counters
+        ([0, 1, 10**15], None, "the first is label 2"),  # without an array of 10^15 counts
         ([0, 1, 1], ["a", "b", "c"], r"the first is label 2 \('c'\)"),
-        ([0, 0, 0], None, "All 3 images are of one class"),
-        ([0, 1], ["a", "caf\udce9"], r"class name 'caf\\udce9' holds what cannot be printed"),
-        ([0, 1], ["a", "b\nc"], r"class name 'b\\nc' holds"),
-        ([0, 0], ["only"], "All 2 images are of one class"),
+        ([0, 0, 0], None, "All 3 images belong to the same class"),
+        ([0, 1], ["a", "caf\udce9"], r"class name 'caf\\udce9' has characters that cannot be printed"),
+        ([0, 1], ["a", "b\nc"], r"class name 'b\\nc' has"),
+        ([0, 0], ["only"], "All 2 images belong to the same class"),
         ([0, 1, 2], ["a", "b"], r"labels\[2\] is 2, but there are 2 class names"),
-        ([0.0, 1.0], None, "whole numbers"),
+        ([0.0, 1.0], None, "labels must be "),
         ([[0, 1], [1, 0]], None, "one-dimensional"),
-        (["cat", "dog"], None, "whole numbers"),
+        (["cat", "dog"], None, "labels must be "),
     ],
 )
 def test_bad_labels(labels, names, words):
@@ -149,7 +134,7 @@ def test_bad_labels(labels, names, words):
 
 
 def test_bad_settings():
-    with pytest.raises(InputError, match="3 labels do not fit 2 images"):
+    with pytest.raises(InputError, match="3 labels do not match 2 images"):
         LabelledImages(Fake(2), [0, 1, 1])
     with pytest.raises(ConfigError, match="unreadable='ignore'"):
         LabelledImages(Fake(2), [0, 1], unreadable="ignore")
@@ -157,7 +142,7 @@ def test_bad_settings():
         LabelledImages(Fake(2), [0, 1], verify=True)
     with pytest.raises(ConfigError, match="allow_empty=True needs class_names"):
         LabelledImages(Fake(2), [0, 1], allow_empty=True)
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         ImageFiles("/nowhere", PathList())
 
 
@@ -171,41 +156,101 @@ def test_error_names_path_and_index(files, index, cause):
     assert data.skipped == []
 
 
-def test_skip_takes_the_next_of_the_class_and_counts(files):
+def test_skip_reads_the_next_image_of_the_class(files, caplog):
     data = LabelledImages(files, LABELS, unreadable="skip")
-    with pytest.warns(UserWarning, match=r"1\.png \(index 1\) cannot be read"):
-        image, _ = data[1]
-    assert seen(image) == color(2)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once
+        warnings.simplefilter("error")
+        image, _ = data[1]
+        assert seen(image) == color(2)
         assert (seen(data[4][0]), data[4][1]) == (color(3, 1), 1)
+    [record] = caplog.records  # of three unreadable images the first is logged
+    assert (record.name, record.levelname) == ("lpt_peft.data", "WARNING")
+    assert "1.png (index 1) cannot be read: FileNotFoundError" in record.message
     assert data.skipped == [files.name(index) for index in (1, 4, 5)]
     assert data.class_counts == [3, 3]
+    report = data.skipped_report()
+    assert "3 of 6 images cannot be read" in report
+    assert all(f"{files.name(index)} ({cause}" in report for index, cause in ((1, "FileNotFound"), (5, "Unidentified")))
+
+
+def test_skipped_images_are_not_logged_if_the_caller_reports_them(files, caplog):
+    data = LabelledImages(files, LABELS, unreadable="skip")
+    assert data.skipped_report() is None
+    data.unreadable_images.announce = False
+    assert seen(data[1][0]) == color(2)
+    assert not caplog.records
+    assert data.skipped == [files.name(1)]
+    assert not data.subset(range(6)).unreadable_images.announce
+
+
+def test_a_report_of_many_names_the_first():
+    data = LabelledImages(Fake(9, range(8)), [0] * 8 + [1] + [0] * 0, unreadable="skip", allow_empty=False)
+    with pytest.raises(InputError, match="Class 0 \\('0'\\) has no readable image, so fake-2 \\(index 2\\)"):
+        data[2]
+    assert data.skipped_report().startswith("8 of 9 images cannot be read")
+    assert data.skipped_report().count("SyntaxError: broken PNG file") == 5
+    assert data.skipped_report().endswith(", ...")
+
+
+def test_a_replacement_is_found_without_a_scan_of_the_data_set():
+    """Every access to a label is counted; a draw of a broken image may look at its own label only."""
+
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            type(self).reads += 1
+            return super().__getitem__(index)
+
+    size = 100_000
+    data = LabelledImages(Fake(size, {0}), [0] + [1] * (size - 2) + [0], unreadable="skip")
+    data.labels = Counted(data.labels)
+    assert data[0] == (size - 1, 0)
+    Counted.reads = 0
+    for _ in range(20):
+        assert data[0] == (size - 1, 0)
+    assert Counted.reads <= 60
+
+
+def test_a_class_with_many_unreadable_images_is_searched_once():
+    class CountedSource(Fake):
+        reads = 0
+
+        def read(self, index):
+            self.reads += 1
+            return super().read(index)
+
+    source = CountedSource(500, range(498))
+    data = LabelledImages(source, [0] * 499 + [1], unreadable="skip")
+    assert data[3] == (498, 0)
+    source.reads = 0
+    assert data[3] == (498, 0)
+    assert source.reads == 2, "the image and its replacement"
+    assert data[7] == (498, 0)
+    assert source.reads == 4, "images that are known to be unreadable are not tried again"
 
 
 @quick
 @given(st.data())
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_stand_ins_are_those_of_the_description(draw):
+def test_replacements_are_as_documented(draw):
     labels = draw.draw(st.lists(st.integers(0, 3), min_size=2, max_size=20).filter(lambda rows: len(set(rows)) > 1))
     labels = [sorted(set(labels)).index(label) for label in labels]
     size = len(labels)
     broken = draw.draw(st.sets(st.integers(0, size - 1)))
     data = LabelledImages(Fake(size, broken), labels, unreadable="skip")
     for index in draw.draw(st.permutations(range(size))):
-        wanted = [row for row in [*range(index, size), *range(index)] if labels[row] == labels[index]]
-        wanted = [row for row in wanted if row not in broken]
-        if wanted:
-            assert data[index] == (wanted[0], labels[index])
+        candidates = [row for row in [*range(index, size), *range(index)] if labels[row] == labels[index]]
+        candidates = [row for row in candidates if row not in broken]
+        if candidates:
+            assert data[index] == (candidates[0], labels[index])
         else:
-            with pytest.raises(InputError, match="has no image that can be read"):
+            with pytest.raises(InputError, match="has no readable image"):
                 data[index]
     assert data.skipped == [f"fake-{index}" for index in sorted(broken)]
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_what_workers_skip_is_known_here(files, start):
+def test_images_skipped_by_workers_are_known_to_the_main_process(files, start):
     data = LabelledImages(files, LABELS, transform=pil_to_tensor, unreadable="skip")
     loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context=start)
     found = torch.cat([images[:, 0, 0, 0] for images, _ in loader]).tolist()
@@ -219,23 +264,23 @@ def test_error_of_a_worker_is_the_same_error(files):
         list(loader)
 
 
-def test_verify_finds_before_reading(files):
-    with pytest.raises(InputError, match=r"1 of 6 images are missing: .*1\.png\. Mend"):
+def test_verify_finds_unreadable_images_early(files, caplog):
+    with pytest.raises(InputError, match=r"1 of 6 images are missing: .*1\.png\. Repair"):
         LabelledImages(files, LABELS, verify="exists")
     with pytest.raises(InputError, match=r"3 of 6 images cannot be read: .*1\.png, .*4\.png, .*5\.png\."):
         LabelledImages(files, LABELS, verify="decode")
-    with pytest.warns(UserWarning, match="3 of 6 images cannot be read"):
-        data = LabelledImages(files, LABELS, unreadable="skip", verify="decode")
+    data = LabelledImages(files, LABELS, unreadable="skip", verify="decode")
+    assert "3 of 6 images cannot be read" in caplog.text
     assert data.skipped == [files.name(index) for index in (1, 4, 5)]
     assert seen(data[5][0]) == color(3, 1)
     with pytest.raises(InputError, match=r"fake-4, \.\.\."):
         LabelledImages(Fake(9, range(9)), [0, 1, 1, 1, 1, 1, 1, 1, 1], verify="exists")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        LabelledImages(Fake(2), [0, 1], verify="decode", unreadable="skip")
+    caplog.clear()
+    LabelledImages(Fake(2), [0, 1], verify="decode", unreadable="skip")
+    assert not caplog.records
 
 
-def test_want_of_memory_is_not_the_images_fault():
+def test_memory_errors_are_not_blamed_on_the_image():
     class Hungry(Fake):
         def read(self, index):
             raise MemoryError
@@ -244,46 +289,45 @@ def test_want_of_memory_is_not_the_images_fault():
         LabelledImages(Hungry(2), [0, 1], unreadable="skip")[0]
 
 
-def test_an_error_of_the_transform_is_the_callers():
+def test_errors_of_the_transform_are_raised():
     data = LabelledImages(Fake(2), [0, 1], transform=lambda image: 1 / image, unreadable="skip")
     with pytest.raises(ZeroDivisionError):
         data[0]
     assert data.skipped == []
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_subset_keeps_names_policy_and_what_was_found():
+def test_subset_keeps_names_options_and_skipped_images():
     data = LabelledImages(Fake(6, {4}), LABELS, ["a", "b"], transform=str, unreadable="skip", verify="decode")
-    part = data.subset([5, 0, 4])
-    assert (part.labels, part.class_names, part.class_counts) == ([1, 0, 1], ["a", "b"], [1, 2])
-    assert [part[index] for index in range(3)] == [("5", 1), ("0", 0), ("5", 1)]
-    assert part.skipped == ["fake-4"]
-    again = part.subset([2, 1])
+    subset = data.subset([5, 0, 4])
+    assert (subset.labels, subset.class_names, subset.class_counts) == ([1, 0, 1], ["a", "b"], [1, 2])
+    assert [subset[index] for index in range(3)] == [("5", 1), ("0", 0), ("5", 1)]
+    assert subset.skipped == ["fake-4"]
+    again = subset.subset([2, 1])
     assert again.skipped == ["fake-4"]
     assert again[1] == ("0", 0)
     with pytest.raises(InputError, match=r"label 1 \('b'\)"):
         data.subset([0, 1])
     assert data.subset([0, 1], allow_empty=True).class_counts == [2, 0]
     for index in (6, -1):
-        with pytest.raises(InputError, match=f"index={index} must be a whole number from 0 to 5"):
+        with pytest.raises(InputError, match=f"index={index} must be .* from 0 to 5"):
             data.subset([0, index])
 
 
-def test_sources_name_what_they_read():
+def test_sources_name_their_images():
     array = ArrayImages(np.zeros((3, 2, 2, 3), np.uint8), "zeros")
-    assert (array.name(2), array.present(2)) == ("image 2 of zeros", True)
-    chosen = Chosen(Fake(5, {3}), [3, 1])
-    assert (chosen.name(0), chosen.present(0), chosen.present(1), chosen.read(1)) == ("fake-3", False, True, 1)
+    assert (array.name(2), array.path(2)) == ("image 2 of zeros", None)
+    subset = SubsetSource(Fake(5, {3}), [3, 1])
+    assert (subset.name(0), subset.path(0), subset.path(1), subset.read(1)) == ("fake-3", "/missing", None, 1)
 
 
 @quick
 @given(st.lists(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), max_size=9)))
-def test_paths_come_back_as_they_went_in(texts):
+def test_path_list_returns_the_appended_paths(texts):
     paths = PathList()
     for text in texts:
         paths.append(text)
     assert list(paths) == texts
     assert list(pickle.loads(pickle.dumps(paths))) == texts
     raw = PathList()
-    raw.append(b"caf\xe9.jpg")  # no UTF-8; the file system takes it
+    raw.append(b"caf\xe9.jpg")  # not UTF-8, but a valid file name
     assert raw[0].encode("utf-8", "surrogateescape") == b"caf\xe9.jpg"

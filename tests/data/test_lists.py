@@ -1,4 +1,4 @@
-"""Image lists, iNaturalist's JSON and class folders, in the formats of the real ones; torchvision is the peer."""
+"""Image lists, the JSON of iNaturalist and class folders; torchvision is the reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLACES = ["data_256/a/airfield/00001.png 0", "data_256/b/my beach/x  y.png 1", "
 
 @pytest.fixture
 def places(tmp_path):
-    """A list as of Places-LT, with a path that holds spaces, and its images."""
+    """A list like that of Places-LT, with a path that contains spaces, and its images."""
     for index, line in enumerate(PLACES):
         path, label = line.rsplit(" ", 1)
         write_png(tmp_path / "images" / path, index, int(label))
@@ -36,24 +36,24 @@ def test_image_list(places):
     assert named[2] == (5, 1)
 
 
-def test_image_list_as_other_systems_write_it(places):
+def test_image_list_of_other_systems(places):
     text = "\ufeff" + "\r\n\r\n".join(line.replace(".png ", ".png\t") for line in PLACES)
-    (places / "crlf.txt").write_bytes(text.encode())  # byte-order mark, CRLF, tabs, empty lines, no end of the last
+    (places / "crlf.txt").write_bytes(text.encode())  # byte-order mark, CRLF, tabs, empty lines, no final newline
     data = image_list(places / "crlf.txt", places / "images", verify="decode")
     assert data.labels == [0, 1, 1]
 
 
-def test_image_list_takes_bytes_of_any_encoding(places):
+def test_image_list_with_paths_that_are_not_utf8(places):
     name = os.fsdecode(b"caf\xe9.png")
     write_png(places / "images" / name, 7)
     (places / "latin.txt").write_bytes(b"caf\xe9.png 0\n" + PLACES[1].encode())
     assert seen(image_list(places / "latin.txt", places / "images")[0][0]) == color(7)
 
 
-def test_part_of_a_list_set_takes_the_names_of_training(places):
+def test_validation_list_with_the_class_names_of_training(places):
     (places / "val.txt").write_text(PLACES[2])
-    part = image_list(places / "val.txt", places / "images", ["a", "b", "c"], allow_empty=True)
-    assert (part.class_counts, part[0][1]) == ([0, 1, 0], 1)
+    split = image_list(places / "val.txt", places / "images", ["a", "b", "c"], allow_empty=True)
+    assert (split.class_counts, split[0][1]) == ([0, 1, 0], 1)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_part_of_a_list_set_takes_the_names_of_training(places):
         ("a.png", "line 2: 'a.png' is not"),
         ("7", "line 2: '7' is not"),
         ("a.png x", "line 2: 'a.png x' is not"),
-        ("a.png -1", "whole number of at least 0"),
-        ("a.png 1.0", "whole number of at least 0"),
+        ("a.png -1", "integer of at least 0"),
+        ("a.png 1.0", "integer of at least 0"),
         ("a.png,1", "line 2: 'a.png,1'"),
         ("a.png 1_0", "line 2"),
         ("a.png 99999999999999999999", "line 2"),
@@ -85,14 +85,14 @@ def test_bad_lists(tmp_path):
     with pytest.raises(InputError, match="the first is label 1"):
         image_list(tmp_path / "gap.txt", tmp_path)
     (tmp_path / "fine.txt").write_text("a.png 0\nb.png 1\n")
-    with pytest.raises(InputError, match=r"root='.*elsewhere' is no folder"):
+    with pytest.raises(InputError, match=r"root='.*elsewhere' is not a folder"):
         image_list(tmp_path / "fine.txt", tmp_path / "elsewhere")
     with pytest.raises(InputError, match="2 of 2 images are missing"):
         image_list(tmp_path / "fine.txt", tmp_path, verify="exists")
 
 
 def inat_json(**changes):
-    """The layout of train2018.json; ids have gaps, and images and annotations another order each."""
+    """The layout of train2018.json; ids have gaps, and images and annotations are in different orders."""
     more = {"license": 3, "rights_holder": "x", "width": 6, "height": 5}
     images = [
         {"id": 11, "file_name": "train_val2018/Aves/9/b.png", **more},
@@ -128,8 +128,8 @@ def test_inaturalist(tmp_path):
     assert (data.labels, data.class_names, data.class_counts) == ([1, 0, 1], ["four", "nine"], [1, 2])
     assert [seen(image) for image, _ in data] == [color(0), color(1), color(2)]
     more = [*inat_json()["categories"], {"id": 2}]
-    part = inaturalist(write_inat(tmp_path, categories=more), tmp_path, allow_empty=True)
-    assert (part.labels, part.class_names) == ([2, 1, 2], ["2", "four", "nine"])
+    split = inaturalist(write_inat(tmp_path, categories=more), tmp_path, allow_empty=True)
+    assert (split.labels, split.class_names) == ([2, 1, 2], ["2", "four", "nine"])
 
 
 IMAGES, ANNOTATIONS = inat_json()["images"], inat_json()["annotations"]
@@ -140,9 +140,9 @@ IMAGES, ANNOTATIONS = inat_json()["images"], inat_json()["annotations"]
     [
         ({"annotations": ANNOTATIONS[:2]}, r"image 11 \(train_val2018/Aves/9/b.png\) has no annotation"),
         ({"annotations": [*ANNOTATIONS, ANNOTATIONS[0]]}, "image 10 has two annotations"),
-        ({"images": IMAGES[:2]}, "1 annotations are of images that are not"),
-        ({"categories": [{"id": 9}]}, "image 10 has category 4, which is not"),
-        ({"categories": [{"id": "9"}]}, "'categories' must be a list whose entries have a whole number as id"),
+        ({"images": IMAGES[:2]}, "1 annotations refer to images that are missing"),
+        ({"categories": [{"id": 9}]}, "image 10 has category 4, which is missing"),
+        ({"categories": [{"id": "9"}]}, "'categories' must be a list whose entries have an integer as id"),
         ({"annotations": None}, "test files of the competition"),
         ({"images": [{"id": 1}]}, "'images' must be a list whose entries have id and file_name"),
         ({"images": [], "annotations": []}, "lists no image"),
@@ -162,67 +162,67 @@ def test_categories_of_another_file_are_refused(tmp_path):
     }
     (tmp_path / "val.json").write_text(json.dumps(content))
     assert inaturalist(tmp_path / "val.json", tmp_path, ["b", "c"], allow_empty=True).labels == [1]
-    with pytest.raises(InputError, match="2 categories that are not the 3 of the training set"):
+    with pytest.raises(InputError, match="2 categories that differ from the 3 of the training set"):
         inaturalist(tmp_path / "val.json", tmp_path, ["a", "b", "c"], allow_empty=True)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff"])
-def test_what_is_no_json(tmp_path, text):
+def test_files_that_are_not_json(tmp_path, text):
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match="cannot be read"):
         inaturalist(tmp_path / "x.json", tmp_path)
 
 
-def test_json_of_another_kind(tmp_path):
+def test_json_of_another_format(tmp_path):
     (tmp_path / "x.json").write_text("[1]")
-    with pytest.raises(InputError, match="no iNaturalist annotation file"):
+    with pytest.raises(InputError, match="not an iNaturalist annotation file"):
         inaturalist(tmp_path / "x.json", tmp_path)
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """Class folders with nesting, other files, capitals and a class whose name sorts between."""
+    """Class folders with nested folders, other files and upper-case names."""
     files = ["dog/1.png", "dog/old/2.PNG", "cat/9.png", "cat/a b.png", "Zebra/x.png"]
     for index, name in enumerate(files):
         write_png(tmp_path / name, index)
-    (tmp_path / "dog" / "notes.txt").write_text("no image")
-    (tmp_path / "README.md").write_text("no class")
+    (tmp_path / "dog" / "notes.txt").write_text("not an image")
+    (tmp_path / "README.md").write_text("not a class")
     return tmp_path
 
 
-def test_image_folder_is_torchvisions(folders):
-    ours, theirs = image_folder(folders, verify="decode"), ImageFolder(str(folders))
-    assert (ours.labels, ours.class_names) == (theirs.targets, theirs.classes)
-    assert [seen(image) for image, _ in ours] == [seen(image) for image, _ in theirs]
-    assert [ours._images.name(index) for index in range(5)] == [path for path, _ in theirs.samples]
-    assert image_folder(f"{folders}/").labels == ours.labels
+def test_image_folder_agrees_with_torchvision(folders):
+    data, reference = image_folder(folders, verify="decode"), ImageFolder(str(folders))
+    assert (data.labels, data.class_names) == (reference.targets, reference.classes)
+    assert [seen(image) for image, _ in data] == [seen(image) for image, _ in reference]
+    assert [data.images.name(index) for index in range(5)] == [path for path, _ in reference.samples]
+    assert image_folder(f"{folders}/").labels == data.labels
 
 
-def test_validation_folder_takes_the_classes_of_training(folders, tmp_path_factory):
-    part = tmp_path_factory.mktemp("val")
-    write_png(part / "dog" / "v.png", 3)
+def test_validation_folder_with_the_class_names_of_training(folders, tmp_path_factory):
+    val = tmp_path_factory.mktemp("val")
+    write_png(val / "dog" / "v.png", 3)
     names = image_folder(folders).class_names
-    data = image_folder(part, names, allow_empty=True)
+    data = image_folder(val, names, allow_empty=True)
     assert (data.labels, data.class_counts) == ([2], [0, 0, 1])
     with pytest.raises(InputError, match="2 of 3 classes have no image"):
-        image_folder(part, names)
-    write_png(part / "wolf" / "v.png", 3)
-    with pytest.raises(InputError, match=r"no class: \['wolf'\]"):
-        image_folder(part, names, allow_empty=True)
+        image_folder(val, names)
+    write_png(val / "wolf" / "v.png", 3)
+    with pytest.raises(InputError, match=r"missing in class_names: \['wolf'\]"):
+        image_folder(val, names, allow_empty=True)
 
 
 def test_bad_folders(folders, tmp_path_factory):
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         image_folder(folders / "none")
-    with pytest.raises(InputError, match="holds no class folder"):
+    with pytest.raises(InputError, match="has no class folder"):
         image_folder(folders / "cat")
     (folders / "fox").mkdir()
     with pytest.raises(InputError, match=r"1 of 4 classes have no image; the first is label 3 \('fox'\)"):
         image_folder(folders)
     bare = tmp_path_factory.mktemp("bare")
     (bare / "cat").mkdir()
-    with pytest.raises(InputError, match="hold no image"):
+    with pytest.raises(InputError, match="contain no image"):
         image_folder(bare)
     write_png(bare / "cat" / "1.png", 0)
-    with pytest.raises(InputError, match="of one class"):
+    with pytest.raises(InputError, match="belong to the same class"):
         image_folder(bare)

@@ -1,4 +1,4 @@
-"""make_long_tailed and the counts, by property: what a slow reading of the docstring demands."""
+"""Property tests of make_long_tailed and of the class counts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ quick = settings(max_examples=80, deadline=None)
 kinds = st.sampled_from(["exp", "step"])
 
 
-ALMOST = Decimal("1e-9")  # what floating point may be off by
+ALMOST = Decimal("1e-9")  # tolerance for floating-point error
 
 
 def share(kind, label, classes, imbalance):
-    """With 28 digits."""
+    """Relative class size, with 28 digits."""
     tail = 1 / Decimal(imbalance)
     if kind == "exp":
         return tail ** (Decimal(label) / (classes - 1))
@@ -41,14 +41,14 @@ def label_lists(draw, balanced=False):
 
 @quick
 @given(label_lists(), st.floats(1, 40), kinds, st.integers(0, 2**40))
-def test_counts_are_the_longest_tail_that_fits(labels, imbalance, kind, seed):
+def test_counts_are_the_largest_possible(labels, imbalance, kind, seed):
     classes = max(labels) + 1
     sizes = [labels.count(label) for label in range(classes)]
     try:
         kept = make_long_tailed(labels, imbalance, kind, seed=seed)
     except ConfigError:
         kept = []
-    largest = 0  # brute force: one more as long as no class is asked for more than it has
+    largest = 0  # brute force: increase it as long as every class has enough images
     shares = [share(kind, label, classes, imbalance) for label in range(classes)]
     while all(largest + 1 <= size / part + ALMOST for size, part in zip(sizes, shares, strict=True)):
         largest += 1
@@ -63,9 +63,9 @@ def test_counts_are_the_longest_tail_that_fits(labels, imbalance, kind, seed):
 
 @quick
 @given(label_lists(balanced=True), st.floats(1, 8), st.floats(1, 8), kinds, st.integers(0, 99))
-def test_a_longer_tail_is_a_subset_on_balanced_data(labels, one, other, kind, seed):
+def test_higher_imbalance_keeps_a_subset_on_balanced_data(labels, first, second, kind, seed):
     size = labels.count(0)
-    low, high = sorted((one, other))
+    low, high = sorted((first, second))
     if size / high < 1.01:
         return
     more, fewer = (make_long_tailed(labels, imbalance, kind, seed=seed) for imbalance in (low, high))
@@ -73,7 +73,7 @@ def test_a_longer_tail_is_a_subset_on_balanced_data(labels, one, other, kind, se
     assert sum(labels[index] == 0 for index in fewer) == size
 
 
-def test_seeds_draw_other_images_of_the_same_counts_and_leave_numpy_alone():
+def test_seeds_draw_different_images_without_the_global_generator():
     labels = [0, 1] * 50
     before = np.random.get_state()[1].copy()
     draws = [make_long_tailed(labels, 5, seed=seed) for seed in range(30)]
@@ -81,7 +81,7 @@ def test_seeds_draw_other_images_of_the_same_counts_and_leave_numpy_alone():
     assert len({tuple(draw) for draw in draws}) == 30
     assert {len(draw) for draw in draws} == {60}
     tail = np.bincount([index for draw in draws for index in draw if labels[index]], minlength=100)[1::2]
-    assert tail.min() >= 1, "every image of the tail class is drawn by some seed"
+    assert tail.min() >= 1, "every image of the tail class is drawn by at least one seed"
 
 
 @quick
@@ -101,7 +101,7 @@ def test_counts_fall_from_largest_to_largest_over_imbalance(classes, largest, im
 
 @pytest.mark.parametrize("imbalance", [3, 7, 10, 49, 98, 100, 187])
 @pytest.mark.parametrize("smallest", [1, 2, 9])
-def test_rounding_alone_costs_no_image(imbalance, smallest):
+def test_floating_point_error_does_not_lower_a_count(imbalance, smallest):
     counts = exponential_counts(10, smallest * imbalance, imbalance)
     assert (counts[0], counts[-1]) == (smallest * imbalance, smallest)
     labels = [label for label in range(10) for _ in range(imbalance)]
@@ -110,7 +110,7 @@ def test_rounding_alone_costs_no_image(imbalance, smallest):
 
 def test_refusals():
     for labels in ([0, 0], [0, 2], [1, 2]):
-        with pytest.raises(InputError, match="labels 0 to C - 1"):
+        with pytest.raises(InputError, match="labels from 0 to C - 1"):
             make_long_tailed(labels, 10)
     with pytest.raises(InputError, match="labels are empty"):
         make_long_tailed([], 10)

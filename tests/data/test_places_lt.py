@@ -1,4 +1,4 @@
-"""The leaves on the real class counts of Places-LT: 365 classes, 62,500 images, 4,980 down to 5."""
+"""Sampler, loss and metrics on the class counts of Places-LT: 365 classes, 62,500 images, 4,980 down to 5."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ COUNTS = json.loads((Path(__file__).parent / "places_lt_counts.json").read_text(
 LABELS = np.repeat(np.arange(365), COUNTS)
 
 
-def test_an_epoch_shows_every_image_and_every_class_alike():
-    half = 73  # a fifth of the classes: whole cycles of the class-balanced half
+def test_an_epoch_contains_every_image_and_every_class_equally_often():
+    half = 73  # a fifth of the classes: complete cycles of the class-balanced half
     batches = list(DualSampler(LABELS, 2 * half, num_batches=5 * 172))
     instance = [index for batch in batches for index in batch[:half]]
     assert sorted(instance[:62_500]) == list(range(62_500))
     balanced = Counter(int(LABELS[index]) for batch in batches for index in batch[half:])
-    assert set(balanced.values()) == {172}, "every class once in every cycle"
+    assert set(balanced.values()) == {172}, "every class once per cycle"
 
 
 def test_loss_equals_the_formula_in_numpy():
@@ -36,8 +36,8 @@ def test_loss_equals_the_formula_in_numpy():
     p /= p.sum(1, keepdims=True)
     weight = np.where(np.eye(365)[target] == 1, (1 - p) ** 0.5, p**8)
     smooth = 0.9 * np.eye(365)[target] + 0.1 / 365
-    wanted = -(smooth * weight * np.log(p)).sum(1).mean()
-    ours = agcl_loss(
+    expected = -(smooth * weight * np.log(p)).sum(1).mean()
+    loss = agcl_loss(
         torch.from_numpy(20 * cosine),
         torch.from_numpy(target),
         COUNTS,
@@ -45,7 +45,7 @@ def test_loss_equals_the_formula_in_numpy():
         gamma_pos=0.5,
         gamma_neg=8,
     )
-    assert float(ours) == pytest.approx(wanted, rel=1e-12)
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("rule", ["lift", "oltr", "lpt"])

@@ -1,4 +1,4 @@
-"""Transforms against Pillow by hand: sizes, borders, mean and std; random draws from torch's generator alone."""
+"""Transforms compared with Pillow: sizes, borders, mean and std; random draws from the generator of torch."""
 
 from __future__ import annotations
 
@@ -31,39 +31,39 @@ def photo(width, height):
 
 
 def by_hand(image, size, box, resample=Image.Resampling.BICUBIC):
-    """Resize to (width, height), cut the box, scale to 0..1, subtract MEAN, divide by STD."""
+    """Resize to (width, height), crop the box, scale to 0..1, subtract MEAN, divide by STD."""
     pixels = np.asarray(image.resize(size, resample).crop(box), dtype=np.float64) / 255
     return torch.from_numpy(((pixels - MEAN) / STD).transpose(2, 0, 1)).float()
 
 
 def test_evaluation_of_the_recipe_resizes_to_256_and_crops_224():
     image = photo(300, 400)
-    ours = transforms(CONFIG, train=False, crop_pct=RECIPE_CROP_PCT)(image)
-    # 300 x 400 becomes 256 x 341; the middle 224 start at 16 and round(58.5) = 58.
-    torch.testing.assert_close(ours, by_hand(image, (256, 341), (16, 58, 240, 282)), atol=1e-6, rtol=1e-6)
+    tensor = transforms(CONFIG, train=False, crop_pct=RECIPE_CROP_PCT)(image)
+    # 300 x 400 becomes 256 x 341; the central 224 start at 16 and round(58.5) = 58.
+    torch.testing.assert_close(tensor, by_hand(image, (256, 341), (16, 58, 240, 282)), atol=1e-6, rtol=1e-6)
 
 
-def test_evaluation_follows_the_backbones_own_configuration():
+def test_evaluation_follows_the_configuration_of_the_backbone():
     image = photo(500, 300)
-    ours = transforms({**CONFIG, "interpolation": "bilinear"}, train=False)(image)
+    tensor = transforms({**CONFIG, "interpolation": "bilinear"}, train=False)(image)
     # floor(224 / 0.9) = 248; 500 x 300 becomes 413 x 248; from round(94.5) = 94 and 12.
-    wanted = by_hand(image, (413, 248), (94, 12, 318, 236), Image.Resampling.BILINEAR)
-    torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-6)
+    expected = by_hand(image, (413, 248), (94, 12, 318, 236), Image.Resampling.BILINEAR)
+    torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-6)
     small = {**CONFIG, "input_size": [3, 32, 32]}
-    whole = transforms(small, train=False, crop_pct=1)(photo(32, 32))
-    torch.testing.assert_close(whole, by_hand(photo(32, 32), (32, 32), (0, 0, 32, 32)), atol=1e-6, rtol=1e-6)
+    uncropped = transforms(small, train=False, crop_pct=1)(photo(32, 32))
+    torch.testing.assert_close(uncropped, by_hand(photo(32, 32), (32, 32), (0, 0, 32, 32)), atol=1e-6, rtol=1e-6)
     squashed = transforms({**small, "crop_mode": "squash", "crop_pct": 1.0}, train=False)(photo(64, 40))
     torch.testing.assert_close(squashed, by_hand(photo(64, 40), (32, 32), (0, 0, 32, 32)), atol=1e-6, rtol=1e-6)
 
 
-def test_training_crop_is_the_one_drawn_then_flipped():
+def test_training_crop_is_resized_and_flipped():
     image = photo(90, 60)
     small = {**CONFIG, "input_size": [3, 32, 32]}
     train = transforms(small, train=True, scale=(0.25, 0.5), flip=1)
     torch.manual_seed(5)
-    ours = train(image).flip(-1)
+    tensor = train(image).flip(-1)
     boxes = []
-    for top in range(60):  # which crop it was: found by trying, not asked of the transform
+    for top in range(60):  # find the crop that was drawn
         torch.manual_seed(5)
         crop = train.transforms[0].get_params(image, (0.25, 0.5), (3 / 4, 4 / 3))
         if crop[0] == top:
@@ -72,11 +72,11 @@ def test_training_crop_is_the_one_drawn_then_flipped():
     assert 0.24 <= height * width / (90 * 60) <= 0.51
     assert 0.7 <= width / height <= 1.4
     pixels = image.crop((left, top, left + width, top + height))
-    torch.testing.assert_close(ours, by_hand(pixels, (32, 32), (0, 0, 32, 32)), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(tensor, by_hand(pixels, (32, 32), (0, 0, 32, 32)), atol=1e-6, rtol=1e-6)
 
 
-def test_training_covers_the_shares_asked_for():
-    """Crops of an image of two ramps tell their place: the values' spread is the crop's width and height."""
+def test_training_crops_cover_the_given_shares():
+    """In an image of two ramps, the range of values of a crop gives its width and height."""
     ramps = np.zeros((100, 100, 3), np.uint8)
     ramps[:, :, 0], ramps[:, :, 1] = np.arange(100) * 2, np.arange(100)[:, None] * 2
     config = {**CONFIG, "input_size": [3, 50, 50], "mean": [0.0] * 3, "std": [1.0] * 3, "interpolation": "bilinear"}
@@ -93,22 +93,22 @@ def test_training_covers_the_shares_asked_for():
     assert 150 < flipped < 250
 
 
-def test_draws_come_from_torchs_generator_alone():
+def test_draws_come_from_the_generator_of_torch_alone():
     train, image = transforms({**CONFIG, "input_size": [3, 32, 32]}, train=True), photo(80, 80)
     state, numpy_state = random.getstate(), np.random.get_state()[1].copy()
     torch.manual_seed(1)
-    one = train(image)
+    tensor = train(image)
     random.random()
     torch.manual_seed(1)
-    assert torch.equal(train(image), one)
-    assert not torch.equal(train(image), one)
+    assert torch.equal(train(image), tensor)
+    assert not torch.equal(train(image), tensor)
     random.setstate(state)
     train(image)
     assert random.getstate() == state
     assert np.array_equal(np.random.get_state()[1], numpy_state)
 
 
-def test_an_adapters_own_configuration_fits():
+def test_configuration_of_an_adapter():
     adapter = LongTailPromptAdapter.wrap(tiny_vit())
     preprocess = adapter.backbone.preprocess()
     for train in (True, False):
@@ -121,7 +121,7 @@ def test_an_adapters_own_configuration_fits():
         assert image.dtype == torch.float32
 
 
-def test_the_configuration_given_is_left_as_it_was():
+def test_the_given_configuration_is_not_changed():
     before = {key: list(value) if isinstance(value, list) else value for key, value in CONFIG.items()}
     transforms(CONFIG, train=False, crop_pct=1)
     assert before == CONFIG
@@ -146,5 +146,5 @@ def test_refusals(changes, options, words):
 
 
 def test_missing_keys_are_named():
-    with pytest.raises(ConfigError, match=r"lacks \['interpolation', 'crop_pct', 'crop_mode'\]"):
+    with pytest.raises(ConfigError, match=r"has no \['interpolation', 'crop_pct', 'crop_mode'\]"):
         transforms({"input_size": [3, 32, 32], "mean": MEAN, "std": STD}, train=False)

@@ -1,10 +1,12 @@
-"""The digits run, cut short: what it writes, and that it fails where it must."""
+"""The digits run with few epochs: its output, its interruption and its errors."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -23,22 +25,22 @@ from lpt_peft.recipe.training.phase import PhaseRun
 NAMES = ["linear probe, cross-entropy", "linear probe, A-GCL", "VPT-Deep, cross-entropy", "LPT, phase 1", "LPT"]
 
 
-def test_backbone_is_small_and_reads_shapes():
-    """A frozen feature that tells digits apart: nearest class mean, no training at all."""
+def test_the_backbone_is_small_and_its_features_separate_digits():
+    """Nearest class mean on frozen features, without training."""
     vit = glyph_vit()
     assert sum(t.numel() * t.element_size() for t in vit.state_dict().values()) <= 6 * 2**20
-    part = DigitsLT("test")
+    dataset = DigitsLT("test")
     with torch.no_grad():
-        features = vit.forward_head(vit.forward_features(torch.stack([image for image, _ in part])), pre_logits=True)
+        features = vit.forward_head(vit.forward_features(torch.stack([image for image, _ in dataset])), pre_logits=True)
     features = torch.nn.functional.normalize(features, dim=1)
-    labels = torch.tensor(part.labels)
+    labels = torch.tensor(dataset.labels)
     means = torch.stack([features[labels == digit][:25].mean(0) for digit in range(10)])
     held_out = torch.cat([(labels == digit).nonzero()[25:, 0] for digit in range(10)])
     accuracy = ((features[held_out] @ means.T).argmax(1) == labels[held_out]).float().mean()
     assert accuracy > 0.6
 
 
-def test_rows_see_the_same_number_of_images_and_have_the_same_head():
+def test_rows_train_on_the_same_number_of_images_with_the_same_head():
     table = rows(20)
     assert [row.name for row in table] == NAMES
     assert {row.settings.shared.epochs + row.settings.group.epochs for row in table} == {20}
@@ -47,7 +49,7 @@ def test_rows_see_the_same_number_of_images_and_have_the_same_head():
     assert len(heads) == 1
 
 
-def test_probe_is_the_plain_backbone_under_a_head():
+def test_the_probe_is_the_backbone_with_a_head():
     probe, vit = build_probe(10).eval(), glyph_vit()
     images = torch.randn(2, 3, 32, 32)
     out = probe(images)
@@ -56,37 +58,37 @@ def test_probe_is_the_plain_backbone_under_a_head():
 
 
 @pytest.mark.slow
-def test_command_goes_on_and_writes_everything(tmp_path, capsys, monkeypatch):
-    original, steps, at = PhaseRun.advance, [], 3 * 2 * 21 + 5  # in the fourth row
+def test_the_command_resumes_and_writes_its_documented_files(tmp_path, capsys, monkeypatch):
+    original, steps, at = PhaseRun.training_step, [], 3 * 2 * 21 + 5  # in the fourth row
 
-    def interrupted(run, *args):
+    def interrupt(run, *args):
         steps.append((run.name, run.step))
         if len(steps) == at:
             os.kill(os.getpid(), signal.SIGINT)
         original(run, *args)
 
-    monkeypatch.setattr(PhaseRun, "advance", interrupted)
+    monkeypatch.setattr(PhaseRun, "training_step", interrupt)
     words = ["demo", "--output", str(tmp_path), "--epochs", "2"]
     assert main(words) == 130
-    told = capsys.readouterr().err
-    assert "stopped after step 5 of phase shared" in told
-    assert "The same command goes on" in told
+    err = capsys.readouterr().err
+    assert "stopped after step 5 of phase shared" in err
+    assert "The same command resumes" in err
     assert not (tmp_path / "results.json").exists()
-    mine = tmp_path / "runs" / "of mine"
-    mine.mkdir()
+    other = tmp_path / "runs" / "other"
+    other.mkdir()
     assert main([*words, "--epochs", "3"]) == 1
     assert "settings.shared.epochs is 3 here and was 2" in capsys.readouterr().err
     steps.clear()
     at = None
     assert main(words) == 0
-    learnt = [step for step in steps if step[0] != "head"]
-    assert len(learnt) == 2 * 21 - 5 + 2 * 21, "the third row is not trained again"
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "digits.png", "prompts", "runs"}
-    assert list((tmp_path / "runs").iterdir()) == [mine]
+    trained = [step for step in steps if step[0] != "head"]
+    assert len(trained) == 2 * 21 - 5 + 2 * 21, "the third row is not trained again"
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "digits.png", "prompts", "test", "runs"}
+    assert list((tmp_path / "runs").iterdir()) == [other]
     out = capsys.readouterr().out
     assert all(name in out for name in NAMES)
-    assert "all predictions identical" in out
-    assert "many: n > 100" in out
+    assert "all predictions are identical" in out
+    assert "many: n > 100, medium: 20 < n <= 100, few: n <= 20" in out
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["name"] for row in results["rows"]] == NAMES
     assert all(len(row["results"]) == 1 for row in results["rows"])
@@ -114,7 +116,29 @@ def test_command_goes_on_and_writes_everything(tmp_path, capsys, monkeypatch):
     torch.testing.assert_close(chosen.sum(1), torch.full((10,), 2.0))
 
 
-def test_a_file_that_reads_back_differently_fails_the_run(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_the_printed_commands_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lpt_peft.demo.run.rows", lambda epochs: rows(epochs)[4:])
+    output = tmp_path / "un résumé"
+    assert main(["demo", "--output", str(output), "--epochs", "2"]) == 0
+    printed = capsys.readouterr().out
+    commands = printed.partition("Try next:\n")[2].splitlines()
+    assert [line.split()[1] for line in commands] == ["predict", "evaluate", "inspect", "doctor"]
+    answers = {}
+    for line in commands:
+        program = f'lpt-peft() {{ {sys.executable} -m lpt_peft "$@"; }}\n{line} --json'
+        done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        answers[line.split()[1]] = json.loads(done.stdout)
+    result = json.loads((output / "results.json").read_text())["rows"][0]["results"][0]
+    assert len(answers["predict"]) == 3
+    assert answers["evaluate"]["test"]["num_images"] == 500
+    assert answers["evaluate"]["test"]["overall"] == pytest.approx(result["overall"], abs=0.005), "PNG has 8 bits"
+    assert answers["evaluate"]["test"]["rule"] == result["rule"]
+    assert answers["doctor"]["supported"] is True
+
+
+def test_a_prompt_file_with_other_predictions_is_an_error(tmp_path, monkeypatch):
     original = LongTailPromptAdapter.from_pretrained.__func__
 
     def tampered(cls, *args, **kwargs):
@@ -129,7 +153,7 @@ def test_a_file_that_reads_back_differently_fails_the_run(tmp_path, monkeypatch)
         run_demo(tmp_path, epochs=2, progress=False)
 
 
-def test_refusals(tmp_path):
+def test_invalid_numbers_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="seeds"):
         run_demo(tmp_path / "new", seeds=0)
     assert not (tmp_path / "new").exists()

@@ -1,16 +1,16 @@
 #!/bin/sh
 # Runs the Hub tests with huggingface_hub 0.36, 1.x and 2.x: `sh tests/hub/versions.sh [folder for the environments]`.
 #
-# Each environment holds only the client and what it needs; torch, timm and the rest come from the Python that runs
-# this (PYTHON, default "python"), by a .pth file behind the environment's own packages. Needs a package index.
+# Each environment holds only the client and its dependencies. A .pth file adds the packages of $PYTHON (default
+# "python") after them: torch, timm and the rest. Needs a package index.
 set -eu
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python}
-HOME_OF_ALL=${1:-$(mktemp -d)}
+ENVIRONMENTS=${1:-$(mktemp -d)}
 BASE=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 FAILED=""
 for VERSION in 0.36 1 2; do
-    ENVIRONMENT="$HOME_OF_ALL/hub-$VERSION"
+    ENVIRONMENT="$ENVIRONMENTS/hub-$VERSION"
     if [ ! -d "$ENVIRONMENT" ]; then
         "$PYTHON" -m venv --without-pip "$ENVIRONMENT"
         "$PYTHON" -m pip --python "$ENVIRONMENT/bin/python" install --quiet "huggingface_hub==$VERSION.*"

@@ -1,9 +1,10 @@
-"""Worker processes: how many, what they draw, what they do about signals and broken images."""
+"""Worker processes: their number, random numbers, signals, errors and shutdown."""
 
 from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import random
 import runpy
@@ -25,20 +26,21 @@ from lpt_peft.data.folder import image_folder
 from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.data.transforms import transforms
 from lpt_peft.errors import InputError
-from lpt_peft.recipe import Parts, TrainSettings, evaluate, fit, predict, train
+from lpt_peft.recipe import Splits, TrainSettings, evaluate, fit, predict, train
 from lpt_peft.recipe.evaluate import Evaluation
 from lpt_peft.recipe.loading import loader as loaders
 from lpt_peft.recipe.loading.batches import batches
-from lpt_peft.recipe.loading.loader import image_loader, resolve_workers
+from lpt_peft.recipe.loading.loader import image_loader, open_batches, resolve_workers, stop_workers
 from lpt_peft.recipe.resume.checkpoint_io import checkpoints
+from tests.processes import Child
 from tests.recipe.tiny import (
     COUNTS,
     SETTINGS,
     SHORT,
-    QuietLoss,
-    Shaken,
+    FailingLoss,
+    PowerCut,
+    RandomlyScaled,
     folder_with_a_broken_image,
-    in_child,
     result_of,
     same,
     striped_data,
@@ -61,23 +63,8 @@ class Pixels(Dataset):
         return torch.zeros(self.shape), 0
 
 
-class Deadly(QuietLoss):
-    """The objective, which kills its process in a step; None: never."""
-
-    def __init__(self, left):
-        super().__init__(4)
-        self.left = left
-
-    def forward(self, output, target, epoch):
-        if self.left is not None:
-            self.left -= 1
-            if self.left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return super().forward(output, target, epoch)
-
-
-class Workers(Dataset):
-    """Items that name the process that loads them."""
+class ProcessIds(Dataset):
+    """Images filled with the number of the process that loads them."""
 
     def __init__(self, size=31):
         self.size = size
@@ -91,15 +78,15 @@ class Workers(Dataset):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Eight megabytes of shared memory and as many cores as asked for."""
+    """Eight megabytes of shared memory and a given number of cores."""
 
-    def cores(number):
+    def set_cores(number):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(number)))
 
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=2048, f_frsize=4096))
-    cores(6)
-    return cores
+    set_cores(6)
+    return set_cores
 
 
 @pytest.mark.parametrize(("cores", "processes", "workers"), [(6, 1, 6), (32, 1, 8), (16, 4, 4), (3, 2, 1), (1, 2, 0)])
@@ -122,14 +109,14 @@ def test_shared_memory_limits_automatic_workers(machine):
     state = random.getstate(), torch.get_rng_state()
     assert resolve_workers(None, images, 16) == 3
     assert resolve_workers(None, images, 64) == 0
-    assert random.getstate() == state[0], "the look at the first image draws nothing"
+    assert random.getstate() == state[0], "reading the first image does not use the generators"
     assert torch.equal(torch.get_rng_state(), state[1])
 
 
-@pytest.mark.parametrize("asked", [0, 1, 7])
-def test_a_number_is_taken_as_it_is(machine, asked):
+@pytest.mark.parametrize("workers", [0, 1, 7])
+def test_a_given_number_is_returned_unchanged(machine, workers):
     machine(2)
-    assert resolve_workers(asked, Pixels(3), 10**9) == asked
+    assert resolve_workers(workers, Pixels(3), 10**9) == workers
 
 
 def test_no_automatic_workers_where_processes_are_not_forked(machine, monkeypatch):
@@ -144,77 +131,68 @@ def test_no_automatic_workers_without_shared_memory(machine, monkeypatch, tmp_pa
 
 @pytest.fixture
 def automatic(machine, monkeypatch):
-    """Two automatic workers, for the tests' small datasets as well; the numbers of workers of all loaders."""
+    """Two automatic workers, also for small datasets; returns the numbers of workers of all loaders."""
     seen, original = [], loaders.DataLoader
 
-    def noted(*args, **options):
+    def recorded(*args, **options):
         seen.append(options["num_workers"])
         return original(*args, **options)
 
     machine(2)
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=2**30, f_frsize=4096))
     monkeypatch.setattr(loaders, "_SMALL", 1)
-    monkeypatch.setattr(loaders, "DataLoader", noted)
+    monkeypatch.setattr(loaders, "DataLoader", recorded)
     return seen
 
 
-def test_automatic_workers_draw_what_no_workers_draw(automatic, tmp_path):
-    """Training, validation, queries and test; killed and resumed with another number; asked for, not resolved."""
+def test_automatic_workers_load_the_same_images(automatic, tmp_path):
+    """Training, validation, queries and test; cut, and resumed with another number; stored as configured."""
     dataset, labels = striped_data()
-    parts = Parts(from_dataset(Shaken(dataset), labels), striped_data(1)[0], striped_data(2)[0])
+    splits = Splits(from_dataset(RandomlyScaled(dataset), labels), striped_data(1)[0], striped_data(2)[0])
     results = {}
     for name, workers in (("auto", None), ("none", 0)):
         adapter = tiny_adapter()
-        fit(adapter, parts, replace(SHORT, num_workers=workers), tmp_path / name, progress=False)
+        fit(adapter, splits, replace(SHORT, num_workers=workers), tmp_path / name, progress=False)
         results[name] = result_of(adapter)
         recipe = json.loads((tmp_path / name / "prompts" / "config.json").read_text())["training"]["recipe"]
         assert recipe["num_workers"] == workers
     assert same(results["auto"], results["none"])
     for file in ("history.json", "results.json"):
         assert (tmp_path / "auto" / file).read_text() == (tmp_path / "none" / file).read_text()
-    assert automatic == [2] * 6 + [0] * 6, "validation, two phases, queries, and in the end validation and test"
+    assert automatic == [2] * 6 + [0] * 6, "validation, two phases, queries, and finally validation and test"
 
-    def run(folder, workers, left=None):
+    def run(folder, workers, step=None):
         adapter = tiny_adapter()
-        settings, loss = replace(SHORT, num_workers=workers), Deadly(left)
-        train(adapter, Shaken(dataset), labels, settings, criterion=loss, checkpoints=folder, progress=False)
+        settings, loss = replace(SHORT, num_workers=workers), FailingLoss(step)
+        train(adapter, RandomlyScaled(dataset), labels, settings, criterion=loss, checkpoints=folder, progress=False)
         return result_of(adapter)
 
-    assert in_child(lambda: run(tmp_path / "cut", None, left=13)) == -signal.SIGKILL
+    with pytest.raises(PowerCut):
+        run(tmp_path / "cut", None, step=13)
     assert checkpoints(tmp_path / "cut")[-1].name == "2-group-00000004"
     assert same(run(tmp_path / "cut", 0), run(None, 0))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_process_group_saves_the_run(tmp_path, number):
-    """As a terminal sends Ctrl-C, and clusters SIGTERM: the workers leave it to the process that trains."""
+def signalled_run(folder, number):
+    """Sends the signal to this process group, as a terminal sends Ctrl-C; the message of the interruption."""
+
+    def signal_group():
+        command = ["kill", f"-{int(number)}", "--", f"-{os.getpgrp()}"]
+        subprocess.run(command, start_new_session=True, check=True)  # not a member of the group itself
+
     dataset, labels = striped_data()
     settings = replace(SHORT, num_workers=2, save_every=1000)
+    loss = FailingLoss(4, signal_group)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(tiny_adapter(), dataset, labels, settings, criterion=loss, checkpoints=folder, progress=False)
+    return str(stopped.value)
 
-    def interrupted():
-        class Interrupting(QuietLoss):
-            left = 5
 
-            def forward(self, output, target, epoch):
-                Interrupting.left -= 1
-                if Interrupting.left == 0:
-                    kill = ["kill", f"-{int(number)}", "--", f"-{os.getpid()}"]
-                    subprocess.run(kill, start_new_session=True, check=True)  # from outside of the group
-                    time.sleep(0.2)
-                return super().forward(output, target, epoch)
-
-        os.setpgid(0, 0)
-        train(
-            tiny_adapter(),
-            dataset,
-            labels,
-            settings,
-            criterion=Interrupting(4),
-            checkpoints=tmp_path,
-            progress=False,
-        )
-
-    assert in_child(interrupted) == 130, "KeyboardInterrupt"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_process_group_saves_the_run(tmp_path, number):
+    """As sent by terminals (Ctrl-C) and clusters (SIGTERM): the workers leave it to the training process."""
+    with Child(signalled_run, tmp_path, number) as child:
+        assert child.result().startswith("stopped after step 5 of phase shared")
     assert [path.name for path in checkpoints(tmp_path)] == ["1-shared-00000005"]
 
 
@@ -229,11 +207,75 @@ def test_an_unreadable_image_is_named_by_workers(tmp_path):
         evaluate(adapter, images, ShotMetrics(COUNTS), num_workers=2)
     with pytest.raises(InputError, match=words):
         predict(adapter, images, num_workers=2)
-    gc.collect()  # iterators that raised lie in cycles with their tracebacks: not to be inherited by later forks
+
+
+class BrokenImages(Dataset):
+    """The second half cannot be read."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        if index >= 20:
+            raise InputError(f"image {index} cannot be read")
+        return torch.zeros(3, 4, 4), 0
+
+
+def consume_until_error(loader, fail_in_loop):
+    """Iterate in a frame that the traceback keeps alive."""
+    with open_batches(loader) as loaded:
+        for number, _ in enumerate(loaded):
+            if fail_in_loop and number == 1:
+                raise InputError("in the loop")
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("fail_in_loop", [False, True])
+def test_workers_stop_at_once_after_an_error(persistent, fail_in_loop):
+    """Without `open_batches` they hang until the garbage collector finds the traceback, and ten seconds longer."""
+    loader = image_loader(BrokenImages(), batch_size=4, num_workers=2, persistent=persistent)
+    started = time.perf_counter()
+    with pytest.raises(InputError, match="in the loop" if fail_in_loop else "cannot be read") as error:
+        consume_until_error(loader, fail_in_loop)
+    assert not multiprocessing.active_children()
+    del error
+    gc.collect()
+    assert time.perf_counter() - started < 4, "torch waits 5 seconds for a worker that hangs"
+
+
+def test_workers_stop_when_a_run_fails(capfd):
+    """Training and persistent validation workers, after an error in a step."""
+    dataset, labels = striped_data()
+    settings = replace(SHORT, num_workers=1)
+    with pytest.raises(PowerCut):
+        train(
+            tiny_adapter(),
+            dataset,
+            labels,
+            settings,
+            validation=striped_data(1)[0],
+            criterion=FailingLoss(6),
+            progress=False,
+        )
+    assert not multiprocessing.active_children()
+    gc.collect()
+    assert "Bad file descriptor" not in capfd.readouterr().err
+
+
+def test_a_persistent_loader_can_be_used_after_an_error():
+    images = TensorDataset(torch.rand(8, 3, 4, 4), torch.arange(8))
+    loader = image_loader(images, batch_size=4, num_workers=1, persistent=True)
+    with pytest.raises(IndexError), open_batches(loader) as loaded:
+        next(loaded)[2]
+    with open_batches(loader) as loaded:
+        assert torch.equal(torch.cat([batch for batch, _ in loaded]), images.tensors[0])
+    assert multiprocessing.active_children()
+    stop_workers(loader)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(("persistent", "processes"), [(True, 2), (False, 6)])
-def test_an_evaluation_may_keep_its_workers(persistent, processes):
+def test_an_evaluation_can_keep_its_workers(persistent, processes):
     seen = set()
 
     class Model(torch.nn.Module):
@@ -245,24 +287,26 @@ def test_an_evaluation_may_keep_its_workers(persistent, processes):
             seen.update(images[:, 0, 0, 0].tolist())
             return (torch.zeros(len(images), 3),)
 
-    evaluation = Evaluation(Model(), Workers(), batch_size=8, num_workers=2, persistent=persistent)
+    evaluation = Evaluation(Model(), ProcessIds(), batch_size=8, num_workers=2, persistent=persistent)
     results = [evaluation(ShotMetrics(COUNTS)) for _ in range(3)]
     assert results[0] == results[1] == results[2]
     assert len(seen) == processes
     assert os.getpid() not in seen
+    evaluation.close()
+    assert not multiprocessing.active_children()
 
 
-def test_workers_take_what_cannot_be_pickled():
-    """They are forked: a lambda is no obstacle, nor a script without a main guard."""
+def test_workers_load_datasets_that_cannot_be_pickled():
+    """They are forked: lambdas work, and scripts without a main guard."""
     images = TensorDataset(torch.rand(8, 3, 4, 4), torch.arange(8))
     images.transform = lambda image: image
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking a process that has threads
+        warnings.simplefilter("ignore", DeprecationWarning)  # about forking a process with threads
         loaded = list(image_loader(images, batch_size=4, num_workers=1))
     assert torch.equal(torch.cat([batch for batch, _ in loaded]), images.tensors[0])
 
 
-def test_loading_draws_nothing_from_the_callers_generators():
+def test_loading_does_not_use_the_callers_generators():
     images = TensorDataset(torch.rand(8, 3, 4, 4), torch.arange(8))
     state = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     for workers in (0, 1):
@@ -273,7 +317,7 @@ def test_loading_draws_nothing_from_the_callers_generators():
 
 def test_the_benchmark_of_the_loader_runs(capsys):
     module = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "benchmarks" / "loader.py"))
-    small = module["Settings"](num_images=12, pixels=64, img_size=32, batch_size=4, workers=(0, 1), rounds=1)
+    small = module["Settings"](num_images=12, pixels=64, img_size=32, batch_size=8, workers=(0, 1), rounds=1)
     with torch.random.fork_rng(devices=[]):
         module["main"](small)
     lines = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
@@ -287,7 +331,7 @@ def test_the_default_is_automatic():
 
 
 @pytest.mark.parametrize("pin", [False, True])
-def test_batches_are_pinned_where_asked(pin):
+def test_batches_are_pinned_if_configured(pin):
     dataset, labels = striped_data()
     loader = batches(dataset, labels, SETTINGS, "shared", epochs=1, pin_memory=pin)
     assert loader.pin_memory is pin

@@ -1,4 +1,4 @@
-"""The two-phase loop on a tiny ViT and tiny data: what it trains, what it leaves alone, what it refuses."""
+"""The two-phase loop on a tiny ViT and tiny data: which parameters it trains, and its result."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tests.conftest import tiny_vit
 from tests.recipe.tiny import COUNTS, PHASE, SETTINGS, striped_data, tiny_adapter
 
 
-def test_two_phases_learn_and_touch_nothing_else():
+def test_two_phases_train_only_their_parameters():
     dataset, labels = striped_data()
     adapter = tiny_adapter()
     frozen = {name: p.clone() for name, p in adapter.vit.named_parameters()}
     start = {name: t.clone() for name, t in adapter.adapter_state_dict().items()}
-    long, nothing = replace(PHASE, epochs=16), replace(PHASE, epochs=0)
-    history = train(adapter, dataset, labels, replace(SETTINGS, shared=long, group=nothing), progress=False)
+    long, skipped = replace(PHASE, epochs=16), replace(PHASE, epochs=0)
+    history = train(adapter, dataset, labels, replace(SETTINGS, shared=long, group=skipped), progress=False)
     after_shared = {name: t.clone() for name, t in adapter.adapter_state_dict().items()}
     changed = {name for name in start if not torch.equal(start[name], after_shared[name])}
     assert changed == {"shared.prompts", "head.weight"}
-    history += train(adapter, dataset, labels, replace(SETTINGS, shared=nothing, group=long), progress=False)
+    history += train(adapter, dataset, labels, replace(SETTINGS, shared=skipped, group=long), progress=False)
     changed = {n for n, t in adapter.adapter_state_dict().items() if not torch.equal(t, after_shared[n])}
     assert changed == {"pool.prompts", "pool.keys", "head.weight"}
     assert all(torch.equal(p, frozen[name]) for name, p in adapter.vit.named_parameters())
@@ -45,11 +45,11 @@ def test_runs_repeat_exactly_and_leave_random_state():
         state = torch.get_rng_state()
         train(twin, dataset, labels, SETTINGS, progress=False)
         assert torch.equal(torch.get_rng_state(), state)
-    one, two = (twin.adapter_state_dict() for twin in twins)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    other = tiny_adapter()
-    train(other, dataset, labels, replace(SETTINGS, seed=1), progress=False)
-    assert not torch.equal(other.shared.prompts, twins[0].shared.prompts)
+    first, second = (twin.adapter_state_dict() for twin in twins)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    reseeded = tiny_adapter()
+    train(reseeded, dataset, labels, replace(SETTINGS, seed=1), progress=False)
+    assert not torch.equal(reseeded.shared.prompts, twins[0].shared.prompts)
 
 
 @pytest.mark.parametrize("keys", ["kmeans", "random"])
@@ -62,11 +62,11 @@ def test_switches(keys, decay, groups):
     assert len(history) == 8
 
 
-def test_unchosen_groups_keep_their_prompts_when_only_chosen_ones_decay():
+def test_only_selected_groups_decay_if_so_configured():
     dataset, labels = striped_data()
     adapter = tiny_adapter()
     adapter.phase = "group"
-    with torch.no_grad():  # group 3 is never near: it points away from every query
+    with torch.no_grad():  # group 3 is never selected: it points away from every query
         query = adapter.features(torch.stack([image for image, _ in dataset])).mean(0)
         adapter.pool.keys[:3] = query + 0.01 * torch.randn(3, 24)
         adapter.pool.keys[3] = -query
@@ -89,29 +89,23 @@ def test_cross_entropy_on_instance_batches():
         return torch.nn.functional.cross_entropy(output.logits, target)
 
     run_phase(tiny_adapter(), dataset, labels, settings, PHASE, criterion=criterion, progress=False)
-    assert [len(batch) for batch in seen] == [16] * (4 * (31 // 8 + 1)), "as many images as dual sampling sees"
+    assert [len(batch) for batch in seen] == [16] * (4 * (31 // 8 + 1)), "as many images as with dual sampling"
     assert seen[0] != seen[4]
 
 
 def test_the_loss_takes_the_scale_of_the_head(monkeypatch):
-    """A margin is a cosine: its weight among the logits must follow the head's own scale."""
+    """A margin is a cosine: its effect on the logits must follow the head's scale."""
     seen = []
 
-    def noted(*args, **options):
+    def recorded(*args, **options):
         seen.append(options)
         return LPTLoss(*args, **options)
 
-    monkeypatch.setattr("lpt_peft.recipe.training.criteria.LPTLoss", noted)
+    monkeypatch.setattr("lpt_peft.recipe.training.criteria.LPTLoss", recorded)
     dataset, labels = striped_data()
     adapter = LongTailPromptAdapter.wrap(tiny_vit(), 3, prompt_length=2, pool_size=4, logit_scale=7.0)
     run_phase(adapter, dataset, labels, SETTINGS, replace(PHASE, epochs=1), progress=False)
     assert seen[0]["scale"] == 7.0
-
-
-def test_progress_bar_is_shown_on_request(capsys):
-    dataset, labels = striped_data()
-    run_phase(tiny_adapter(), dataset, labels, SETTINGS, PHASE, name="shared", progress="stripes")
-    assert "stripes: shared: 100%" in capsys.readouterr().err
 
 
 def test_predict_keeps_order_type_and_mode():
@@ -121,9 +115,9 @@ def test_predict_keeps_order_type_and_mode():
     assert adapter.training
     assert target.tolist() == labels
     adapter.eval()
-    wanted = adapter(torch.stack([image for image, _ in dataset]), return_output=True)
-    torch.testing.assert_close(output.logits, wanted.logits)
-    assert type(output) is type(wanted)
+    expected = adapter(torch.stack([image for image, _ in dataset]), return_output=True)
+    torch.testing.assert_close(output.logits, expected.logits)
+    assert type(output) is type(expected)
 
 
 def test_schedule():

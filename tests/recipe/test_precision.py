@@ -1,4 +1,4 @@
-"""backbone_dtype, mixed precision outside of the steps, and compile."""
+"""backbone_dtype, mixed precision outside the steps, and compile."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import TensorDataset
 
 from lpt_peft import LongTailPromptAdapter, ShotMetrics
-from lpt_peft.checkpoint import load_prompts
 from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.errors import BackboneMismatchError, ConfigError, StateError
-from lpt_peft.recipe import Parts, PhaseSettings, evaluate, fit, make_accelerator, predict, run_phase, train
+from lpt_peft.recipe import PhaseSettings, Splits, evaluate, fit, make_accelerator, predict, run_phase, train
 from lpt_peft.recipe.parallel import check_precision
+from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.training.loop import Loop
 from tests.conftest import tiny_vit
-from tests.recipe.tiny import COUNTS, PHASE, SETTINGS, SHORT, QuietLoss, result_of, same, striped_data, tiny_adapter
+from tests.recipe.tiny import COUNTS, PHASE, SETTINGS, SHORT, NoiseFreeLoss, result_of, same, striped_data, tiny_adapter
 
-LEARNT = ("shared", "pool", "head")
+TRAINED = ("shared", "pool", "head")
 BFLOAT16 = replace(SHORT, backbone_dtype="bfloat16")
 
 
 @pytest.fixture
 def precision():
-    """A fresh accelerator state, in which another mixed precision may be chosen."""
+    """A fresh accelerator state, for a different mixed precision."""
     AcceleratorState._reset_state()
     yield
     AcceleratorState._reset_state()
@@ -39,9 +39,9 @@ def dtypes_of(module):
     return {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
 
 
-def striped_parts():
+def striped_splits():
     dataset, labels = striped_data()
-    return Parts(from_dataset(dataset, labels), validation=striped_data(1)[0], test=striped_data(2)[0])
+    return Splits(from_dataset(dataset, labels), validation=striped_data(1)[0], test=striped_data(2)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -52,31 +52,31 @@ def test_a_cast_backbone_keeps_prompts_and_fingerprint(dtype):
     fingerprint, logits = adapter.fingerprint, adapter(images)
     adapter.cast_backbone(dtype)
     assert dtypes_of(adapter.vit) == {dtype}
-    assert all(dtypes_of(getattr(adapter, name)) == {torch.float32} for name in LEARNT)
+    assert all(dtypes_of(getattr(adapter, name)) == {torch.float32} for name in TRAINED)
     cast = adapter(images)
     assert cast.dtype == torch.float32
     assert not torch.equal(cast, logits)
     torch.testing.assert_close(cast, logits, rtol=0, atol=0.5)  # of logits up to 20
     assert adapter.features(images).dtype == dtype
-    oracle = tiny_vit().to(dtype)  # a ViT cast by hand, under the same prompts
+    oracle = tiny_vit().to(dtype)  # a ViT cast directly, with the same prompts
     twin = LongTailPromptAdapter.wrap(oracle, 3, prompt_length=2, pool_size=4).eval()
     twin.load_adapter_state_dict(adapter.adapter_state_dict())
     twin.phase = "group"
     assert torch.equal(twin(images.to(dtype)), cast)
     assert adapter.fingerprint == adapter.frozen_weights.compute_fingerprint() == fingerprint != twin.fingerprint
     adapter.cast_backbone(dtype)
-    assert adapter.fingerprint == fingerprint, "a second cast remembers the first"
+    assert adapter.fingerprint == fingerprint, "a second cast keeps the original fingerprint"
     moved = copy.deepcopy(adapter)
     for parameter in moved.vit.parameters():
-        parameter.data = parameter.data.clone()  # as a move to a device and back does
+        parameter.data = parameter.data.clone()  # as after moving to a device and back
     assert moved.fingerprint == fingerprint
     torch.testing.assert_close(moved.float()(images), cast, rtol=0, atol=0.5)  # inputs follow the weights
     with torch.no_grad():
         moved.vit.norm.weight.add_(1)
-    assert moved.fingerprint != fingerprint, "other weights are other weights"
+    assert moved.fingerprint != fingerprint, "changed weights have another fingerprint"
 
 
-def test_layers_of_the_vit_that_are_trained_are_not_cast():
+def test_trainable_layers_of_the_vit_are_not_cast():
     adapter = tiny_adapter()
     trained = adapter.vit.blocks[0].mlp.fc1.weight.requires_grad_(True)
     adapter.cast_backbone(torch.bfloat16)
@@ -86,7 +86,7 @@ def test_layers_of_the_vit_that_are_trained_are_not_cast():
         adapter.cast_backbone(torch.float64)
 
 
-def test_a_cast_vit_answers_without_the_adapter_and_when_all_of_it_trains():
+def test_a_cast_vit_works_without_the_adapter_and_when_all_of_it_is_trained():
     adapter, images = tiny_adapter(), torch.randn(2, 3, 32, 32)
     adapter.cast_backbone(torch.bfloat16)
     with adapter.disable_adapter():
@@ -97,27 +97,27 @@ def test_a_cast_vit_answers_without_the_adapter_and_when_all_of_it_trains():
 
 
 def test_a_run_on_a_cast_backbone(tmp_path):
-    """Trained, resumed bit-exactly, saved with the original fingerprint, and measured in the same dtype."""
+    """Trained, resumed exactly, saved with the original fingerprint, and evaluated in the same dtype."""
     adapter = tiny_adapter()
     fingerprint = adapter.fingerprint
-    results = fit(adapter, striped_parts(), BFLOAT16, tmp_path / "run", progress=False)
+    results = fit(adapter, striped_splits(), BFLOAT16, tmp_path / "run", progress=False)
     assert dtypes_of(adapter.vit) == {torch.bfloat16}
-    assert all(dtypes_of(getattr(adapter, name)) == {torch.float32} for name in LEARNT)
+    assert all(dtypes_of(getattr(adapter, name)) == {torch.float32} for name in TRAINED)
     config = json.loads((tmp_path / "run" / "prompts" / "config.json").read_text())
     assert config["backbone"]["fingerprint"] == fingerprint
     assert config["training"]["recipe"]["backbone_dtype"] == "bfloat16"
 
-    loaded = load_prompts(tmp_path / "run" / "prompts", tiny_vit())
+    loaded = LongTailPromptAdapter.from_pretrained(tmp_path / "run" / "prompts", tiny_vit())
     test = striped_data(2)[0]
     full = predict(loaded, test)[0].logits
     loaded.cast_backbone(torch.bfloat16)
     assert torch.equal(predict(loaded, test)[0].logits, predict(adapter, test)[0].logits)
     assert not torch.equal(predict(loaded, test)[0].logits, full)
-    assert evaluate(loaded, test, ShotMetrics.from_rule("lift", COUNTS)) == results["test"]
+    assert evaluate(loaded, test, ShotMetrics.from_rule("lpt", COUNTS)) == results["test"]
     with pytest.raises(BackboneMismatchError, match="Or was the model cast"):
-        load_prompts(tmp_path / "run" / "prompts", tiny_vit().bfloat16())
+        LongTailPromptAdapter.from_pretrained(tmp_path / "run" / "prompts", tiny_vit().bfloat16())
 
-    class Interrupting(QuietLoss):
+    class Interrupting(NoiseFreeLoss):
         def forward(self, output, target, epoch):
             steps.append(0)
             if len(steps) == 13:
@@ -128,23 +128,23 @@ def test_a_run_on_a_cast_backbone(tmp_path):
     options = {"progress": False, "checkpoints": tmp_path / "cut"}
     with pytest.raises(RuntimeError, match="power cut"):
         train(tiny_adapter(), dataset, labels, BFLOAT16, criterion=Interrupting(4), **options)
-    with pytest.raises(StateError, match="settings.backbone_dtype is 'float32' here and was 'bfloat16'"):
+    with pytest.raises(StateError, match="settings.backbone_dtype is 'float32' now and was 'bfloat16'"):
         train(tiny_adapter(), dataset, labels, SHORT, criterion=Interrupting(4), **options)
-    resumed, whole = tiny_adapter(), tiny_adapter()
+    resumed, uninterrupted = tiny_adapter(), tiny_adapter()
     train(resumed, dataset, labels, BFLOAT16, criterion=Interrupting(4), **options)
-    train(whole, dataset, labels, BFLOAT16, criterion=QuietLoss(4), progress=False)
-    assert same(result_of(resumed), result_of(whole))
+    train(uninterrupted, dataset, labels, BFLOAT16, criterion=NoiseFreeLoss(4), progress=False)
+    assert same(result_of(resumed), result_of(uninterrupted))
 
 
-def test_what_cannot_be_cast_is_refused():
+def test_unsupported_casts_are_refused():
     dataset, labels = striped_data()
     float16 = replace(SHORT, backbone_dtype="float16")
     with pytest.raises(ConfigError, match='backbone_dtype="float16" needs mixed_precision="fp16".*not "no"'):
         train(tiny_adapter(), dataset, labels, float16, progress=False)
-    with pytest.raises(ConfigError, match="two 16-bit dtypes"):
-        check_precision(BFLOAT16, SimpleNamespace(mixed_precision="fp16"))
+    with pytest.raises(ConfigError, match="different 16-bit dtypes"):
+        check_precision(BFLOAT16, SimpleNamespace(mixed_precision="fp16", scaler=object()))
     for settings, precision in ((float16, "fp16"), (BFLOAT16, "bf16"), (BFLOAT16, "no"), (SHORT, "fp16")):
-        check_precision(settings, SimpleNamespace(mixed_precision=precision))
+        check_precision(settings, SimpleNamespace(mixed_precision=precision, scaler=object()))
 
     class Probe(torch.nn.Module):
         def __init__(self):
@@ -156,7 +156,7 @@ def test_what_cannot_be_cast_is_refused():
 
 
 def test_bfloat16_weights_under_bfloat16_autocast(precision):
-    """No weight is cast in a step: autocast finds them in its own dtype."""
+    """No weight is cast in a step: they have the dtype of autocast."""
     dataset, labels = striped_data()
     adapter = tiny_adapter()
     settings = replace(BFLOAT16, mixed_precision="bf16", group=replace(PHASE, epochs=6))
@@ -165,8 +165,8 @@ def test_bfloat16_weights_under_bfloat16_autocast(precision):
     assert history[-1]["loss"] < history[0]["loss"]
 
 
-def test_validation_queries_and_test_run_in_the_runs_precision(precision, tmp_path, monkeypatch):
-    """Every pass of the backbone, of which kind ever, is in bfloat16; outside of the run none is."""
+def test_validation_queries_and_test_use_the_precision_of_the_run(precision, tmp_path, monkeypatch):
+    """Every pass of the backbone during the run is in bfloat16, and none afterwards."""
     adapter, seen = tiny_adapter(), {"train": set(), "eval": set()}
     block = adapter.vit.blocks[0].mlp
     block.register_forward_hook(lambda *args: seen["train" if adapter.training else "eval"].add(args[2].dtype))
@@ -176,11 +176,11 @@ def test_validation_queries_and_test_run_in_the_runs_precision(precision, tmp_pa
         LongTailPromptAdapter, "features", lambda self, images: counted.append(images.shape) or features(self, images)
     )
     settings = replace(SHORT, mixed_precision="bf16")
-    results = fit(adapter, striped_parts(), settings, tmp_path, progress=False)
+    results = fit(adapter, striped_splits(), settings, tmp_path, progress=False)
     assert seen == {"train": {torch.bfloat16}, "eval": {torch.bfloat16}}
     assert sum(shape[0] for shape in counted) == sum(COUNTS), "the queries of k-means"
     accelerator = make_accelerator(settings)
-    metrics = ShotMetrics.from_rule("lift", COUNTS)
+    metrics = ShotMetrics.from_rule("lpt", COUNTS)
     test = striped_data(2)[0]
     assert evaluate(adapter, test, metrics, accelerator=accelerator) == results["test"]
     seen["eval"].clear()
@@ -190,7 +190,7 @@ def test_validation_queries_and_test_run_in_the_runs_precision(precision, tmp_pa
 
 
 def compiled_run(steps, restored=None, dtype=None):
-    """Some steps of a compiled phase; the state after them."""
+    """State after some steps of a compiled phase."""
     settings = replace(SETTINGS, compile=True)
     adapter = tiny_adapter()
     if dtype is not None:
@@ -202,10 +202,10 @@ def compiled_run(steps, restored=None, dtype=None):
         dataset=striped_data()[0],
         labels=striped_data()[1],
         settings=settings,
-        criterion=QuietLoss(PHASE.epochs),
+        criterion=NoiseFreeLoss(PHASE.epochs),
         accelerator=make_accelerator(settings),
         history=[],
-        progress=False,
+        reporter=Reporter(False, True),
     )
     run = loop.start_phase(adapter, "group", PHASE)
     if restored is not None:
@@ -213,14 +213,14 @@ def compiled_run(steps, restored=None, dtype=None):
     adapter.train()
     images, labels = (tensor[:16] for tensor in striped_data()[0].tensors)
     for _ in range(steps):
-        run.advance(images, labels)
+        run.training_step(images, labels)
     tensors, numbers = run.state()
     return adapter.adapter_state_dict(), {name: tensor.clone() for name, tensor in tensors.items()}, numbers
 
 
 @pytest.fixture
 def quick_compiler(monkeypatch):
-    """torch.compile without code generation: the graph is captured and run by autograd's own kernels."""
+    """torch.compile without code generation: the captured graph runs on eager kernels."""
     calls, compile_ = [], torch.compile
 
     def quick(model):
@@ -233,20 +233,20 @@ def quick_compiler(monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-5), (torch.bfloat16, 0.05)])
-def test_compiled_steps_resume_exactly_and_train_as_eager_ones(quick_compiler, monkeypatch, dtype, tolerance):
+def test_compiled_steps_resume_exactly_and_equal_eager_steps(quick_compiler, monkeypatch, dtype, tolerance):
     half = compiled_run(3, dtype=dtype)
-    resumed, whole = compiled_run(2, half, dtype=dtype), compiled_run(5, dtype=dtype)
+    resumed, uninterrupted = compiled_run(2, half, dtype=dtype), compiled_run(5, dtype=dtype)
     assert len(quick_compiler) == 3
-    assert all(same(one, other) for one, other in zip(resumed[:2], whole[:2], strict=True))
-    assert resumed[2] == whole[2]
-    assert int(whole[1]["usage"].sum()) == 5 * 16 * 2
+    assert all(same(*states) for states in zip(resumed[:2], uninterrupted[:2], strict=True))
+    assert resumed[2] == uninterrupted[2]
+    assert int(uninterrupted[1]["usage"].sum()) == 5 * 16 * 2
     monkeypatch.setattr(torch, "compile", lambda model: model)
     eager = compiled_run(5, dtype=dtype)
     for name, tensor in eager[0].items():
-        torch.testing.assert_close(whole[0][name], tensor, rtol=1e-4, atol=tolerance, msg=name)
+        torch.testing.assert_close(uninterrupted[0][name], tensor, rtol=1e-4, atol=tolerance, msg=name)
 
 
-def test_compile_is_announced_once_for_a_phase(quick_compiler, capsys):
+def test_compilation_is_announced_once_per_phase(quick_compiler, capsys):
     dataset, labels = striped_data()
     short = replace(SETTINGS, shared=PhaseSettings(epochs=1), group=PhaseSettings(epochs=0), compile=True)
     train(tiny_adapter(), TensorDataset(*dataset.tensors), labels, short, progress="stripes")
@@ -262,4 +262,4 @@ def test_the_real_compiler():
         states = compiled_run(2), compiled_run(2)
     finally:
         torch.compiler.reset()
-    assert all(same(one, other) for one, other in zip(states[0][:2], states[1][:2], strict=True))
+    assert all(same(*tensors) for tensors in zip(states[0][:2], states[1][:2], strict=True))

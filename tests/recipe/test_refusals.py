@@ -1,4 +1,4 @@
-"""What cannot be trained on: every fault has its own error, said before the first step where that can be."""
+"""Errors for invalid data and settings, before the first step where possible."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import tiny_vit
 from tests.recipe.tiny import PHASE, SETTINGS, folder_with_a_broken_image, result_of, same, striped_data, tiny_adapter
 
 IMAGES, LABELS = striped_data()[0].tensors[0], striped_data()[1]
-PLAIN = replace(SETTINGS, loss="cross_entropy", sampling="instance")
+CROSS_ENTROPY = replace(SETTINGS, loss="cross_entropy", sampling="instance")
 
 
 def data(images=IMAGES, labels=LABELS):
@@ -28,7 +28,7 @@ def data(images=IMAGES, labels=LABELS):
 
 
 class Pairs(Dataset):
-    """Items as they are."""
+    """Given items."""
 
     def __init__(self, items):
         self.items = items
@@ -41,13 +41,13 @@ class Pairs(Dataset):
 
 
 def sizes(*shapes):
-    """Images of these shapes in turn."""
+    """Images of alternating shapes."""
     return Pairs([(torch.zeros(shapes[i % len(shapes)]), label) for i, label in enumerate(LABELS)])
 
 
 @pytest.fixture
 def no_step(monkeypatch):
-    monkeypatch.setattr(PhaseRun, "advance", lambda *args: pytest.fail("a step was taken"))
+    monkeypatch.setattr(PhaseRun, "training_step", lambda *args: pytest.fail("a step was done"))
 
 
 @pytest.mark.parametrize(
@@ -55,15 +55,15 @@ def no_step(monkeypatch):
     [
         (LABELS[:3], SETTINGS, "3 labels do not fit a dataset of 31 items"),
         ([0 if label == 2 else label for label in LABELS], SETTINGS, r"1 of 3 classes have no image.*class 2\. .*=2\)"),
-        ([0 if label == 1 else label for label in LABELS], SETTINGS, "the first is class 1.*without a gap"),
-        ([0] * 31, SETTINGS, "All 31 images are of class 0"),
-        ([2] * 31, PLAIN, "All 31 images are of class 2"),
+        ([0 if label == 1 else label for label in LABELS], SETTINGS, "the first is class 1.*without gaps"),
+        ([0] * 31, SETTINGS, "All 31 images have class 0"),
+        ([2] * 31, CROSS_ENTROPY, "All 31 images have class 2"),
         ([*LABELS[:-1], 3], SETTINGS, r"labels\[30\] is 3, but the head has 3 classes.*num_classes=4"),
-        ([*LABELS[:-1], 3], PLAIN, r"labels\[30\] is 3, but the head has 3 classes"),
+        ([*LABELS[:-1], 3], CROSS_ENTROPY, r"labels\[30\] is 3, but the head has 3 classes"),
         ([*LABELS[:-1], 10**15], SETTINGS, "is 1000000000000000, but the head has 3"),
-        ([*LABELS[:-1], -1], PLAIN, r"labels\[30\] is -1"),
-        ([float(label) for label in LABELS], PLAIN, "whole numbers, not float64"),
-        (LABELS[::-1], SETTINGS, r"dataset\[0\] says that it is of class 0, and labels\[0\] says 2"),
+        ([*LABELS[:-1], -1], CROSS_ENTROPY, r"labels\[30\] is -1"),
+        ([float(label) for label in LABELS], CROSS_ENTROPY, "integers, not float64"),
+        (LABELS[::-1], SETTINGS, r"dataset\[0\] has class 0, but labels\[0\] is 2"),
     ],
 )
 def test_labels(no_step, labels, settings, words):
@@ -78,11 +78,11 @@ def test_no_images(no_step):
         train(tiny_adapter(), Pairs([]), [], SETTINGS, progress=False)
 
 
-def test_classes_without_images_are_no_fault_where_nothing_counts_them():
-    """Cross-entropy, and a criterion of one's own."""
+def test_classes_without_images_are_accepted_if_the_loss_uses_no_counts():
+    """Cross-entropy, and a custom criterion."""
     labels = [0 if label == 1 else label for label in LABELS]
     phase = {"shared": replace(PHASE, epochs=1), "group": replace(PHASE, epochs=0)}
-    train(tiny_adapter(), data(labels=labels), labels, replace(PLAIN, **phase), progress=False)
+    train(tiny_adapter(), data(labels=labels), labels, replace(CROSS_ENTROPY, **phase), progress=False)
 
     def criterion(output, target, epoch):
         return torch.nn.functional.cross_entropy(output.logits, target)
@@ -100,21 +100,21 @@ def test_classes_without_images_are_no_fault_where_nothing_counts_them():
         (data(images=IMAGES.byte()), "and torch.uint8: "),
         (
             Pairs([(Image.new("RGB", (32, 32)), label) for label in LABELS]),
-            "are Image, no tensors: give it a transform",
+            "are Image, not tensors: give it a transform",
         ),
         (Pairs([(image, label, 0) for image, label in zip(IMAGES, LABELS, strict=True)]), "must be pairs"),
         (Pairs(list(IMAGES)), "must be pairs"),
     ],
 )
-def test_images_that_the_model_does_not_take(no_step, dataset, words):
+def test_images_that_the_model_rejects(no_step, dataset, words):
     with pytest.raises(InputError, match=words):
         train(tiny_adapter(), dataset, LABELS, SETTINGS, progress=False)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_images_of_several_sizes(workers):
+def test_images_of_different_sizes(workers):
     mixed = sizes((3, 32, 32), (3, 40, 32))
-    words = r"shapes \(3, 32, 32\), \(3, 40, 32\): transform them to one size"
+    words = r"differ in shape: \(3, 32, 32\), \(3, 40, 32\)\. Transform them to a common size"
     with pytest.raises(InputError, match=words):
         train(tiny_adapter(), mixed, LABELS, replace(SETTINGS, num_workers=workers), progress=False)
     settings = replace(SETTINGS, shared=replace(PHASE, epochs=1))
@@ -122,15 +122,15 @@ def test_images_of_several_sizes(workers):
         train(tiny_adapter(), data(), LABELS, settings, validation=mixed, progress=False)
 
 
-def test_the_first_image_is_tried_without_a_trace(monkeypatch):
-    """The first step finds prompts, head and usage as they were."""
+def test_the_check_of_the_first_image_leaves_no_trace(monkeypatch):
+    """At the first step prompts, head and usage are unchanged."""
     seen = []
 
-    def seen_at(run, *args):
+    def record(run, *args):
         seen.append(result_of(run.model))
         raise StateError("seen")
 
-    monkeypatch.setattr(PhaseRun, "advance", seen_at)
+    monkeypatch.setattr(PhaseRun, "training_step", record)
     adapter = tiny_adapter()
     before = result_of(adapter)
     adapter.phase = "group"
@@ -147,12 +147,12 @@ def test_unreadable_image_is_named(tmp_path):
         train(adapter, images, images.labels, SETTINGS, progress=False)
 
 
-def test_loss_for_other_classes_than_the_heads():
-    with pytest.raises(InputError, match="logits have 3 columns but class_counts 4 classes"):
+def test_a_loss_for_a_different_number_of_classes():
+    with pytest.raises(InputError, match="logits have 3 columns, but class_counts has 4 entries"):
         train(tiny_adapter(), data(), LABELS, SETTINGS, criterion=LPTLoss([20, 8, 2, 1], 4), progress=False)
 
 
-def test_counts_of_another_head_are_not_saved(tmp_path):
+def test_class_counts_of_another_head_are_not_saved(tmp_path):
     adapter = LongTailPromptAdapter.wrap(tiny_vit(), 3)
     with pytest.raises(InputError, match="class_counts"):
         adapter.save_pretrained(tmp_path, class_counts=[20, 8])
@@ -168,7 +168,7 @@ def test_nan_stops_and_names_the_step():
 def test_settings():
     with pytest.raises(ConfigError, match="learning_rate=0"):
         PhaseSettings(learning_rate=0)
-    with pytest.raises(ConfigError, match="batch_size=0"):
+    with pytest.raises(ConfigError, match="batch_size=0 must be even and at least 2"):
         TrainSettings(batch_size=0)
     with pytest.raises(ConfigError, match='needs sampling="dual"'):
         TrainSettings(sampling="instance")
@@ -179,7 +179,7 @@ def test_nothing_to_predict():
         predict(tiny_adapter(), Pairs([]))
 
 
-def test_labels_of_any_whole_type():
+def test_labels_of_any_integer_type():
     phases = {"shared": replace(PHASE, epochs=1), "group": replace(PHASE, epochs=0)}
     results = []
     for labels in (LABELS, np.array(LABELS, dtype=np.uint16), torch.tensor(LABELS, dtype=torch.uint8)):
@@ -192,5 +192,5 @@ def test_labels_of_any_whole_type():
 
 def test_evaluation_of_images_without_a_transform():
     plain = Pairs([(Image.new("RGB", (32, 32)), 0)])
-    with pytest.raises(InputError, match="are Image, no tensors"):
+    with pytest.raises(InputError, match="are Image, not tensors"):
         evaluate(tiny_adapter(), plain, ShotMetrics([1, 1, 1]))

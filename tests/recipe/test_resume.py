@@ -1,4 +1,4 @@
-"""Runs that are killed and started again: the same prompts, to the last bit, as without a break."""
+"""Runs that are killed and resumed: the same prompts, to the last bit, as without an interruption."""
 
 from __future__ import annotations
 
@@ -7,143 +7,185 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch.utils.data import TensorDataset
 
 from lpt_peft.errors import StateError
 from lpt_peft.recipe import train
+from lpt_peft.recipe.resume import checkpoint_io
 from lpt_peft.recipe.resume.checkpoint_io import checkpoints, read_checkpoint, write_checkpoint
 from lpt_peft.recipe.resume.interrupt import Interruption
+from lpt_peft.recipe.training.phase import PhaseRun
+from tests.processes import Child, run_ranks
 from tests.recipe.tiny import (
-    COUNTS,
     PHASE,
     SETTINGS,
     SHORT,
-    QuietLoss,
-    Shaken,
-    in_child,
-    in_ranks,
+    FailingLoss,
+    NoiseFreeLoss,
+    PowerCut,
+    RandomlyScaled,
+    kill_this_process,
     noisy_validation,
+    power_cut,
     result_of,
     same,
     striped_data,
     tiny_adapter,
 )
 
-STEPS = 2 * 2 * (sum(COUNTS) // 8 + 1)  # two phases of two epochs
 FULL = replace(SHORT, clip_norm=1.0, average=0.9, keep="best", decay="selected", init_groups="random")
+SYNCS = 4  # of a checkpoint: two files, its folder, the folder above
 
 
-class Deadly(QuietLoss):
-    """The objective, which kills its process in the middle of a step."""
-
-    def __init__(self, step=None):
-        super().__init__(epochs=8)
-        self.left = step
-
-    def forward(self, output, target, epoch):
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.left = None if self.left is None else self.left - 1
-        return super().forward(output, target, epoch)
-
-
-def run(folder, settings=SHORT, *, step=None, validation=None, **options):
-    """A whole run on shaken images, killed at `step` of this process; what it leaves."""
+def run(folder, settings=SHORT, *, step=None, fail=power_cut, validation=None, **options):
+    """A run on randomly scaled images, which fails at `step` of this process; its result and history."""
     dataset, labels = striped_data()
     adapter = tiny_adapter()
-    options = {"criterion": Deadly(step), **options}
+    options = {"criterion": FailingLoss(step, fail), **options}
+    images = RandomlyScaled(dataset)
     history = train(
-        adapter, Shaken(dataset), labels, settings, validation=validation, checkpoints=folder, progress=False, **options
+        adapter, images, labels, settings, validation=validation, checkpoints=folder, progress=False, **options
     )
     return result_of(adapter), history
 
 
+class FailingImages(TensorDataset):
+    """Validation images, which fail at read number `number`."""
+
+    def __init__(self, number, fail):
+        super().__init__(*striped_data(1)[0].tensors)
+        self.remaining, self.fail = number, fail
+
+    def __getitem__(self, index):
+        if self.remaining == 0:
+            self.fail()
+        self.remaining -= 1
+        return super().__getitem__(index)
+
+
+def failing_call(function, number, fail):
+    """`function`, which fails before call number `number`."""
+    remaining = [number]
+
+    def call(*args, **options):
+        if remaining[0] == 0:
+            fail()
+        remaining[0] -= 1
+        return function(*args, **options)
+
+    return call
+
+
+def interrupted_run(folder, point, number, fail=power_cut):
+    """A run with everything enabled that fails at a point of this kind."""
+    validation = striped_data(1)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        if point == "validation":
+            validation = FailingImages(number, fail)
+        elif point == "write":
+            patch.setattr(os, "fsync", failing_call(os.fsync, number, fail))
+        elif point == "removal of an old checkpoint":
+            patch.setattr(checkpoint_io.shutil, "rmtree", failing_call(shutil.rmtree, number, fail))
+        elif point == "end of phase":
+            patch.setattr(PhaseRun, "finalize", failing_call(PhaseRun.finalize, number, fail))
+        run(folder, FULL, step=number if point == "step" else None, fail=fail, validation=validation)
+
+
 @pytest.fixture(scope="module")
-def whole():
-    """What a run without checkpoints and without a break gives."""
+def uninterrupted():
+    """Result and history of a run without checkpoints."""
     return run(None)
 
 
-def test_killed_at_twenty_random_steps(tmp_path, whole):
-    phases = set()
-    for number, step in enumerate(random.Random(0).choices(range(STEPS), k=20)):
-        folder = tmp_path / str(number)
-        assert in_child(lambda f=folder, s=step: run(f, step=s)) == -signal.SIGKILL
-        phases |= {path.name.split("-")[1] for path in checkpoints(folder)[-1:]}
-        result, history = run(folder)
-        assert same(result, whole[0]), f"killed at step {step}"
-        assert history == whole[1]
-    assert phases == {"shared", "group"}
+@pytest.fixture(scope="module")
+def full_uninterrupted():
+    """The same with everything enabled."""
+    return run(None, FULL, validation=striped_data(1)[0])
 
 
-def test_killed_again_and_again_at_any_moment(tmp_path):
-    """Everything switched on, killed from outside after random times, until it comes through."""
-    validation = striped_data(1)[0]
-    start = time.perf_counter()
-    wanted = run(tmp_path / "whole", FULL, validation=validation)
-    length = time.perf_counter() - start
-    draw, kills = random.Random(1), 0
-    while in_child(lambda: run(tmp_path / "cut", FULL, validation=validation), kill_after=length / 4 * draw.random()):
-        kills += 1
-        if kills == 12:
+@pytest.mark.parametrize(
+    ("point", "number", "last"),
+    [
+        ("step", 0, None),  # nothing is saved yet
+        ("step", 5, "1-shared-00000004"),
+        ("step", 8, "1-shared-00000008"),  # the first step of the second phase
+        ("step", 15, "2-group-00000006"),  # the last step
+        ("validation", 40, "1-shared-00000006"),  # the last epoch of phase 1, before its checkpoint
+        ("validation", 3 * 31 + 20, "2-group-00000006"),
+        *(("write", sync, None) for sync in range(3)),
+        ("write", 3, "1-shared-00000002"),  # renamed, but the folder above is not synchronized
+        *(("write", 5 * SYNCS + sync, "2-group-00000002") for sync in range(3)),
+        ("removal of an old checkpoint", 1, "1-shared-00000008"),
+        ("end of phase", 0, "1-shared-00000008"),
+        ("end of phase", 1, "2-group-00000008"),
+    ],
+)
+def test_a_run_cut_at_every_kind_of_point(tmp_path, full_uninterrupted, point, number, last):
+    with pytest.raises(PowerCut):
+        interrupted_run(tmp_path, point, number)
+    found = checkpoints(tmp_path)
+    assert (found[-1].name if found else None) == last
+    result, history = run(tmp_path, FULL, validation=striped_data(1)[0])
+    assert same(result, full_uninterrupted[0])
+    assert history == full_uninterrupted[1]
+    assert not list(tmp_path.glob("*.tmp")), "leftovers of the interrupted write are removed"
+
+
+@pytest.mark.parametrize(("point", "number"), [("validation", 40), ("write", 5 * SYNCS + 1)])
+def test_a_killed_process(tmp_path, full_uninterrupted, point, number):
+    with Child(interrupted_run, tmp_path, point, number, kill_this_process) as child:
+        assert child.wait() == -signal.SIGKILL, child.output
+    result, history = run(tmp_path, FULL, validation=striped_data(1)[0])
+    assert same(result, full_uninterrupted[0])
+    assert history == full_uninterrupted[1]
+
+
+def test_cut_again_and_again(tmp_path, full_uninterrupted):
+    """Each attempt gets three steps further."""
+    attempts = 0
+    while True:
+        try:
+            result, history = run(tmp_path, FULL, step=3, validation=striped_data(1)[0])
             break
-    result, history = run(tmp_path / "cut", FULL, validation=validation)
-    assert kills >= 1
-    assert same(result, wanted[0])
-    assert history == wanted[1]
+        except PowerCut:
+            attempts += 1
+    assert attempts == 7, "every attempt but the last saves two steps"
+    assert same(result, full_uninterrupted[0])
+    assert history == full_uninterrupted[1]
 
 
-def test_killed_while_saving(tmp_path, whole, monkeypatch):
-    original = os.fsync
-    for number in (*range(5), 16, 17, 18):
-        left = [number]
-
-        def dying(descriptor, left=left):
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
-            original(descriptor)
-
-        folder = tmp_path / str(number)
-        monkeypatch.setattr(os, "fsync", dying)
-        assert in_child(lambda f=folder: run(f)) == -signal.SIGKILL
-        monkeypatch.setattr(os, "fsync", original)
-        assert same(run(folder)[0], whole[0]), number
-        assert not list(folder.glob("*.tmp")), "what the killed run left half written is gone"
+def rank_killed(folder, rank, point, number):
+    here = os.environ["RANK"] == str(rank)
+    interrupted_run(folder, point, number if here else -1, kill_this_process)
 
 
-def test_two_processes_killed_at_twenty_random_steps(tmp_path):
-    """One rank of two dies; both start again."""
+def runs_of_ranks(*folders):
+    return [run(folder, FULL, validation=striped_data(1)[0]) for folder in folders]
 
-    def ranks(folder, at=None):
-        def one():
-            result, _ = run(folder, step=at if os.environ["RANK"] == "1" else None)
-            save_file(result, tmp_path / f"{folder.name}-{os.environ['RANK']}.safetensors")
 
-        return in_ranks(one)
-
-    assert ranks(tmp_path / "whole") == [0, 0]
-    wanted = load_file(tmp_path / "whole-0.safetensors")
-    assert same(wanted, load_file(tmp_path / "whole-1.safetensors"))
-    for number, step in enumerate(random.Random(2).choices(range(STEPS), k=20)):
-        folder = tmp_path / str(number)
-        assert -signal.SIGKILL in ranks(folder, step)
-        assert ranks(folder) == [0, 0]
-        for rank in range(2):
-            assert same(load_file(tmp_path / f"{number}-{rank}.safetensors"), wanted), f"killed at step {step}"
+def test_a_killed_rank_of_two(tmp_path):
+    """Rank 1 in a step of phase 2, and rank 0, which writes, during a checkpoint; then both start again."""
+    points = [(tmp_path / "step", 1, "step", 13), (tmp_path / "write", 0, "write", 5 * SYNCS + 1)]
+    for point in points:
+        with pytest.raises(AssertionError, match="exit code -9"):
+            run_ranks(rank_killed, *point, init=False)
+        assert checkpoints(point[0])
+    first, second = run_ranks(runs_of_ranks, None, *(point[0] for point in points), init=False)
+    for result, history in (*first, *second):
+        assert same(result, first[0][0])
+        assert history == first[0][1]
 
 
 def test_patience_is_remembered(tmp_path):
-    """Killed in the epoch after a validation that was no better: the phase ends where it would have ended."""
+    """Cut in the epoch after a validation without improvement: the phase ends where it would have ended."""
     settings = replace(
         SHORT, shared=replace(PHASE, epochs=8), group=replace(PHASE, epochs=0), patience=2, keep="best", seed=2
     )
@@ -152,119 +194,129 @@ def test_patience_is_remembered(tmp_path):
     assert 3 <= len(history) < 8
     for step in ((len(history) - 1) * 4 - 1, (len(history) - 1) * 4 + 2):
         folder = tmp_path / str(step)
-        assert in_child(lambda f=folder, s=step: run(f, step=s, **options)) == -signal.SIGKILL
-        again = run(folder, **options)
-        assert same(again[0], result)
-        assert again[1] == history
+        with pytest.raises(PowerCut):
+            run(folder, step=step, **options)
+        resumed = run(folder, **options)
+        assert same(resumed[0], result)
+        assert resumed[1] == history
 
 
-def test_the_end_of_a_phase_is_always_saved(tmp_path, whole):
+def test_the_end_of_a_phase_is_always_saved(tmp_path, uninterrupted):
     rare = replace(SHORT, save_every=1000)
     run(tmp_path, rare)
     assert [path.name for path in checkpoints(tmp_path)] == ["1-shared-00000008", "2-group-00000008"]
-    assert same(run(tmp_path, rare, step=0)[0], whole[0])
+    assert same(run(tmp_path, rare, step=0)[0], uninterrupted[0])
 
 
-def test_worker_processes_change_nothing(tmp_path, whole):
-    with_workers = replace(SHORT, num_workers=2)
-    assert same(run(None, with_workers)[0], whole[0])
-    assert in_child(lambda: run(tmp_path, with_workers, step=13)) == -signal.SIGKILL
-    assert same(run(tmp_path, SHORT)[0], whole[0]), "their number may change on the way"
+def killed_with_workers(folder):
+    run(folder, replace(SHORT, num_workers=2), step=13, fail=kill_this_process)
 
 
-def test_the_callers_random_numbers_do_not_matter_and_stay(tmp_path, whole):
+def test_worker_processes_change_nothing(tmp_path, uninterrupted):
+    assert same(run(None, replace(SHORT, num_workers=2))[0], uninterrupted[0])
+    with Child(killed_with_workers, tmp_path) as child:
+        assert child.wait() == -signal.SIGKILL, child.output
+    assert same(run(tmp_path, SHORT)[0], uninterrupted[0]), "their number may change when a run is resumed"
+
+
+def test_the_callers_generators_do_not_matter_and_are_restored(tmp_path, uninterrupted):
     state = random.getstate(), torch.get_rng_state()
     random.seed(5)
     torch.manual_seed(5)
-    wanted = random.Random(5).random(), torch.rand((), generator=torch.Generator().manual_seed(5))
-    assert same(run(tmp_path)[0], whole[0])
-    assert (random.random(), torch.rand(())) == wanted
+    expected = random.Random(5).random(), torch.rand((), generator=torch.Generator().manual_seed(5))
+    assert same(run(tmp_path)[0], uninterrupted[0])
+    assert (random.random(), torch.rand(())) == expected
     random.setstate(state[0])
     torch.set_rng_state(state[1])
 
 
-def test_interrupt_saves_and_goes_on(tmp_path, whole):
-    class Interrupted(Deadly):
-        def forward(self, output, target, epoch):
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGINT)
-            self.left -= 1
-            return QuietLoss.forward(self, output, target, epoch)
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
 
-    Interrupted.__qualname__ = Deadly.__qualname__  # the same run
+
+def test_an_interrupted_run_is_saved_and_resumed(tmp_path, uninterrupted):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    rare = replace(SHORT, save_every=1000)
     with pytest.raises(KeyboardInterrupt, match=r"after step 6 of phase group, saved as .*2-group-00000006"):
-        run(tmp_path, replace(SHORT, save_every=1000), criterion=Interrupted(8 + 5))
+        run(tmp_path, rare, step=8 + 5, fail=interrupt)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert same(run(tmp_path, replace(SHORT, save_every=1000))[0], whole[0])
+    assert same(run(tmp_path, rare)[0], uninterrupted[0])
 
 
-def test_interrupt_in_the_last_validation_of_a_phase(tmp_path, whole):
-    class Asking(TensorDataset):
+def test_an_interruption_in_the_last_validation_of_a_phase(tmp_path, uninterrupted):
+    class Interrupting(TensorDataset):
         def __getitem__(self, index):
-            if len(checkpoints(tmp_path)) == 1 and index == 3:  # the second epoch's: the last one of phase "shared"
+            if len(checkpoints(tmp_path)) == 1 and index == 3:  # in the second epoch, the last of phase "shared"
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().__getitem__(index)
 
     settings = replace(SHORT, save_every=4)
     validation = striped_data(1)[0]
     with pytest.raises(KeyboardInterrupt, match="after step 8 of phase shared, saved as .*1-shared-00000008"):
-        run(tmp_path, settings, validation=Asking(*validation.tensors))
+        run(tmp_path, settings, validation=Interrupting(*validation.tensors))
     assert [path.name for path in checkpoints(tmp_path)] == ["1-shared-00000004", "1-shared-00000008"]
     result, history = run(tmp_path, settings, validation=validation)
-    assert same(result, whole[0])
+    assert same(result, uninterrupted[0])
     assert len(history) == 4
 
 
-def test_second_interrupt_stops_at_once():
+def test_a_second_interrupt_stops_at_once():
     handler = signal.getsignal(signal.SIGINT)
     with Interruption() as interruption:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interruption.asked
+        interrupt()
+        assert interruption.requested
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupt()
     with Interruption(watch=False):
         assert signal.getsignal(signal.SIGINT) is handler
-    thread = threading.Thread(target=lambda: Interruption().__enter__())  # signals are the main thread's
+    thread = threading.Thread(target=lambda: Interruption().__enter__())  # only the main thread handles signals
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_interrupt_stops_all_processes_at_the_same_step(tmp_path):
-    def one():
-        loss = Deadly()
-        if os.environ["RANK"] == "1":
-            loss.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM) if len(seen) == 5 else None)
-        loss.register_forward_pre_hook(lambda *_: seen.append(0))
-        run(tmp_path, criterion=loss)
-
-    seen = []
-    assert in_ranks(one) == [130, 130]
-    assert [path.name for path in checkpoints(tmp_path)][-1] == "1-shared-00000006"
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path, whole):
+def interrupted_rank(folder):
+    try:
+        run(folder, step=5 if os.environ["RANK"] == "1" else None, fail=terminate)
+    except KeyboardInterrupt as stopped:
+        message = str(stopped)
+    with pytest.raises(StateError, match="processes is 2 now and was 1"):
+        run(folder.with_name("alone"))
+    return message
+
+
+def test_an_interruption_stops_all_processes_at_the_same_step(tmp_path):
+    run(tmp_path / "alone")
+    messages = run_ranks(interrupted_rank, tmp_path / "both", init=False)
+    assert [message.split(",")[0] for message in messages] == ["stopped after step 6 of phase shared"] * 2
+    assert [path.name for path in checkpoints(tmp_path / "both")][-1] == "1-shared-00000006"
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, uninterrupted):
     run(tmp_path)
-    result, history = run(tmp_path, step=0)  # a single step would kill this process
-    assert same(result, whole[0])
-    assert history == whole[1]
+    result, history = run(tmp_path, step=0)  # a single step would raise PowerCut
+    assert same(result, uninterrupted[0])
+    assert history == uninterrupted[1]
 
 
-def test_another_run_is_refused_with_the_differences_listed(tmp_path):
+def test_a_different_run_is_refused_with_the_differences_listed(tmp_path):
     run(tmp_path)
     before = [path.name for path in checkpoints(tmp_path)]
-    other = replace(SHORT, seed=3, group=replace(SHORT.group, learning_rate=0.5))
+    changed = replace(SHORT, seed=3, group=replace(SHORT.group, learning_rate=0.5))
     with pytest.raises(StateError) as refusal:
-        run(tmp_path, other)
-    told = str(refusal.value)
-    assert "settings.seed is 3 here and was 0" in told
-    assert "settings.group.learning_rate is 0.5 here and was 2.0" in told
-    assert "settings.batch_size" not in told
-    assert "--no-resume" in told
-    with pytest.raises(StateError, match="criterion is None here"):
+        run(tmp_path, changed)
+    message = str(refusal.value)
+    assert "settings.seed is 3 now and was 0" in message
+    assert "settings.group.learning_rate is 0.5 now and was 2.0" in message
+    assert "settings.batch_size" not in message
+    assert "--no-resume" in message
+    with pytest.raises(StateError, match="criterion is None now"):
         run(tmp_path, criterion=None)
-    with pytest.raises(StateError, match="validation images is 31 here and was 0"):
+    with pytest.raises(StateError, match="validation images is 31 now and was 0"):
         run(tmp_path, validation=striped_data(1)[0])
     dataset, labels = striped_data()
     for change, words in (
@@ -277,76 +329,71 @@ def test_another_run_is_refused_with_the_differences_listed(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == before
 
 
-def test_another_number_of_processes_is_refused(tmp_path):
-    run(tmp_path)
-
-    def one():
-        with pytest.raises(StateError, match="processes is 2 here and was 1"):
-            run(tmp_path)
-
-    assert in_ranks(one) == [0, 0]
-
-
-def test_no_resume_starts_anew(tmp_path):
+def test_no_resume_starts_again(tmp_path, uninterrupted):
     run(tmp_path, replace(SHORT, seed=7))
     result, _ = run(tmp_path, resume=False)
-    assert same(result, run(None)[0])
+    assert same(result, uninterrupted[0])
     assert all(read_checkpoint(path)[1]["about"]["settings.seed"] == 0 for path in checkpoints(tmp_path))
 
 
-def test_checkpoints_are_few_and_hold_nothing_of_the_backbone(tmp_path):
+def test_checkpoints_are_few_and_contain_nothing_of_the_backbone(tmp_path):
     run(tmp_path, replace(SHORT, save_every=1, keep_checkpoints=3))
     assert [path.name for path in checkpoints(tmp_path)] == [f"2-group-{step:08}" for step in (6, 7, 8)]
     assert sorted(path.name for path in checkpoints(tmp_path)[0].iterdir()) == ["state.json", "state.safetensors"]
     tensors, numbers = read_checkpoint(checkpoints(tmp_path)[-1])
-    learnt = tiny_adapter().adapter_state_dict()
-    opened = {"pool.prompts", "pool.keys", "head.weight"}
-    assert set(tensors) == {f"adapter/{n}" for n in learnt} | {f"momentum/{n}" for n in opened} | {"usage"}
+    names = tiny_adapter().adapter_state_dict()
+    trained = {"pool.prompts", "pool.keys", "head.weight"}
+    assert set(tensors) == {f"adapter/{n}" for n in names} | {f"momentum/{n}" for n in trained} | {"usage"}
     assert numbers["about"]["settings.seed"] == 0
 
 
-def test_nan_keeps_the_checkpoint_before(tmp_path, whole):
-    class Broken(Deadly):
+def test_nan_keeps_the_earlier_checkpoint(tmp_path, uninterrupted):
+    class Diverging(FailingLoss):
         def forward(self, output, target, epoch):
-            self.left -= 1
-            loss = QuietLoss.forward(self, output, target, epoch)
-            return loss * float("nan") if self.left < 0 else loss
+            self.remaining -= 1
+            loss = NoiseFreeLoss.forward(self, output, target, epoch)
+            return loss * float("nan") if self.remaining < 0 else loss
 
-    Broken.__qualname__ = Deadly.__qualname__
+    Diverging.__qualname__ = FailingLoss.__qualname__  # the same run
     with pytest.raises(StateError, match=r"loss became nan in step 5 \(epoch 1\) of phase group"):
-        run(tmp_path, criterion=Broken(8 + 5))
+        run(tmp_path, criterion=Diverging(8 + 5))
     assert checkpoints(tmp_path)[-1].name == "2-group-00000004"
-    assert same(run(tmp_path)[0], whole[0])
+    assert same(run(tmp_path)[0], uninterrupted[0])
 
 
-def test_full_disk_leaves_the_old_checkpoint(tmp_path, whole):
-    """A write that really fails: the system refuses files beyond a few kilobytes."""
-
-    def fill():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-        class Filling(Deadly):
-            def forward(self, output, target, epoch):
-                if self.left == 0:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
-                self.left -= 1
-                return QuietLoss.forward(self, output, target, epoch)
-
-        Filling.__qualname__ = Deadly.__qualname__
-        with pytest.raises(StateError, match="cannot be written: .*The last one, .*1-shared-00000004, is whole"):
-            run(tmp_path, criterion=Filling(5))
-
-    assert in_child(fill) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["1-shared-00000002", "1-shared-00000004"]
-    assert same(run(tmp_path)[0], whole[0])
+def fill_the_disk():
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, hard))
 
 
-def test_first_checkpoint_on_a_full_disk(tmp_path, monkeypatch):
+def run_on_a_full_disk(folder):
+    """A write that really fails: the system refuses files larger than 512 bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(StateError) as error:
+            run(folder, step=5, fail=fill_the_disk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return str(error.value)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, uninterrupted):
+    with Child(run_on_a_full_disk, tmp_path) as child:
+        message = child.result()
+    assert "cannot be written: " in message
+    assert "The last checkpoint, " in message
+    assert "1-shared-00000004, is intact" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1-shared-00000002", "1-shared-00000004"]
+    assert same(run(tmp_path)[0], uninterrupted[0])
+
+
+def test_the_first_checkpoint_on_a_full_disk(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StateError, match="No space left on device. There was none before"):
+    with pytest.raises(StateError, match="No space left on device. There is no earlier checkpoint"):
         write_checkpoint(tmp_path / "new", "1-shared-00000001", {"a": torch.zeros(2)}, {}, keep=1)
     assert list((tmp_path / "new").iterdir()) == []
 
@@ -360,7 +407,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, file):
         run(tmp_path)
 
 
-def test_another_format_is_refused(tmp_path):
+def test_an_unknown_format_version_is_refused(tmp_path):
     run(tmp_path)
     path = checkpoints(tmp_path)[-1] / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 2}))
@@ -368,11 +415,11 @@ def test_another_format_is_refused(tmp_path):
         run(tmp_path)
 
 
-def test_what_diverged_is_not_saved(tmp_path):
+def test_diverged_parameters_are_not_saved(tmp_path):
     dataset, labels = striped_data()
-    wild = replace(SETTINGS, shared=replace(PHASE, learning_rate=1e38, warmup=0.0), save_every=1)
+    excessive = replace(SETTINGS, shared=replace(PHASE, learning_rate=1e38, warmup=0.0), save_every=1)
     images = TensorDataset(*dataset.tensors)
     with pytest.raises(StateError, match="NaN|nan|inf"):
-        train(tiny_adapter(), images, labels, wild, checkpoints=Path(tmp_path), progress=False)
+        train(tiny_adapter(), images, labels, excessive, checkpoints=Path(tmp_path), progress=False)
     for path in checkpoints(tmp_path):
         assert all(bool(tensor.isfinite().all()) for tensor in read_checkpoint(path)[0].values())

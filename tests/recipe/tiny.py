@@ -1,17 +1,14 @@
-"""What the tests of the recipe share: a tiny adapter, striped images, and processes to kill. No tests here."""
+"""Shared by the tests of the recipe: a tiny adapter, striped images, and interruptions of a run. No tests here."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
-import socket
-import time
 from dataclasses import replace
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
@@ -21,22 +18,23 @@ from tests.conftest import tiny_vit
 
 COUNTS = [20, 8, 3]
 PHASE = PhaseSettings(epochs=4, learning_rate=2.0)
-SETTINGS = TrainSettings(shared=PHASE, group=PHASE, batch_size=8)
+SETTINGS = TrainSettings(shared=PHASE, group=PHASE, batch_size=16)
 SHORT = replace(SETTINGS, shared=replace(PHASE, epochs=2), group=replace(PHASE, epochs=2), save_every=2)
+STEPS_PER_EPOCH = sum(COUNTS) // 8 + 1
 
 
 def folder_with_a_broken_image(root):
-    """Class folders of the sizes in COUNTS; image 23, of class 1, is no picture."""
+    """Class folders of the sizes in COUNTS; image 23, of class 1, cannot be decoded."""
     labels = [label for label, count in enumerate(COUNTS) for _ in range(count)]
     for number, label in enumerate(labels):
         folder = root / f"class {label}"
         folder.mkdir(exist_ok=True)
         Image.new("RGB", (32, 32)).save(folder / f"{number:02}.png")
-    (root / "class 1" / "23.png").write_bytes(b"no picture")
+    (root / "class 1" / "23.png").write_bytes(b"not an image")
 
 
 def striped_data(seed=0, dtype=torch.float32):
-    """Three classes that a stripe's place tells apart."""
+    """Three classes, distinguished by the position of a stripe."""
     generator = torch.Generator().manual_seed(seed)
     labels = [label for label, count in enumerate(COUNTS) for _ in range(count)]
     images = 0.3 * torch.randn(len(labels), 3, 32, 32, generator=generator, dtype=dtype)
@@ -46,15 +44,15 @@ def striped_data(seed=0, dtype=torch.float32):
 
 
 def noisy_validation():
-    """Images that hardly tell the classes apart: accuracy goes up and down."""
+    """Images that barely distinguish the classes: accuracy goes up and down."""
     dataset, labels = striped_data(3)
     generator = torch.Generator().manual_seed(4)
     images = dataset.tensors[0]
     return TensorDataset(images + 4 * torch.randn(images.shape, generator=generator), torch.tensor(labels))
 
 
-class Shaken(Dataset):
-    """Images changed at random, by all three generators that a transform may draw from."""
+class RandomlyScaled(Dataset):
+    """Images scaled at random, by all three generators that a transform may use."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -73,11 +71,37 @@ def tiny_adapter(dtype=torch.float32, **options):
         return LongTailPromptAdapter.wrap(tiny_vit().to(dtype), 3, prompt_length=2, pool_size=4, **options)
 
 
-class QuietLoss(LPTLoss):
+class NoiseFreeLoss(LPTLoss):
     """The objective without its noise: a function of the images alone."""
 
     def __init__(self, epochs, counts=COUNTS):
         super().__init__(counts, epochs, noise_scale=0.0)
+
+
+class PowerCut(BaseException):
+    """Ends a run as a kill does: the library handles no such exception, so nothing more is written."""
+
+
+def power_cut():
+    raise PowerCut
+
+
+def kill_this_process():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FailingLoss(NoiseFreeLoss):
+    """The objective, which calls `fail` in the middle of step `step` of this process; None: never."""
+
+    def __init__(self, step=None, fail=power_cut, epochs=8):
+        super().__init__(epochs)
+        self.remaining, self.fail = step, fail
+
+    def forward(self, output, target, epoch):
+        if self.remaining == 0:
+            self.fail()
+        self.remaining = None if self.remaining is None else self.remaining - 1
+        return super().forward(output, target, epoch)
 
 
 def result_of(adapter):
@@ -86,56 +110,5 @@ def result_of(adapter):
     return {**tensors, "usage": adapter.pool.usage.clone()}
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def in_child(function, *, kill_after=None):
-    """Call in a forked process; how that ended: 0, or minus the signal. `kill_after` seconds it is killed (-9)."""
-    child = _fork(function)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def in_ranks(function, world=2):
-    """Call function() on `world` gloo processes, as torchrun would: when one dies, the others are killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def enter(rank):
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_PORT": str(port)}
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        function()
-
-    children = {_fork(lambda rank=rank: enter(rank)) for rank in range(world)}
-    codes = []
-    while children:
-        child, status = os.waitpid(-1, 0)
-        if child not in children:
-            continue
-        children.remove(child)
-        codes.append(os.waitstatus_to_exitcode(status))
-        if codes[-1] != 0:
-            for other in children:
-                os.kill(other, signal.SIGKILL)
-    return codes
-
-
-def _fork(function):
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        function()
-        status = 0
-    except KeyboardInterrupt:
-        status = 130
-    except BaseException as error:
-        print(f"child: {type(error).__name__}: {error}", flush=True)
-    os._exit(status)
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -1,4 +1,4 @@
-"""The error for a sub-command whose optional libraries are not installed."""
+"""The error of a sub-command whose optional libraries are not installed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from lpt_peft.errors import MissingExtraError
 
 
 @contextmanager
-def extra_needed(user: str, extra: str) -> Iterator[None]:
-    """Around imports: a library that is missing becomes a MissingExtraError that names the extra.
+def requires_extra(user: str, extra: str) -> Iterator[None]:
+    """Turn a failed import into an error that names the extra to install.
 
     Args:
-        user: What needs the library, as the message begins: "lpt-peft train".
-        extra: Name of the extra that installs it: "train".
+        user: Needs the library; the message begins with it: "lpt-peft train".
+        extra: Installs the library: "train".
+
+    Raises:
+        MissingExtraError: A library is missing.
     """
     try:
         yield

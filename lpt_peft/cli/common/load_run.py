@@ -1,4 +1,4 @@
-"""What a finished run left: settings, adapter and class names, for the commands that use it."""
+"""A finished run as loaded from its folder: adapter, class names and settings."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from typing import NamedTuple
 import torch
 
 from lpt_peft.adapter import LongTailPromptAdapter
-from lpt_peft.cli.common.build_run import build_backbone
-from lpt_peft.cli.common.run_settings import SETTINGS, ImageSettings, RunSettings, read_settings
-from lpt_peft.errors import StateError
-from lpt_peft.recipe.experiment import PROMPTS
+from lpt_peft.cli.common.build_adapter import build_backbone
+from lpt_peft.cli.common.paths import SETTINGS, prompt_folder
+from lpt_peft.cli.common.run_settings import ImageSettings, RunSettings, read_settings
 from lpt_peft.recipe.settings import TrainSettings
 
 
-class Trained(NamedTuple):
-    """A trained adapter and how it came about."""
+class LoadedRun(NamedTuple):
+    """A trained adapter and the settings of its run."""
 
     adapter: LongTailPromptAdapter
     class_names: list[str]
@@ -25,35 +24,35 @@ class Trained(NamedTuple):
     training: TrainSettings
     """Settings of the run; the defaults for a prompt file alone."""
     data: str | None
+    """DATA of the run; None for a prompt file alone."""
 
 
-def open_trained(folder: Path) -> Trained:
-    """The adapter of an output folder on its backbone, or of a prompt file, which names it; on the GPU, if any.
+def load_run(folder: Path) -> LoadedRun:
+    """Load the adapter of an output folder, or of a prompt file, on its backbone; on the accelerator if there is any.
 
     Raises:
-        StateError: The run has written no prompts yet.
-        LPTError: Whatever is wrong with settings, backbone or prompt file.
+        StateError: The run has not written its prompts yet.
+        LPTError: The settings, the backbone or the prompt file are not usable.
     """
     run, data = None, None
+    prompts = prompt_folder(folder)
     if (folder / SETTINGS).exists():
         values = read_settings(folder / SETTINGS)
         data = values.pop("data", None)
         run = RunSettings.from_dict(values)
-        if not (folder / PROMPTS).is_dir():
-            raise StateError(f"{folder} holds no prompts yet: the run was broken off. Its own command goes on with it.")
     if run is None:
-        adapter = LongTailPromptAdapter.from_pretrained(folder)
+        adapter = LongTailPromptAdapter.from_pretrained(prompts)
     else:
-        adapter = LongTailPromptAdapter.from_pretrained(folder / PROMPTS, build_backbone(run))
+        adapter = LongTailPromptAdapter.from_pretrained(prompts, build_backbone(run))
         if run.training.backbone_dtype != "float32":
             adapter.cast_backbone(getattr(torch, run.training.backbone_dtype))
     adapter.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     names = adapter.metadata.label_names or [str(label) for label in range(adapter.prompt_config.num_classes)]
-    return Trained(
+    return LoadedRun(
         adapter=adapter.eval(),
         class_names=list(names),
         images=ImageSettings() if run is None else run.images,
-        shot_rule="lift" if run is None else run.shot_rule,
+        shot_rule="lpt" if run is None else run.shot_rule,
         training=TrainSettings() if run is None else run.training,
         data=data,
     )

@@ -1,4 +1,4 @@
-"""DATA of the commands: from a word on the command line to the training, validation and test images.
+"""The training, validation and test images that DATA of a command names.
 
     FOLDER              a folder for each class; or train/, val/ and test/ with such folders
     LIST.txt            "path label" lines, with --root, --val and --test
@@ -12,13 +12,13 @@ Not here: reading them (`lpt_peft.data`).
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lpt_peft.cli.common.messages import notice, without_errno
 from lpt_peft.cli.common.run_settings import ImageSettings
 from lpt_peft.data.cifar import cifar_lt
 from lpt_peft.data.folder import image_folder
@@ -30,75 +30,97 @@ from lpt_peft.data.transforms import transforms
 from lpt_peft.errors import InputError, MissingExtraError
 from lpt_peft.recipe.loading.split import split_validation
 
-_SPLITS = "hf:"
+_HUGGING_FACE = "hf:"
 _CIFAR = re.compile(r"(cifar10|cifar100)-lt(?:-(\d+(?:\.\d+)?))?:(.+)")
-PARTS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
+SPLITS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
+"""Each split, with the names that a folder or a Hugging Face split of it may have."""
 
 
-def open_parts(data: str, images: ImageSettings, seed: int) -> dict[str, LabelledImages]:
-    """The parts to train with: "train", and "validation" and "test" as far as there are such; without transforms.
+def open_splits(data: str, images: ImageSettings, seed: int) -> dict[str, LabelledImages]:
+    """Open "train" and, where they exist, "validation" and "test"; without transforms.
 
     Args:
         data: As on the command line.
-        images: Where the other parts are, and how large a share to hold back.
-        seed: Of that share.
+        images: Where the other splits are, and the share to hold out for validation.
+        seed: Chooses the images that are held out.
 
     Raises:
-        InputError: There is nothing of that kind, or it breaks a rule of `lpt_peft.data`.
+        InputError: DATA is of no known kind, or breaks a rule of `lpt_peft.data`.
     """
-    parts: dict[str, LabelledImages]
-    if data.startswith(_SPLITS):
-        parts = _splits(data, images)
-        if "train" not in parts:
-            raise InputError(f'{data} has no split "train"; it has {", ".join(parts) or "none that is known"}.')
+    splits: dict[str, LabelledImages]
+    if data.startswith(_HUGGING_FACE):
+        splits = _open_hugging_face(data, images)
+        if "train" not in splits:
+            raise InputError(f'{data} has no split "train"; it has {", ".join(splits) or "no split of a known name"}.')
     elif match := _CIFAR.fullmatch(data):
         reader = partial(cifar_lt, match[3], match[1], float(match[2] or 100), unreadable=images.unreadable)  # type: ignore[arg-type]
-        parts = {"train": reader(train=True), "test": reader(train=False)}
+        splits = {"train": reader(train=True), "test": reader(train=False)}
     else:
         path = _existing(data)
-        folders = _subfolders(path)
+        folders = _split_folders(path)
         if folders and "train" not in folders:
-            raise InputError(f"{data} holds {', '.join(place.name for place in folders.values())}, but no train.")
-        parts = {"train": _read(folders.pop("train", path), images)}
-        parts |= {name: _read(place, images, parts["train"].class_names) for name, place in folders.items()}
-    given = {name: place for name, place in (("validation", images.val), ("test", images.test)) if place}
-    parts |= {name: _read(place, images, parts["train"].class_names) for name, place in given.items()}
-    if images.validation_share and "validation" not in parts:
-        kept, held = split_validation(parts["train"].labels, images.validation_share, seed=seed)
-        whole = parts["train"]
-        parts["train"], parts["validation"] = whole.subset(kept), whole.subset(held, allow_empty=True)
-    return parts
+            raise InputError(f"{data} holds {', '.join(folder.name for folder in folders.values())}, but no train.")
+        splits = {"train": _read(folders.pop("train", path), images)}
+        splits |= _read_labelled(folders, images, splits["train"].class_names)
+    given = {name: path for name, path in (("validation", images.val), ("test", images.test)) if path}
+    splits |= {name: _read(path, images, splits["train"].class_names) for name, path in given.items()}
+    if images.validation_share and "validation" not in splits:
+        train = splits["train"]
+        kept, held_out = split_validation(train.labels, images.validation_share, seed=seed)
+        splits["train"], splits["validation"] = train.subset(kept), train.subset(held_out, allow_empty=True)
+    return splits
 
 
-def open_test_parts(
+def open_test_splits(
     data: str, images: ImageSettings, seed: int, class_names: Sequence[str]
 ) -> dict[str, LabelledImages]:
-    """The parts to measure a trained model with: "validation" and "test", or DATA itself as "test".
+    """Open "validation" and "test" of DATA for a trained model; DATA without splits is a test split.
 
     Args:
-        data: As on the command line; a folder of class folders or a list alone is one part, and may lack classes.
-        images: As in `open_parts`.
-        seed: As in `open_parts`.
-        class_names: (C,) of the trained model.
+        data: As on the command line; a folder of class folders, or a list, is one split and may lack classes.
+        images: As in `open_splits`.
+        seed: As in `open_splits`.
+        class_names: Classes of the trained model, in order.
 
     Raises:
-        InputError: There is nothing of that kind, or its classes are not the model's.
+        InputError: DATA is of no known kind, or its classes are not the model's.
     """
-    whole = data.startswith(_SPLITS) or _CIFAR.fullmatch(data)
-    if not whole and "train" not in _subfolders(_existing(data)):
+    with_train = data.startswith(_HUGGING_FACE) or _CIFAR.fullmatch(data)
+    if not with_train and "train" not in _split_folders(_existing(data)):
         path = Path(data)
-        folders = _subfolders(path) or {"test": path}
-        return {name: _read(place, images, class_names) for name, place in folders.items()}
-    parts = open_parts(data, replace(images, val=None, test=None), seed)
-    if parts.pop("train").class_names != list(class_names):
+        if folders := _split_folders(path):
+            return _read_labelled(folders, images, class_names)
+        return {"test": _read(path, images, class_names)}
+    splits = open_splits(data, replace(images, val=None, test=None), seed)
+    if splits.pop("train").class_names != list(class_names):
         raise InputError(f"The classes of {data} are not those the model was trained on: {list(class_names)[:5]}, ...")
-    return parts
+    return splits
 
 
-def set_transforms(parts: Mapping[str, LabelledImages], preprocess: Mapping[str, Any], images: ImageSettings) -> None:
-    """Random crops for training images, the backbone's evaluation for the others."""
-    for name, part in parts.items():
-        part.transform = transforms(
+def check_output(output: Path, data: str, images: ImageSettings) -> None:
+    """Refuse an output folder in a place that is read for images: the next run would take it for a class or a split.
+
+    Raises:
+        InputError: `output` is in such a place.
+    """
+    place = output.resolve()
+    for source in (data, images.val, images.test):
+        path = Path(source or "").resolve()
+        if source is None or not path.is_dir() or not place.is_relative_to(path):
+            continue
+        splits = _split_folders(path)
+        names = {name for words in SPLITS.values() for name in words}
+        if len(splits) < 2 or place == path or place.relative_to(path).parts[0] in names:
+            raise InputError(
+                f"--output {output} is in {source}, which is read for images: the next run would count it as a class. "
+                f"Choose a folder outside, such as --output {path.with_name(f'{path.name}-run')}."
+            )
+
+
+def set_transforms(splits: Mapping[str, LabelledImages], preprocess: Mapping[str, Any], images: ImageSettings) -> None:
+    """Set random crops for training images, and the backbone's evaluation transform for the others."""
+    for name, split in splits.items():
+        split.transform = transforms(
             preprocess,
             train=name == "train",
             scale=images.scale,
@@ -108,66 +130,80 @@ def set_transforms(parts: Mapping[str, LabelledImages], preprocess: Mapping[str,
         )
 
 
-def _splits(data: str, images: ImageSettings) -> dict[str, LabelledImages]:
-    """The splits of a data set of Hugging Face, as far as their names say what they are for."""
+def _open_hugging_face(data: str, images: ImageSettings) -> dict[str, LabelledImages]:
+    """Open the splits of a known name of a Hugging Face data set."""
     try:
         import datasets
     except ImportError as error:
         raise MissingExtraError(f'{data} needs datasets: pip install "lpt_peft[hf]".') from error
-    name = data.removeprefix(_SPLITS)
+    name = data.removeprefix(_HUGGING_FACE)
     try:
         saved = any((Path(name) / file).exists() for file in ("dataset_dict.json", "dataset_info.json"))
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     except Exception as error:  # of the network, the Hub, the disk or any builder
-        raise InputError(f"{data} cannot be loaded: {type(error).__name__}: {str(error)[:300]}.") from error
-    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    parts = {}
-    for part, words in PARTS.items():
+        reason = without_errno(f"{type(error).__name__}: {str(error)[:300]}")
+        raise InputError(f"{data} cannot be loaded: {reason}.") from error
+    found = loaded if isinstance(loaded, dict) else {"train": loaded}
+    splits = {}
+    for split, words in SPLITS.items():
         for word in words:
-            if word in splits:
+            if word in found:
                 try:
-                    parts[part] = from_huggingface(
-                        splits[word], unreadable=images.unreadable, allow_empty=part != "train"
+                    splits[split] = from_huggingface(
+                        found[word], unreadable=images.unreadable, allow_empty=split != "train"
                     )
                 except InputError as error:
-                    if part == "train":
+                    if split == "train":
                         raise
-                    warnings.warn(f'The split "{word}" of {data} is left out: {error}', stacklevel=3)
-    if any(part.class_names != parts["train"].class_names for part in parts.values() if "train" in parts):
+                    notice(f'The split "{word}" of {data} is left out: {error}')
+    if any(split.class_names != splits["train"].class_names for split in splits.values() if "train" in splits):
         raise InputError(f"The splits of {data} do not name the same classes, so their labels would not agree.")
-    return parts
+    return splits
 
 
 def _existing(data: str) -> Path:
     path = Path(data)
     if not path.exists():
         raise InputError(
-            f"{data!r} is neither a folder nor a file, nor like cifar100-lt:ROOT or hf:NAME. Give a folder of class "
-            'folders, a list of "path label" lines, or a JSON of iNaturalist.'
+            f"{data!r} is neither a folder nor a file, nor of the form cifar100-lt:ROOT or hf:NAME. Give a folder of "
+            'class folders, a list of "path label" lines, or a JSON of iNaturalist.'
         )
     return path
 
 
-def _subfolders(path: Path) -> dict[str, Path]:
-    """The folders of parts that `path` holds.
+def _split_folders(path: Path) -> dict[str, Path]:
+    """Find the folders of splits in `path`.
 
-    One of these alone among other folders is a class as they are; train/ with val/ or test/ is not.
+    A single folder of that kind among other folders is a class like them; train/ with val/ or test/ is not.
 
     Raises:
-        InputError: One part has two folders.
+        InputError: A split has two folders.
     """
-    found = {name: [path / word for word in words if (path / word).is_dir()] for name, words in PARTS.items()}
-    if twice := [places for places in found.values() if len(places) > 1]:
-        raise InputError(f"{' and '.join(map(str, twice[0]))} are for the same part: leave one of them.")
-    parts = {name: places[0] for name, places in found.items() if places}
-    if parts and ("train" not in parts or len(parts) == 1):
+    found = {name: [path / word for word in words if (path / word).is_dir()] for name, words in SPLITS.items()}
+    if repeated := [folders for folders in found.values() if len(folders) > 1]:
+        raise InputError(f"{' and '.join(map(str, repeated[0]))} are for the same split: remove all but one.")
+    splits = {name: folders[0] for name, folders in found.items() if folders}
+    if splits and ("train" not in splits or len(splits) == 1):
         entries = (entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        return {} if any(entry not in parts.values() for entry in entries) else parts
-    return parts
+        return {} if any(entry not in splits.values() for entry in entries) else splits
+    return splits
+
+
+def _read_labelled(
+    folders: Mapping[str, Path], images: ImageSettings, class_names: Sequence[str]
+) -> dict[str, LabelledImages]:
+    """Open the folders of splits that have class folders; name the others."""
+    splits = {}
+    for name, folder in folders.items():
+        if any((folder / class_name).is_dir() for class_name in class_names):
+            splits[name] = _read(folder, images, class_names)
+        else:
+            notice(f"{folder} has no folder of a class, so its images have no labels: it is left out.")
+    return splits
 
 
 def _read(path: Path, images: ImageSettings, class_names: Sequence[str] | None = None) -> LabelledImages:
-    """One part; with `class_names`, those of the training part, it may lack classes."""
+    """Open a split; with the `class_names` of the training split, it may lack classes."""
     options: Options = {"unreadable": images.unreadable, "allow_empty": class_names is not None}
     if path.is_dir():
         return image_folder(path, class_names, **options)

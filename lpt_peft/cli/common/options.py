@@ -1,4 +1,4 @@
-"""Options that several sub-commands share."""
+"""Options that all sub-commands share."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from typing import Annotated
 import tyro
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
-"""`--json`: print one JSON object on standard output, and nothing else there."""
+"""`--json`: print one JSON document on standard output, and nothing else there."""

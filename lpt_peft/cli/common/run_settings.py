@@ -1,6 +1,6 @@
-"""RunSettings: all that `lpt-peft train` is told, as flags and as `settings.json` of the output folder.
+"""RunSettings: the settings of `lpt-peft train`, as flags and as `settings.json` of the output folder.
 
-Not here: the backbone and the adapter that they describe (`build_run.py`).
+Not here: the backbone and the adapter that they describe (`build_adapter.py`).
 """
 
 from __future__ import annotations
@@ -12,87 +12,91 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from lpt_peft._json import loads
+from lpt_peft.cli.common.messages import without_errno
+from lpt_peft.cli.common.paths import home_path
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe.settings import TrainSettings, known
 
-SETTINGS = "settings.json"
 
-
+# A help text is on one line of source: tyro keeps line breaks.
 @dataclass(frozen=True, kw_only=True)
 class PromptSettings:
-    """Sizes of what is learnt; see `LongTailPromptAdapter.wrap`."""
+    """Sizes of the prompts; see `LongTailPromptAdapter.wrap`."""
 
     prompt_length: int = 10
     """Tokens of a prompt in each block."""
     pool_size: int = 20
-    """Groups."""
+    """Number of groups."""
     top_k: int = 2
-    """Groups chosen for an image."""
+    """Groups chosen for each image."""
     shared_layers: int | None = None
     """Blocks with the shared prompt only; None: half of them."""
     head_dropout: float = 0.1
+    """Dropout before the head."""
     logit_scale: float = 20.0
+    """Scale of the cosine classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
-    """Where the other parts are, and how images become tensors; see `lpt_peft.data`."""
+    """Where the other splits are, and how images become tensors; see `lpt_peft.data`."""
 
     root: Path | None = None
-    """Folder that the paths of a list start from; None: the list's own."""
+    """Folder that the paths of a list start from; None: that of the list."""
     val: Path | None = None
-    """List or folder of the validation part, where DATA does not hold one."""
+    """List or folder of the validation split, if it is not in DATA."""
     test: Path | None = None
-    """List or folder of the test part, where DATA does not hold one."""
+    """List or folder of the test split, if it is not in DATA."""
     validation_share: float = 0.0
-    """Share of each class's training images to hold back for validation, where there is no such part."""
+    """Share of each class's training images to hold out for validation, if there is no validation split."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Least and largest share of the area that a training crop covers."""
+    """Smallest and largest share of the image's area that a training crop covers."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Least and largest width over height of a training crop."""
+    """Smallest and largest aspect ratio (width over height) of a training crop."""
     flip: float = 0.5
-    """Probability of a horizontal flip; 0 where left and right mean something."""
+    """Probability of a horizontal flip; 0 where left and right differ in meaning."""
     crop_pct: float | None = None
-    """Of the evaluation: image size over the size that the shorter side is resized to; None: the backbone's."""
+    """In evaluation, image size divided by the size that the shorter side is resized to; None: the backbone's."""
     unreadable: Literal["error", "skip"] = "error"
-    """Stop at an image that cannot be read, or take another one of its class."""
+    """For an image that cannot be read: stop, or use another image of its class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """A whole run."""
+    """Settings of a run."""
 
     backbone: str
-    """A model name of timm, such as vit_base_patch16_224.augreg_in21k; glyph_vit is the demo's own."""
+    """A model name of timm, such as vit_small_patch16_224; or glyph_vit, the backbone of the demo."""
     backbone_weights: Path | None = None
-    """Its weights, a safetensors file; None: downloaded by timm, or random under --no-pretrained."""
+    """Weights of the backbone, a safetensors file; None: downloaded, or random with --no-pretrained."""
     pretrained: bool = True
+    """Download pretrained weights; --no-pretrained starts from random ones."""
     img_size: int | None = None
-    """Pixels of a side; None: the backbone's own."""
+    """Side of an image in pixels; None: the backbone's."""
     start_from: str | None = None
-    """A prompt file, folder or Hub repository, whose shared prompt the run begins with, and whose head if the classes
-    are the same; with --shared.epochs 0 it trains phase "group" alone."""
-    shot_rule: Literal["lift", "oltr", "lpt"] = "lift"
-    """Which counts are many, medium and few."""
+    """A prompt file, in a folder or on the Hub: start from its shared prompt and the head rows of equal classes."""
+    shot_rule: Literal["lift", "oltr", "lpt"] = "lpt"
+    """Which training counts make a class many-, medium- or few-shot."""
     prompts: Annotated[PromptSettings, tyro.conf.arg(name="")] = field(default_factory=PromptSettings)
     images: Annotated[ImageSettings, tyro.conf.arg(name="")] = field(default_factory=ImageSettings)
     training: Annotated[TrainSettings, tyro.conf.arg(name="")] = field(default_factory=TrainSettings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready dictionary."""
+        """Return a plain dictionary for JSON."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
         return plain
 
     @classmethod
     def from_dict(cls, values: Any) -> RunSettings:
-        """The inverse of `to_dict`; what is left out takes its default.
+        """Invert `to_dict`; missing keys take their defaults.
 
         Raises:
-            ConfigError: A key is unknown or missing, or a value out of its range.
+            ConfigError: A key is unknown or missing, or a value is out of range.
         """
         given = dict(known(cls, values))
         if "backbone" not in given:
-            raise ConfigError("Settings of a run need a backbone; give --backbone NAME, or name it in the file.")
+            raise ConfigError("The settings of a run need a backbone: give --backbone NAME, or name it in the file.")
         images = dict(known(ImageSettings, given.get("images", {})))
         for name in ("scale", "ratio"):
             if name in images:
@@ -106,29 +110,24 @@ class RunSettings:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """The JSON object of a file.
+    """Read the JSON object of a file.
 
     Raises:
-        ConfigError: It cannot be read or is none.
+        ConfigError: The file cannot be read, or is not a JSON object.
     """
     try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"The settings {file} cannot be read: {error}.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"The settings {file} must be one JSON object, as {SETTINGS} of an output folder.")
-    return content
+        data = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"The settings {file} cannot be read: {without_errno(str(error))}.") from error
+    return loads(data, f"The settings file {file}", ConfigError)
 
 
 def _pair(name: str, value: Any) -> tuple[float, float]:
-    if (
-        not isinstance(value, (list, tuple))
-        or len(value) != 2
-        or not all(isinstance(one, (int, float)) for one in value)
-    ):
+    numbers = isinstance(value, (list, tuple)) and all(isinstance(number, (int, float)) for number in value)
+    if not numbers or len(value) != 2:
         raise ConfigError(f"ImageSettings: {name}={value!r:.80} must be two numbers.")
     return value[0], value[1]
 
 
 def _path(value: Any) -> Path | None:
-    return None if value is None else Path(value)
+    return None if value is None else home_path(value)

@@ -1,29 +1,33 @@
-"""Tables on a terminal, by rich."""
+"""Tables on a terminal of any width."""
 
 from __future__ import annotations
 
-import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from io import StringIO
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from lpt_peft._text import printable
+from lpt_peft.cli.common.streams import print_json, print_text
 from lpt_peft.metrics import ShotResult
 from lpt_peft.metrics.result import SHOTS
 
 _FIGURES = (*SHOTS, "accuracy", "worst_accuracy")
-_NO_END = 10_000  # columns: into a file or a pipe, no line is folded
+_UNLIMITED = 1_000_000  # columns, in a file or a pipe
 
 
 def print_results(results: Mapping[str, ShotResult], *, as_json: bool) -> None:
-    """One row for each part, in percent, and the rule that says what many and few are; or one JSON object."""
+    """Print a row for each split, in percent, and the shot rule; or one JSON object."""
     if as_json:
-        print(json.dumps({name: result.to_dict() for name, result in results.items()}, indent=2, allow_nan=False))
+        print_json({name: result.to_dict() for name, result in results.items()})
         return
     if not results:
-        print("There was neither a validation nor a test part, so nothing was measured.")
+        print_text("There is neither a validation nor a test split, so nothing was measured.")
         return
     header = ("%", *(figure.removesuffix("_accuracy") for figure in _FIGURES), "images")
     rows = [
@@ -32,17 +36,32 @@ def print_results(results: Mapping[str, ShotResult], *, as_json: bool) -> None:
     ]
     print_table(rows, header)
     for rule in dict.fromkeys(result.rule for result in results.values()):
-        print(rule)
+        print_text(rule)
 
 
 def print_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
-    """Cells as they are, the first column to the left and the others to the right."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1), show_header=bool(header), header_style="bold")
-    for place, name in enumerate(header or [""] * len(rows[0])):
-        table.add_column(Text(name), justify="right" if place else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))  # Text: brackets in a path or a class name are no markup
-    Console(width=None if sys.stdout.isatty() else _NO_END).print(table)
+    """Print rows of cells, the first column to the left and the others to the right.
+
+    A table that is wider than the terminal becomes a paragraph for each row, so that no word is broken. Characters that
+    cannot be printed are replaced.
+    """
+    cells = [[printable(cell, 10_000) for cell in row] for row in rows]
+    table = Table(box=None, pad_edge=False, padding=(0, 1), show_header=bool(header), header_style="")
+    for column, name in enumerate(header or [""] * len(cells[0])):
+        table.add_column(Text(name), justify="right" if column else "left", no_wrap=True)
+    for row in cells:
+        table.add_row(*map(Text, row))  # Text: brackets in a path or a class name are not markup
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNLIMITED
+    text = StringIO()
+    console = Console(file=text, width=_UNLIMITED, color_system=None)
+    if Measurement.get(console, console.options, table).maximum <= width:
+        console.print(table)
+        print("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
+        return
+    for row in cells:
+        print(row[0])
+        for place, cell in enumerate(row[1:], 1):
+            print(f"  {header[place]}: {cell}" if header else f"  {cell}")
 
 
 def _percent(value: float | None) -> str:

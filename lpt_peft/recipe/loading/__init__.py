@@ -1,1 +1,1 @@
-"""Images of a run: batches, DataLoaders and the validation split."""
+"""Batches, worker processes and the validation split of a run."""

@@ -1,1 +1,1 @@
-"""Checkpoints of a run and interruption."""
+"""Checkpoints of a run, and saving on Ctrl-C."""

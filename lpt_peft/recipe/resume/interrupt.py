@@ -1,4 +1,4 @@
-"""Interruption: Ctrl-C and SIGTERM as a wish that is granted after the step under way, not in its middle."""
+"""Defers SIGINT and SIGTERM until the current step finishes."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import Any
 
 
 class Interruption:
-    """Inside the context, the first Ctrl-C (or SIGTERM) sets `asked`; the second one interrupts at once.
+    """Context manager: the first SIGINT or SIGTERM sets `requested`, the second raises KeyboardInterrupt.
 
-    Signals can be watched from the main thread alone; in any other one nothing is changed.
+    Python delivers signals to the main thread only; in other threads nothing changes.
 
     Args:
-        watch: False changes nothing: for runs that could not save.
+        watch: False changes nothing, for runs that cannot save.
     """
 
     def __init__(self, watch: bool = True) -> None:
-        self.asked = False
+        self.requested = False
         self._watch = watch
-        self._before: dict[signal.Signals, Any] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
         if self._watch and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                self._handlers[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._before.clear()
+        self._handlers.clear()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True

@@ -1,1 +1,1 @@
-"""One phase of training: its start, steps, loop and optimizer."""
+"""Training of a phase: initialization, loop, step, optimizer, schedule, criteria."""

@@ -1,4 +1,4 @@
-"""Moving averages of what is learnt, and a place to put other values in for a while."""
+"""Moving averages of parameters, and temporary replacement of their values."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from torch import Tensor, nn
 Values = dict[str, Tensor]
 
 
-def values_of(parameters: Mapping[str, Tensor]) -> Values:
-    """Copies of the parameters' values."""
+def clone_values(parameters: Mapping[str, Tensor]) -> Values:
+    """Clone the parameters' values."""
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
 @torch.no_grad()
-def put(values: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Give the parameters these values."""
+def copy_values_(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Overwrite the parameters with these values, in place."""
     for name, parameter in parameters.items():
         parameter.copy_(values[name])
 
 
 @torch.no_grad()
-def move_average(
+def update_average(
     average: Values, parameters: Mapping[str, nn.Parameter], decay: float, step: int, found_inf: Tensor
 ) -> None:
-    """`average <- d * average + (1 - d) * value`, in place, with `d = min(decay, (1 + step) / (10 + step))`.
+    """Update `average <- d * average + (1 - d) * value`, in place, with `d = min(decay, (1 + step) / (10 + step))`.
 
-    The start is not remembered for longer than the steps done warrant, as in timm's and TensorFlow's averages.
+    The smaller `d` of early steps limits the influence of the initial values, as in timm and TensorFlow.
 
     Args:
         average: Moving averages by name.
         parameters: Parameters by name.
         decay: Largest `d`.
-        step: Steps done before this one.
-        found_inf: Scalar float32 on the parameters' device: 1 leaves the averages as they are, 0 moves them.
+        step: Number of earlier steps.
+        found_inf: Scalar float32 on the parameters' device: 1 leaves the averages unchanged, 0 updates them.
     """
     weight = 1 - min(decay, (1 + step) / (10 + step))
-    good = 1 - found_inf
+    update = 1 - found_inf
     for name, parameter in parameters.items():
-        average[name].lerp_(parameter, good.to(parameter.dtype) * weight)
+        average[name].lerp_(parameter, update.to(parameter.dtype) * weight)
 
 
 @contextmanager
-def instead(values: Mapping[str, Tensor] | None, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Inside, the parameters have these values; None leaves them."""
+def temporarily_set(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Temporarily replace parameter values; None is a no-op."""
     if values is None:
         yield
         return
-    own = values_of(parameters)
-    put(values, parameters)
+    original = clone_values(parameters)
+    copy_values_(parameters, values)
     try:
         yield
     finally:
-        put(own, parameters)
+        copy_values_(parameters, original)

@@ -1,4 +1,4 @@
-"""Detects losses and gradients that are not finite, on the device and without a host read in each step."""
+"""Detection of non-finite losses and gradients on the device, without a host read in every step."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch.nn.utils import get_total_norm
 
 
 class DivergenceFlag:
-    """Remembers the first step whose loss or gradient was NaN or infinite.
+    """Records the first step whose loss or gradient was NaN or infinite.
 
-    The flag stays set: whoever honours it skips that step and all later ones, so the state is the last good one
-    whenever the host gets to read the flag.
+    The flag stays set. The caller skips that step and all later steps, so that the state is the last finite state
+    when the host reads the flag.
 
     Args:
-        device: Where losses and gradients are.
+        device: Of losses and gradients.
 
     Attributes:
-        found_inf: Scalar float32, 1 from the first bad step on, else 0: what torch's fused optimizers read.
+        found_inf: Scalar float32, 1 from the first non-finite step on, else 0; read by torch's fused optimizers.
 
     Example:
         >>> flag = DivergenceFlag(torch.device("cpu"))
@@ -36,12 +36,12 @@ class DivergenceFlag:
 
     @torch.no_grad()
     def update(self, step: int, loss: Tensor, gradients: Sequence[Tensor]) -> None:
-        """Look at a step before its update.
+        """Check a step before its parameter update.
 
         Args:
-            step: Its number.
+            step: Number of the step.
             loss: Scalar.
-            gradients: All of them; none leaves them to somebody else, such as a gradient scaler.
+            gradients: All gradients; empty if they are checked elsewhere, as by a gradient scaler.
         """
         finite = loss.isfinite()
         if gradients:
@@ -52,12 +52,12 @@ class DivergenceFlag:
         self.found_inf.masked_fill_(first, 1.0)
 
     @torch.no_grad()
-    def spoil(self, gradients: Iterable[Tensor]) -> None:
-        """Make gradients NaN where the flag is set, for optimizers that skip those by themselves."""
+    def invalidate_(self, gradients: Iterable[Tensor]) -> None:
+        """Set gradients to NaN if the flag is set, for optimizers that skip non-finite gradients."""
         factor = torch.where(self.found_inf > 0, torch.nan, 1.0)
         for gradient in gradients:
             gradient.mul_(factor)
 
     def first(self) -> tuple[int, float] | None:
-        """Number and loss of the first bad step; None where all were good. Waits for the device."""
+        """Number and loss of the first non-finite step, or None. Waits for the device."""
         return (int(self._step), float(self._loss)) if bool(self.found_inf) else None

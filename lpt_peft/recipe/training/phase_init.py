@@ -1,4 +1,4 @@
-"""How a phase begins: what is open to learning, and where keys and group prompts start from.
+"""Initializes a phase: trainable parameters, keys and group prompts.
 
 Not here: the phase itself (`phase.py`).
 """
@@ -15,12 +15,14 @@ from torch.utils.data import Dataset
 
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
-from lpt_peft.recipe.loading.batches import Seeded
-from lpt_peft.recipe.loading.loader import image_loader, resolve_workers
-from lpt_peft.recipe.parallel import copy_from_first, place, rows_of_all
+from lpt_peft.prompts import PromptPool
+from lpt_peft.recipe.loading.batches import SeededDataset
+from lpt_peft.recipe.loading.loader import image_loader, open_batches, resolve_workers
+from lpt_peft.recipe.parallel import broadcast_module, gather_strided
+from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.settings import TrainSettings
 
-_ENOUGH = 50_000  # queries for k-means
+MAX_QUERIES = 50_000  # for k-means
 
 
 def begin_phase(
@@ -30,17 +32,19 @@ def begin_phase(
     settings: TrainSettings,
     *,
     accelerator: Accelerator,
+    reporter: Reporter,
     saved: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Open what phase `name` learns.
+    """Initialize phase `name` and enable gradients of its parameters.
 
     Args:
         adapter: On its device.
         name: "shared", "group" or "joint".
-        dataset: Yields (image, label), for the k-means start of the keys.
-        settings: `init_groups`, `init_keys`, `seed`.
-        accelerator: Its mixed precision is that of the queries.
-        saved: Tensors to go on from; None starts the pool as the settings say.
+        dataset: Yields (image, label); its queries initialize the keys by k-means.
+        settings: `init_groups`, `init_keys` and `seed` are used.
+        accelerator: Provides the mixed precision of the queries.
+        reporter: Receives a warning if k-means is not possible.
+        saved: Tensors of a checkpoint to resume from; None initializes the pool as the settings specify.
     """
     if saved is not None:
         adapter.load_adapter_state_dict(saved)
@@ -49,34 +53,46 @@ def begin_phase(
             adapter.pool.init_prompts(adapter.shared.prompts[adapter.prompt_config.first_group_layer :])
         if settings.init_keys == "kmeans":
             adapter.phase = "shared"
-            adapter.pool.init_keys(_queries(adapter, dataset, settings, accelerator), seed=settings.seed)
-        copy_from_first(adapter.pool)
+            _init_keys(adapter.pool, _queries(adapter, dataset, settings, accelerator), settings.seed, reporter)
+        broadcast_module(adapter.pool)
     adapter.phase = "shared" if name == "shared" else "group"
     if name == "joint":
         adapter.shared.requires_grad_(True)
+
+
+def _init_keys(pool: PromptPool, queries: Tensor, seed: int, reporter: Reporter) -> None:
+    """Initialize keys by k-means, unless there are too few distinct queries; the training so far must not be lost."""
+    distinct = len(queries.unique(dim=0))
+    if distinct < len(pool.keys):
+        reporter.warn(
+            f"The training images give {distinct} distinct queries for {len(pool.keys)} groups, too few for k-means: "
+            "the keys start at random. Use a smaller pool_size."
+        )
+    else:
+        pool.init_keys(queries, seed=seed)
 
 
 @torch.no_grad()
 def _queries(
     adapter: LongTailPromptAdapter, dataset: Dataset[Any], settings: TrainSettings, accelerator: Accelerator
 ) -> Tensor:
-    """Queries (N, d) of all images, at most 50,000 of them, evenly spread: enough for k-means; float32 or wider."""
+    """Queries (N, d) of evenly spaced images, at most 50,000; float32 or wider."""
     size = len(dataset)  # type: ignore[arg-type]
-    some = list(range(0, size, -(-size // _ENOUGH)))
-    rank, processes = place()
-    mine = some[rank::processes]
-    mine += mine[-1:] * (-(-len(some) // processes) - len(mine))  # as many on every process
-    device, mode = adapter.head.weight.device, adapter.training
-    batch_size = 2 * settings.batch_size
+    indices = list(range(0, size, -(-size // MAX_QUERIES)))
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    share = indices[rank::processes]
+    share += share[-1:] * (-(-len(indices) // processes) - len(share))  # equally many on every process
+    device, training = adapter.head.weight.device, adapter.training
     loader = image_loader(
-        Seeded(dataset, (settings.seed, "queries")),
-        batch_size=batch_size,
-        sampler=[(index, index) for index in mine],  # rows; the place is the image's own
-        num_workers=resolve_workers(settings.num_workers, dataset, batch_size),
+        SeededDataset(dataset, (settings.seed, "queries")),
+        batch_size=settings.batch_size,
+        sampler=[(index, index) for index in share],  # rows whose position is the image's index
+        num_workers=resolve_workers(settings.num_workers, dataset, settings.batch_size),
         pin_memory=device.type == "cuda",
     )
     adapter.eval()
-    with seeded(settings.seed, device), accelerator.autocast():
-        queries = torch.cat([adapter.features(images.to(device, non_blocking=True)) for images, _ in loader])
-    adapter.train(mode)
-    return rows_of_all(queries.to(torch.promote_types(queries.dtype, torch.float32)), len(some))
+    with seeded(settings.seed, device), accelerator.autocast(), open_batches(loader) as batches:
+        queries = torch.cat([adapter.features(images.to(device, non_blocking=True)) for images, _ in batches])
+    adapter.train(training)
+    queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
+    return gather_strided(accelerator, queries, len(indices))

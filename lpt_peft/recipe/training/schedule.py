@@ -1,4 +1,4 @@
-"""The learning-rate curve: linear warm-up per step, then half a cosine to zero."""
+"""Learning-rate schedule: linear warm-up per step, then cosine decay to zero."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import math
 
 
 def warmup_cosine(step: int, total: int, warmup: int) -> float:
-    """Factor on the peak learning rate at `step`, 0-based, of `total` steps of which `warmup` rise.
+    """Factor on the peak learning rate.
 
-    The first step has `1 / warmup` of the peak, not 0, and the last one is not wasted either.
+    The first step uses `1 / warmup` of the peak rather than 0, and the last step is above 0 as well.
+
+    Args:
+        step: From 0 to `total - 1`.
+        total: Number of steps.
+        warmup: Number of steps in which the rate rises.
 
     Example:
         >>> [round(warmup_cosine(step, 6, 2), 3) for step in range(6)]

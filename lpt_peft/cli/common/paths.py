@@ -1,0 +1,51 @@
+"""Rules of the paths on the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lpt_peft.errors import ConfigError, StateError
+
+SETTINGS, PROMPTS = "settings.json", "prompts"
+"""In the output folder of a run: its settings, and its prompt file."""
+
+_HOME = re.compile(r"((?:--[\w.-]+=)?(?:hf:|cifar100?-lt[-\d.]*:)?)(~(?:[/\\].*)?)", re.DOTALL)
+
+
+def expand_home(words: Sequence[str]) -> list[str]:
+    """Expand `~` at the start of a path, which shells leave as it is in `--output=~/run` and in `hf:~/data`.
+
+    `~user` is left to the shell, and so are variables such as `$HOME`, which every shell expands everywhere.
+
+    Raises:
+        ConfigError: The home directory is unknown.
+    """
+    return [f"{match[1]}{home_path(match[2])}" if (match := _HOME.fullmatch(word)) else word for word in words]
+
+
+def home_path(text: str) -> Path:
+    """A path with `~` expanded.
+
+    Raises:
+        ConfigError: The home directory is unknown.
+    """
+    try:
+        return Path(text).expanduser() if re.match(r"~(?:[/\\]|$)", text) else Path(text)
+    except RuntimeError as error:
+        raise ConfigError(f"{text}: the home directory is unknown. Set HOME, or give the full path.") from error
+
+
+def prompt_folder(folder: Path) -> Path:
+    """Return the prompt file of a run, RUN/prompts; another folder is returned unchanged.
+
+    Raises:
+        StateError: The run has not written its prompts yet.
+    """
+    prompts = folder / PROMPTS
+    if (folder / SETTINGS).is_file() and not prompts.is_dir():
+        raise StateError(
+            f"{folder} holds no prompts yet: its training was interrupted. The same lpt-peft train command resumes it."
+        )
+    return prompts if prompts.is_dir() and not (folder / "prompts.safetensors").exists() else folder

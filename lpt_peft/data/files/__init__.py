@@ -1,0 +1,1 @@
+"""Image files on disk: readable formats, decoding to RGB, and class folders."""

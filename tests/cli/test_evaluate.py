@@ -1,0 +1,85 @@
+"""lpt-peft evaluate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from lpt_peft.cli import main
+from lpt_peft.cli.common.load_run import load_run
+from tests.cli.runs import BACKBONE, SMALL, load_adapter
+
+
+def test_evaluate_gives_the_results_of_the_run(run, data, capsys):
+    expected = json.loads((run / "results.json").read_text())
+    for words in (["evaluate", str(run), "--json"], ["evaluate", str(run), str(data), "--json"]):
+        assert main(words) == 0
+        assert json.loads(capsys.readouterr().out) == expected
+    assert main(["evaluate", str(run), str(data / "test"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"test": expected["test"]}
+    assert main(["evaluate", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert f"{100 * expected['test']['overall']:.2f}" in out
+    assert "many: n > 100, medium: 20 < n <= 100, few: n <= 20" in out
+
+
+def test_evaluate_uses_the_precision_of_the_run(data, tmp_path, capsys):
+    options = ["--backbone-dtype", "bfloat16", "--mixed-precision", "bf16", "--num-workers", "None"]
+    AcceleratorState._reset_state()
+    try:
+        assert main(["train", str(data), "--output", str(tmp_path), *BACKBONE, *SMALL, *options]) == 0
+        capsys.readouterr()
+        assert main(["evaluate", str(tmp_path), "--json"]) == 0
+    finally:
+        AcceleratorState._reset_state()
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "results.json").read_text())
+    recipe = json.loads((tmp_path / "prompts" / "config.json").read_text())["training"]["recipe"]
+    assert (recipe["backbone_dtype"], recipe["mixed_precision"], recipe["num_workers"]) == ("bfloat16", "bf16", None)
+    adapter = load_run(tmp_path).adapter
+    assert {parameter.dtype for parameter in adapter.vit.parameters()} == {torch.bfloat16}
+    assert adapter.head.weight.dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="is about machines without a GPU")
+def test_a_run_in_fp16_is_measured_in_float32_without_a_gpu(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    settings = json.loads((run / "settings.json").read_text())
+    settings["training"]["mixed_precision"] = "fp16"
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
+    with pytest.warns(UserWarning, match="measured in fp16, which needs a GPU"):
+        assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((run / "results.json").read_text())
+
+
+def test_evaluate_prefers_the_given_data_to_that_of_the_run(data, tmp_path, capsys):
+    words = ["train", str(data), *BACKBONE, *SMALL, "--group.epochs", "0", "--test", str(data / "test")]
+    assert main([*words, "--output", str(tmp_path / "run")]) == 0
+    shutil.copytree(data, tmp_path / "other")
+    for image in sorted((tmp_path / "other" / "test").rglob("*.png"))[:12]:
+        image.unlink()
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), str(tmp_path / "other"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"]["num_images"] == 3
+
+
+def test_a_prompt_file_does_not_name_its_data(run, capsys, monkeypatch):
+    monkeypatch.setattr(  # timm has no weights for this backbone
+        "lpt_peft.cli.common.load_run.LongTailPromptAdapter.from_pretrained", load_adapter
+    )
+    assert main(["evaluate", str(run / "prompts")]) == 1
+    assert "does not name its training data" in capsys.readouterr().err
+
+
+def test_nothing_to_evaluate(run, data, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    settings = json.loads((run / "settings.json").read_text()) | {"data": str(data / "train")}
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
+    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 1
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert "neither a validation nor a test split" in streams.err
+    assert "lpt-peft evaluate DIR DATA" in streams.err

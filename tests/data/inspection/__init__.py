@@ -1,0 +1,1 @@
+"""Tests of lpt_peft.data.inspection."""
