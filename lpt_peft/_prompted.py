@@ -11,7 +11,6 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -120,26 +119,6 @@ def _rebuild(original: type[nn.Module], kind: str, sites: int, outputs: int | No
     prompted: Any = prompted_class(original, kind, sites, outputs)
     module: nn.Module = prompted.__new__(prompted)
     return module
-
-
-def uses_autocast(attention: nn.Module) -> bool:
-    """Whether an attention may turn autocast off or change its dtype, so that its input must not be cast before."""
-    return any(_mentions_autocast(type(part)) for part in attention.modules())  # type: ignore[arg-type]
-
-
-@cache
-def _mentions_autocast(original: type[nn.Module]) -> bool:
-    """Whether a method of the class, or a function that it calls, uses a name with "autocast"."""
-    for cls in original.__mro__:
-        if cls.__module__.startswith("torch."):
-            continue
-        for method in filter(inspect.isfunction, vars(cls).values()):
-            called = (method.__globals__.get(name) for name in method.__code__.co_names)
-            for function in (method, *filter(inspect.isfunction, called)):
-                code = function.__code__
-                if any("autocast" in name for name in (code.co_name, *code.co_names, *code.co_freevars)):
-                    return True
-    return False
 
 
 def _block_forward(self: Any, *given: Any, prompt: Tensor | None = None, **kwargs: Any) -> Any:

@@ -515,3 +515,21 @@ def test_hooks_on_blocks_run_when_compiled_with_checkpointing():
     torch.compiler.reset()
     compiled = torch.compile(adapter.features, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(IMAGES), expected)
+
+
+def test_a_failed_checkpointed_block_restores_the_state_of_its_thread(monkeypatch):
+    """While compiling; here the function for compilers is called directly."""
+    vit = tiny_vit()
+    attach_blocks(vit.blocks, 24, hint="")
+    tokens, prompt = torch.randn(2, 5, 24, requires_grad=True), torch.randn(1, 3, 24)
+    plain = vit.blocks[1](tokens)
+
+    def fail(*args, **kwargs):
+        raise ValueError("in the block")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_prompted, "checkpoint", fail)
+        with pytest.raises(ValueError, match="in the block"):
+            _prompted.checkpoint_in_graph(vit.blocks[0], tokens, prompt, {})
+    assert _prompted._local.prompt is None
+    assert torch.equal(vit.blocks[1](tokens), plain)
