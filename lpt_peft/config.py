@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lpt_peft._classes import integers_in_order, names_in_order
 from lpt_peft.errors import ConfigError, InputError
 
 MAX_CLASSES = 1_000_000
@@ -153,3 +154,10 @@ class PromptMetadata:
     class_counts: tuple[int, ...] | None = None
     label_names: tuple[str, ...] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.label_names is not None:  # names may repeat: id2label of ImageNet has "crane" twice
+            object.__setattr__(self, "label_names", names_in_order(self.label_names, unique=False))
+        if self.class_counts is not None:
+            counts = integers_in_order(self.class_counts, label_names=self.label_names)
+            object.__setattr__(self, "class_counts", counts)

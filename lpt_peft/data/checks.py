@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lpt_peft._classes import names_in_order
 from lpt_peft.errors import ConfigError, InputError
 from lpt_peft.samplers.checks import Labels, checked_labels
 
@@ -28,7 +29,7 @@ def checked_classes(
         ConfigError: `allow_empty` without `class_names`: the number of classes would be unknown.
     """
     rows = checked_labels(labels)
-    names = None if class_names is None else [str(name) for name in class_names]
+    names = None if class_names is None else list(names_in_order(class_names, "class_names"))
     for name in names or ():
         if not name.isprintable():
             raise InputError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lpt_peft._classes import names_in_order
 from lpt_peft.data.files.walk import CLOSED, OUTSIDE, ClassFolders
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ImageFiles
@@ -96,7 +97,7 @@ def _labels(
         notes.append(f"images may be missing: {len(found.left_out[CLOSED])} folders cannot be opened")
     if class_names is None:
         return found.class_names, found.labels, notes
-    names = [str(name) for name in class_names]
+    names = list(names_in_order(class_names, "class_names"))
     label_of = {_nfc(name): label for label, name in enumerate(names)}
     label_of |= {name: label for label, name in enumerate(names)}
     unknown = [name for name in found.class_names if name not in label_of and _nfc(name) not in label_of]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lpt_peft.data.images import LabelledImages, Options
@@ -48,6 +48,12 @@ def from_dataset(
                 f"{type(dataset).__name__} has neither `targets` nor `labels`; pass labels=, the class of every image."
             )
         labels = found[0]
-    if class_names is None:
-        class_names = getattr(dataset, "classes", None)
-    return LabelledImages(ItemImages(dataset, 0, type(dataset).__name__), labels, class_names, **options)
+    names: Any = getattr(dataset, "classes", None) if class_names is None else class_names
+    if class_names is None and names is not None and not isinstance(names, (str, Mapping)):
+        names = [_text(name) for name in names]
+    return LabelledImages(ItemImages(dataset, 0, type(dataset).__name__), labels, names, **options)
+
+
+def _text(name: Any) -> str:
+    """Class name as text; torchvision's ImageNet has a tuple of synonyms for each class."""
+    return ", ".join(map(str, name)) if isinstance(name, (tuple, list)) else str(name)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lpt_peft._classes import names_in_order
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ItemImages
 from lpt_peft.errors import ConfigError, InputError, MissingExtraError, UnlabelledError
@@ -209,7 +210,7 @@ def _labels(rows: Any, column: str, class_names: Sequence[str] | None) -> tuple[
         raise InputError(
             f"Column {column!r} has no label for {missing} of {len(labels)} images; remove them by dataset.filter."
         )
-    given = None if class_names is None else [str(name) for name in class_names]
+    given = None if class_names is None else list(names_in_order(class_names, "class_names"))
     names = getattr(rows.features[column], "names", None)
     if all(isinstance(label, str) for label in labels):
         found = sorted(set(labels))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lpt_peft._classes import names_in_order
 from lpt_peft.data.files.path_list import PathList
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ImageFiles
@@ -63,7 +64,7 @@ def inaturalist(
     if not labels:
         raise InputError(f"{annotations} lists no image.")
     found = [names[number] for number in label_of]
-    if class_names is not None and found != list(class_names):
+    if class_names is not None and found != list(names_in_order(class_names, "class_names")):
         raise InputError(
             f"{annotations} lists {len(found)} categories that differ from the {len(class_names)} of the training set, "
             "so their labels would not agree. List all categories in both files, in the same order of ids."

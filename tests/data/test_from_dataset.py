@@ -33,16 +33,17 @@ def test_tensors_and_transforms():
     assert len(list(DualSampler(subset.labels, 4))) == 3
 
 
+class Custom:
+    labels = (0, 1)
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return Image.new("L", (2, 2), index), "more", "things"
+
+
 def test_labels_attribute_and_given_names():
-    class Custom:
-        labels = (0, 1)
-
-        def __len__(self):
-            return 2
-
-        def __getitem__(self, index):
-            return Image.new("L", (2, 2), index), "more", "things"
-
     data = from_dataset(Custom(), class_names=["x", "y"])
     assert (data.class_names, data[1][0].mode, data[1][0].getpixel((0, 0))) == (["x", "y"], "RGB", (1, 1, 1))
 
@@ -58,3 +59,37 @@ def test_refusals():
         from_dataset(FakeData(3))
     with pytest.raises(InputError, match="2 labels do not match 3 images"):
         from_dataset(FakeData(3), [0, 1])
+
+
+class Named(Custom):
+    """A dataset with `classes` in the form of other libraries."""
+
+    def __init__(self, classes):
+        self.classes = classes
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        ([("tench", "Tinca tinca"), ("goldfish",)], ["tench, Tinca tinca", "goldfish"]),  # torchvision's ImageNet
+        ({"dog": 1, "cat": 0}, ["cat", "dog"]),
+        ({1: "dog", 0: "cat"}, ["cat", "dog"]),
+        ((7, 9), ["7", "9"]),
+    ],
+)
+def test_classes_of_the_dataset(classes, names):
+    assert from_dataset(Named(classes)).class_names == names
+
+
+def test_class_names_in_any_order_and_invalid_class_names():
+    assert from_dataset(Custom(), class_names={"dog": 1, "cat": 0}).class_names == ["cat", "dog"]
+    assert from_dataset(Custom(), class_names={"1": "dog", "0": "cat"}).class_names == ["cat", "dog"]
+    for class_names, words in (
+        (["x", "x"], "class_names has 'x' for the classes 0 and 1"),
+        ({"x", "y"}, "class_names is a set"),
+        ((name for name in "xy"), "class_names is a generator"),
+        ("xy", "class_names must be one string per class"),
+        (["x", 1], r"class_names\[1\]=1 must be a string"),
+    ):
+        with pytest.raises(InputError, match=words):
+            from_dataset(Custom(), class_names=class_names)
