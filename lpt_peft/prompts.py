@@ -19,6 +19,7 @@ from lpt_peft.config import PromptConfig
 from lpt_peft.errors import ConfigError, InputError, StateError
 
 _INIT_STD = 0.02
+_UNKNOWN = -(2**62)  # stays negative whatever training adds
 
 
 class SharedPrompt(nn.Module):
@@ -208,18 +209,27 @@ class PromptPool(nn.Module):
         """Return the groups that no image has selected in training mode since `reset_usage()`.
 
         Raises:
-            StateError: No image was counted, so the usage is unknown.
+            StateError: The usage is unknown: no image was counted, or the prompts come from a file without counts.
         """
-        if not bool((self.usage > 0).any()):
+        if bool((self.usage < 0).any()) or not bool((self.usage > 0).any()):
             raise StateError(
-                "The usage of the groups is unknown, because no image was counted: run training images through the "
-                "model in train() mode before calling dead_groups()."
+                "The usage of the groups is unknown: no image was counted, or the prompts come from a file without "
+                "counts. Call pool.reset_usage(), run training images through the model in train() mode, then call "
+                "dead_groups() again."
             )
         return [group for group, count in enumerate(self.usage.tolist()) if count == 0]
 
     def reset_usage(self) -> None:
         """Reset the usage counts."""
         self.usage.zero_()
+
+    @torch.no_grad()
+    def load_usage(self, usage: Tensor | None) -> None:
+        """Set the counts (m,) int64; None makes them unknown until `reset_usage()`."""
+        if usage is None:
+            self.usage.fill_(_UNKNOWN)
+        else:
+            self.usage.copy_(usage)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(module)`."""
