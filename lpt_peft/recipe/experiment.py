@@ -29,6 +29,7 @@ from lpt_peft.metrics.result import SHOTS
 from lpt_peft.recipe.checks import check_evaluation_split
 from lpt_peft.recipe.evaluate import evaluate
 from lpt_peft.recipe.parallel import on_main_process
+from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.train import make_accelerator, train
 
@@ -114,13 +115,14 @@ def fit(
         resume=resume,
         progress=progress,
     )
-    results = {
-        name: evaluate(
-            adapter, split, metrics, num_workers=settings.num_workers, distributed=True, accelerator=accelerator
-        )
-        for name, split in (("validation", splits.validation), ("test", splits.test))
-        if split is not None
-    }
+    results = {}
+    with Reporter(progress, accelerator.is_main_process).unreadable_images(splits.test):
+        for name, split in (("validation", splits.validation), ("test", splits.test)):
+            if split is not None:
+                workers = settings.num_workers
+                results[name] = evaluate(
+                    adapter, split, metrics, num_workers=workers, distributed=True, accelerator=accelerator
+                )
 
     def write() -> None:
         figures = {name: {shot: getattr(result, shot) for shot in SHOTS} for name, result in results.items()}

@@ -13,12 +13,14 @@ import torch
 from torch.utils.data import Subset, TensorDataset
 
 from lpt_peft import LongTailPromptAdapter
+from lpt_peft.data.folder import image_folder
 from lpt_peft.data.from_dataset import from_dataset
+from lpt_peft.data.transforms import transforms
 from lpt_peft.errors import InputError, LPTError, StateError
 from lpt_peft.recipe import Splits, experiment, fit, train
 from lpt_peft.recipe.training.optimizer import PhaseOptimizer
 from lpt_peft.recipe.training.phase import PhaseRun
-from tests.recipe.tiny import PHASE, SHORT, result_of, same, striped_data, tiny_adapter
+from tests.recipe.tiny import PHASE, SHORT, folder_with_a_broken_image, result_of, same, striped_data, tiny_adapter
 
 NAMES = ["ant", "bee", "cat"]
 SHARED_ONLY = replace(SHORT, group=replace(PHASE, epochs=0))
@@ -141,6 +143,16 @@ def test_a_training_record_of_the_largest_size_is_tried(tmp_path):
     record = json.loads((tmp_path / "prompts" / "config.json").read_text())["training"]
     assert set(record["metrics"]) == {"validation", "test"}
     assert record["rule"] == "many: n > 100, medium: 20 < n <= 100, few: n <= 20; mean over classes"
+
+
+def test_an_unreadable_test_image_is_named_at_the_end(tmp_path, capsys):
+    folder_with_a_broken_image(tmp_path)
+    adapter = tiny_adapter()
+    transform = transforms(adapter.backbone.preprocess(), train=False)
+    test = image_folder(tmp_path, transform=transform, unreadable="skip")
+    fit(adapter, splits(test=test), SHARED_ONLY, tmp_path / "run")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "23.png" in line] == lines[-1:]
 
 
 # Gradients

@@ -44,12 +44,15 @@ class Checkpoints:
         identity: What distinguishes this run from others, plain JSON; see `run_identity`.
         settings: Number of checkpoints to keep.
         accelerator: Its processes must all call every method.
+
+    Attributes:
+        removed: Number of checkpoints removed by `load(resume=False)`, on the main process.
     """
 
     def __init__(
         self, folder: Path, identity: Mapping[str, Any], settings: TrainSettings, accelerator: Accelerator
     ) -> None:
-        self.folder = folder
+        self.folder, self.removed = folder, 0
         self._identity, self._settings, self._accelerator = identity, settings, accelerator
 
     def load(self, resume: bool) -> SavedRun | None:
@@ -61,7 +64,7 @@ class Checkpoints:
 
         def read() -> SavedRun | None:
             if not resume:
-                remove_checkpoints(self.folder)
+                self.removed = remove_checkpoints(self.folder)
             return self._read()
 
         return on_main_process(self._accelerator, read)
