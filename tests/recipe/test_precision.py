@@ -269,9 +269,7 @@ def test_the_real_compiler():
 def test_precisions_that_would_not_be_used_are_refused(precision):
     """A scaled loss without a GPU, a precision that only one side has, and one that the loop does not support."""
     dataset, labels = striped_data()
-    with pytest.raises(
-        ConfigError, match='mixed_precision="fp16" scales the loss only on a GPU; on cpu small'
-    ):
+    with pytest.raises(ConfigError, match='mixed_precision="fp16" scales the loss only on a GPU; on cpu small'):
         train(tiny_adapter(), dataset, labels, replace(SHORT, mixed_precision="fp16"), progress=False)
     AcceleratorState._reset_state()
     plain = make_accelerator(SHORT)
