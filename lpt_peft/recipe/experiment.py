@@ -21,6 +21,7 @@ from uuid import uuid4
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
+from lpt_peft._files import write_atomic
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.errors import LPTError, StateError
@@ -172,14 +173,10 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         StateError: The folder is not writable, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
-        temporary.replace(path)
+        write_atomic(path, text.encode("utf-8"))
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise StateError(
             f"{path} cannot be written: {error.strerror or error}. Choose a writable folder, or free disk space; the "
             "earlier content is intact."

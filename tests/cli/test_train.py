@@ -272,7 +272,7 @@ def test_presets(data, tmp_path, capsys, monkeypatch):
         ('{"backbone": "a", "shot_rule": []}', "shot_rule=[] must be one of lift, oltr, lpt"),
         ('{"backbone": "a", "colour": 1}', "RunSettings has no colour"),
         ('{"backbone": "a", "images": {"colour": 1}}', "ImageSettings has no colour"),
-        ('{"backbone": "a", "images": {"scale": 1}}', "scale=1 must be two numbers"),
+        ('{"backbone": "a", "images": {"scale": 1}}', "scale=1 must be 2 numbers"),
         ('{"backbone": "a", "images": {"flip": "x"}}', "flip='x' must be float"),
         ('{"backbone": "a", "pretrained": 1}', "pretrained=1 must be bool"),
         ('{"backbone": "a", "prompts": 3}', "PromptSettings needs a mapping of names to values"),

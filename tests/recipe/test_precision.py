@@ -13,7 +13,6 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import TensorDataset
 
 from lpt_peft import LongTailPromptAdapter, ShotMetrics
-from lpt_peft.checkpoint import load_prompts
 from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.errors import BackboneMismatchError, ConfigError, StateError
 from lpt_peft.recipe import PhaseSettings, Splits, evaluate, fit, make_accelerator, predict, run_phase, train
@@ -108,7 +107,7 @@ def test_a_run_on_a_cast_backbone(tmp_path):
     assert config["backbone"]["fingerprint"] == fingerprint
     assert config["training"]["recipe"]["backbone_dtype"] == "bfloat16"
 
-    loaded = load_prompts(tmp_path / "run" / "prompts", tiny_vit())
+    loaded = LongTailPromptAdapter.from_pretrained(tmp_path / "run" / "prompts", tiny_vit())
     test = striped_data(2)[0]
     full = predict(loaded, test)[0].logits
     loaded.cast_backbone(torch.bfloat16)
@@ -116,7 +115,7 @@ def test_a_run_on_a_cast_backbone(tmp_path):
     assert not torch.equal(predict(loaded, test)[0].logits, full)
     assert evaluate(loaded, test, ShotMetrics.from_rule("lpt", COUNTS)) == results["test"]
     with pytest.raises(BackboneMismatchError, match="Or was the model cast"):
-        load_prompts(tmp_path / "run" / "prompts", tiny_vit().bfloat16())
+        LongTailPromptAdapter.from_pretrained(tmp_path / "run" / "prompts", tiny_vit().bfloat16())
 
     class Interrupting(NoiseFreeLoss):
         def forward(self, output, target, epoch):
