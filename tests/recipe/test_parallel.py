@@ -139,9 +139,10 @@ def error_of_the_first_rank(folder):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     dataset, labels = striped_data()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(StateError) as error:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        train(tiny_adapter(), dataset, labels, SETTINGS, checkpoints=folder, progress=False)
+        with pytest.raises(StateError) as error:
+            train(tiny_adapter(), dataset, labels, SETTINGS, checkpoints=folder, progress=False)
     return str(error.value)
 
 
