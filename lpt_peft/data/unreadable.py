@@ -35,6 +35,8 @@ class UnreadableImages:
 
     def add(self, positions: Sequence[int], message: str | None = None) -> None:
         """Record positions; `message` is logged if they are the first."""
+        if len(positions) == 1 and positions[0] in self:
+            return  # known: a repeated draw must not scan the record
         if message and self.announce and not self._found.any():
             _logger.warning(message)
         self._found[list(positions)] = True
