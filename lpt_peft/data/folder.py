@@ -25,7 +25,7 @@ def image_folder(
     root: str | os.PathLike[str],
     class_names: ClassNames | None = None,
     *,
-    ignore: Iterable[str | os.PathLike[str]] = (),
+    ignore: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
     **options: Unpack[Options],
 ) -> LabelledImages:
     """Open the images below `root/<class>/`; labels number the classes in sorted order of their names.
@@ -38,8 +38,8 @@ def image_folder(
         class_names: (C,) names of the folders in label order, or a mapping as in `LabelledImages`; None uses the
             existing folders, sorted. For a validation split pass those of the training set, with `allow_empty=True` if
             classes may be missing.
-        ignore: Files and folders to leave out, such as the output of a run inside the data; absolute, or relative to
-            `root`.
+        ignore: A path or several: files and folders to leave out, such as the output of a run inside the data; absolute,
+            or relative to `root`.
         **options: Options of `LabelledImages`.
 
     Raises:
@@ -51,7 +51,7 @@ def image_folder(
         raise InputError(
             f"root={os.fspath(root)!r} is not a folder; pass the folder that contains one folder per class."
         )
-    found = ClassFolders(root, ignore)
+    found = ClassFolders(root, [ignore] if isinstance(ignore, (str, os.PathLike)) else ignore)
     if not found.class_names:
         _refuse_without_classes(root, found)
     names, labels, notes = _labels(root, found, class_names)

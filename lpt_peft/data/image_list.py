@@ -63,6 +63,8 @@ def _notes(images: ImageFiles, root: str | os.PathLike[str]) -> list[str]:
     if any(Path(path).exists() for path in sample):
         return []
     hint = "; paths with \\ are those of Windows" if "\\" in sample[0] and os.sep == "/" else ""
+    if not Path(sample[0]).suffix:
+        hint = "; the paths have no ending such as .jpg"
     return [
         f"none of {len(sample)} files that were looked for exists below {os.fspath(root)}, such as {sample[0]}{hint}"
     ]

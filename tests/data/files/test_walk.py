@@ -254,14 +254,28 @@ def test_a_link_to_a_hidden_store_is_followed(tmp_path):
 
 
 def test_every_ending_that_pillow_opens_is_an_image_and_the_others_are_named(tmp_path):
-    for ending in (".png", ".gif", ".jfif", ".jp2", ".webp", ".bmp", ".tif", ".ppm", ".jpe", ".tga", ".pcx", ".ico"):
+    for ending in (
+        ".png",
+        ".gif",
+        ".jfif",
+        ".jp2",
+        ".webp",
+        ".bmp",
+        ".tif",
+        ".ppm",
+        ".jpe",
+        ".tga",
+        ".pcx",
+        ".ico",
+        ".mpo",
+    ):
         (tmp_path / "a").mkdir(exist_ok=True)
         Image.new("RGB", (16, 16), (200, 10, 10)).save(tmp_path / "a" / f"1{ending.upper()}")
     write_png(tmp_path / "b" / "1.png", 1)
     for name in ("1.heic", "2.HEIC", "scan.pdf", "film.mp4", "drawing.eps", "labels.csv", "README"):
         touch(tmp_path / "b" / name)
     data = image_folder(tmp_path, verify="decode")
-    assert data.class_counts == [12, 1]
+    assert data.class_counts == [13, 1]
     counts = {reason: len(files) for reason, files in data.summary.left_out.items()}
     assert counts == {
         "HEIC photo; pip install pillow-heif": 2,
@@ -323,6 +337,8 @@ def test_ignored_output_is_not_a_class(tmp_path):
         data = image_folder(tmp_path, ignore=ignore)
         assert (data.class_names, data.class_counts) == (["a", "b"], [1, 1])
         assert sorted(data.summary.left_out[IGNORED]) == ["b/link", "b/plot.png", "b/run2", "run"]
+    for ignore in ("run", tmp_path / "run"):
+        assert image_folder(tmp_path, ignore=ignore).class_names == ["a", "b"]
 
 
 def test_files_in_the_root_are_named(tmp_path):
