@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from difflib import get_close_matches
 from typing import Annotated, Any
 
 import tyro
@@ -70,10 +69,8 @@ def examine(name: str, num_classes: int, **options: int) -> dict[str, Any]:
 
     entry = listing.find(name)
     if entry is None:
-        titles = [entry.title for entry in listing.entries()]
-        near = (
-            get_close_matches(name, titles, 5, 0.5) or [title for title in titles if title.startswith("vit_base")][:5]
-        )
+        library, _, rest = name.partition("/")
+        near = listing.closest(name, library if rest and any(listing.entries(library)) else "timm")
         raise BackboneError(f'No installed library has a model "{name}". Similar names: {", ".join(near)}.')
     vit = entry.build()
     modules = Counter(type(module).__name__ for module in vit.modules())

@@ -7,8 +7,6 @@ Not here: the training (`lpt_peft.recipe`), the settings (`common/run_settings.p
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lpt_peft.cli.common.extras import requires_extra
+from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.options import Json
 from lpt_peft.cli.common.paths import SETTINGS, home_path
 from lpt_peft.cli.common.run_settings import RunSettings, read_settings
@@ -105,7 +104,6 @@ def run_training(
             about={"start_from": run.start_from} | {f"images.{name}": v for name, v in settings["images"].items()},
             accelerator=accelerator,
             resume=resume,
-            progress=sys.stderr.isatty(),
         )
     finally:
         accelerator.end_training()
@@ -134,8 +132,7 @@ def _initial_settings(words: Sequence[str]) -> RunSettings | Any:
     start = RunSettings(backbone=tyro.MISSING)
     if given.preset:
         known = preset(given.preset)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"Preset {given.preset}. {known}", file=sys.stderr)
+        notice(f"preset {given.preset}. {known}")
         images = replace(start.images, crop_pct=RECIPE_CROP_PCT)
         start = replace(start, training=known.settings, shot_rule=known.shot_rule, images=images)  # type: ignore[arg-type]
     return start

@@ -38,8 +38,8 @@ def image_folder(
         class_names: (C,) names of the folders in label order, or a mapping as in `LabelledImages`; None uses the
             existing folders, sorted. For a validation split pass those of the training set, with `allow_empty=True` if
             classes may be missing.
-        ignore: A path or several: files and folders to leave out, such as the output of a run inside the data; absolute,
-            or relative to `root`.
+        ignore: A path or several: files and folders to leave out, such as the output of a run inside the data;
+            absolute, or relative to `root`.
         **options: Options of `LabelledImages`.
 
     Raises:

@@ -12,13 +12,14 @@ from typing import Any, Literal, TypedDict
 
 from torch.utils.data import Dataset
 
+from lpt_peft._numbers import checked_integer
 from lpt_peft.data._unreadable import ClassOrder, UnreadableImages
 from lpt_peft.data.checks import ClassNames, checked_classes
 from lpt_peft.data.files.reading import WHITE, Color, Reading
 from lpt_peft.data.inspection.summary import DataSummary
 from lpt_peft.data.sources import Images, SubsetSource
 from lpt_peft.errors import ConfigError, InputError
-from lpt_peft.samplers.checks import Labels, checked_integer
+from lpt_peft.samplers.checks import Labels
 
 Unreadable = Literal["error", "skip"]
 Verify = Literal["no", "exists", "decode"]

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from lpt_peft._json import loads
 from lpt_peft.cli.common.messages import without_errno
-from lpt_peft.cli.common.paths import SETTINGS, home_path
+from lpt_peft.cli.common.paths import home_path
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe.settings import TrainSettings, known
 
@@ -59,6 +60,10 @@ class ImageSettings:
     """In evaluation, image size divided by the size that the shorter side is resized to; None: the backbone's."""
     unreadable: Literal["error", "skip"] = "error"
     """For an image that cannot be read: stop, or use another image of its class."""
+    exif: bool = True
+    """Follow the EXIF orientation of photos."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Colour behind transparent pixels: red, green, blue, from 0 to 255."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +71,7 @@ class RunSettings:
     """Settings of a run."""
 
     backbone: str
-    """A model name of timm, such as vit_small_patch16_224; or glyph_vit, the backbone of the demo."""
+    """A model of timm, such as vit_small_patch16_224, or LIBRARY/NAME, such as torchvision/vit_b_16; or glyph_vit."""
     backbone_weights: Path | None = None
     """Weights of the backbone, a safetensors file; None: downloaded, or random with --no-pretrained."""
     pretrained: bool = True
@@ -74,7 +79,7 @@ class RunSettings:
     img_size: int | None = None
     """Side of an image in pixels; None: the backbone's."""
     start_from: str | None = None
-    """A prompt file, in a folder or on the Hub: start from its shared prompt, and its head if the classes match."""
+    """A prompt file, in a folder or on the Hub: start from its shared prompt and the head rows of equal classes."""
     shot_rule: Literal["lift", "oltr", "lpt"] = "lpt"
     """Which training counts make a class many-, medium- or few-shot."""
     prompts: Annotated[PromptSettings, tyro.conf.arg(name="")] = field(default_factory=PromptSettings)
@@ -97,9 +102,9 @@ class RunSettings:
         if "backbone" not in given:
             raise ConfigError("The settings of a run need a backbone: give --backbone NAME, or name it in the file.")
         images = dict(known(ImageSettings, given.get("images", {})))
-        for name in ("scale", "ratio"):
+        for name, size in (("scale", 2), ("ratio", 2), ("background", 3)):
             if name in images:
-                images[name] = _pair(name, images[name])
+                images[name] = _numbers(name, images[name], size)
         images |= {name: _path(images[name]) for name in ("root", "val", "test") if name in images}
         given["images"] = ImageSettings(**images)
         given["prompts"] = PromptSettings(**known(PromptSettings, given.get("prompts", {})))
@@ -115,19 +120,16 @@ def read_settings(file: Path) -> dict[str, Any]:
         ConfigError: The file cannot be read, or is not a JSON object.
     """
     try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        data = file.read_bytes()
+    except OSError as error:
         raise ConfigError(f"The settings {file} cannot be read: {without_errno(str(error))}.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"The settings {file} must be one JSON object, as {SETTINGS} of an output folder.")
-    return content
+    return loads(data, f"The settings file {file}", ConfigError)
 
 
-def _pair(name: str, value: Any) -> tuple[float, float]:
-    numbers = isinstance(value, (list, tuple)) and all(isinstance(number, (int, float)) for number in value)
-    if not numbers or len(value) != 2:
-        raise ConfigError(f"ImageSettings: {name}={value!r:.80} must be two numbers.")
-    return value[0], value[1]
+def _numbers(name: str, value: Any, size: int) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)) or len(value) != size or not all(type(v) in (int, float) for v in value):
+        raise ConfigError(f"ImageSettings: {name}={value!r:.80} must be {size} numbers.")
+    return tuple(value)
 
 
 def _path(value: Any) -> Path | None:
