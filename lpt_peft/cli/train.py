@@ -7,7 +7,6 @@ Not here: the training (`lpt_peft.recipe`), the settings (`common/run_settings.p
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,10 +16,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from lpt_peft.cli.common.extras import requires_extra
+from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.options import Json
 from lpt_peft.cli.common.paths import SETTINGS, home_path
 from lpt_peft.cli.common.run_settings import RunSettings, read_settings
-from lpt_peft.data.transforms import RECIPE_CROP_PCT
 from lpt_peft.errors import ConfigError, MissingExtraError
 from lpt_peft.recipe.presets import preset
 
@@ -79,11 +78,13 @@ def run_training(
     with requires_extra("lpt-peft train", "train"):
         from lpt_peft.cli.common.build_adapter import build_adapter
         from lpt_peft.cli.common.open_data import check_output, open_splits, set_transforms
+        from lpt_peft.cli.common.run_summary import print_summary
         from lpt_peft.cli.common.streams import print_text
         from lpt_peft.cli.common.tables import print_results
         from lpt_peft.recipe.experiment import RESULTS, Splits, fit, write_json
         from lpt_peft.recipe.train import make_accelerator
 
+    run.check()
     check_output(output, data, run.images)
     splits = open_splits(data, run.images, run.training.seed)
     adapter = build_adapter(run, splits["train"].class_names)
@@ -91,6 +92,7 @@ def run_training(
     accelerator = make_accelerator(run.training, **({"log_with": log_with, "project_dir": output} if log_with else {}))
     if log_with:
         _start_trackers(accelerator, run, log_with)
+    print_summary(splits, accelerator, run.training)
     settings = run.to_dict()
     if accelerator.is_main_process and not (output / SETTINGS).exists():
         # Settings of an earlier run describe its prompts, and stay until this run has finished.
@@ -134,9 +136,9 @@ def _initial_settings(words: Sequence[str]) -> RunSettings | Any:
     start = RunSettings(backbone=tyro.MISSING)
     if given.preset:
         known = preset(given.preset)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"Preset {given.preset}. {known}", file=sys.stderr)
-        images = replace(start.images, crop_pct=RECIPE_CROP_PCT)
+        for line in f"Preset {given.preset}. {known}".splitlines():
+            notice(line)
+        images = replace(start.images, crop_pct=known.crop_pct)
         start = replace(start, training=known.settings, shot_rule=known.shot_rule, images=images)  # type: ignore[arg-type]
     return start
 

@@ -28,10 +28,10 @@ SMALL += ["--shared.learning-rate", "2", "--flip", "0", "--scale", "0.9", "1", "
 NAMES = ["ant", "bee", "cat"]
 
 
-def write_images(folder, counts, seed=0):
+def write_images(folder, counts, seed=0, names=NAMES):
     """Write class folders of images; the place of the stripe depends on the class."""
     generator = np.random.default_rng(seed)
-    for label, (name, count) in enumerate(zip(NAMES, counts, strict=True)):
+    for label, (name, count) in enumerate(zip(names, counts, strict=True)):
         for number in range(count):
             pixels = generator.integers(0, 80, (32, 32, 3), dtype=np.uint8)
             pixels[:, 10 * label : 10 * label + 10] += 150

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.backbones.loading import build_backbone
 from lpt_peft.checkpoint.swap import swap_prompts
+from lpt_peft.cli.common.paths import prompt_folder
 from lpt_peft.cli.common.run_settings import RunSettings
 from lpt_peft.hub.load import read_prompts
 
@@ -47,7 +49,8 @@ def build_adapter(run: RunSettings, class_names: Sequence[str]) -> LongTailPromp
 
 @torch.no_grad()
 def _start_from(source: str, adapter: LongTailPromptAdapter, class_names: Sequence[str]) -> None:
-    prompts = read_prompts(source)
+    folder = Path(source)
+    prompts = read_prompts(str(prompt_folder(folder)) if folder.is_dir() else source)
     swap_prompts(adapter, prompts, part="shared")
     if prompts.metadata.label_names == tuple(class_names):
         adapter.head.weight.copy_(prompts.tensors["head.weight"])
