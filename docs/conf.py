@@ -33,6 +33,7 @@ autodoc_class_signature = "mixed"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # attributes as a list; their own entries would duplicate documented properties
 python_maximum_signature_line_length = 100
 
 html_theme = "furo"

@@ -72,8 +72,8 @@ def support_table() -> str:
 
 def short(answer: str) -> str:
     """Shorten an answer to its reason, so that models of several classes with the same reason share a row."""
-    why = re.split(r" What works: | It may be of a version|, so whether prompts work in it", answer)[0]
-    why = re.sub(r"^(timm's |torchvision's |transformers )?\w+( of [\w.]+)? (?=has|answers|cannot|is )", "", why)
+    why = re.split(r" Supported: | Its library may have a version|, so prompts cannot be checked", answer)[0]
+    why = re.sub(r"^(timm's |torchvision's |transformers )?\w+( of [\w.]+)? (?=has|returns|contains|can|is )", "", why)
     why = why.removeprefix("cannot take prompts: ").replace(" cannot take prompts: ", ": ")
     return answer if answer == "yes" else "no: " + why.rstrip(".").replace("|", "/")
 

@@ -43,7 +43,7 @@ __all__ = [
     "shot_metrics",
 ]
 
-import_on_first_use(  # the imports above, for the interpreter: a test holds the two equal
+import_on_first_use(  # must match the imports above; a test compares them
     __name__,
     {
         "adapter": ["LongTailPromptAdapter"],

@@ -1,4 +1,4 @@
-"""`python -m lpt_peft`: the lpt-peft command, also under `accelerate launch -m lpt_peft train ...`."""
+"""The lpt-peft command as `python -m lpt_peft`, for `accelerate launch -m lpt_peft train ...`."""
 
 from __future__ import annotations
 

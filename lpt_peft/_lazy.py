@@ -1,4 +1,4 @@
-"""Packages whose public names are imported on first use, so that importing the package itself costs nothing."""
+"""Packages that import their public names on first use, which keeps `import lpt_peft` fast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class _LazyPackage(ModuleType):
-    """A package that imports the module behind a public name when the name is first read."""
+    """A package that imports the module of a public name when the name is first read."""
 
     _lpt_homes: dict[str, str]
 
@@ -25,7 +25,7 @@ class _LazyPackage(ModuleType):
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: object) -> None:
-        # The import system sets each submodule on its package: `recipe/fit.py` must not hide the function `fit`.
+        # The import system sets submodules as attributes: `recipe/train.py` must not hide the function `train`.
         if not (isinstance(value, ModuleType) and name in self._lpt_homes):
             super().__setattr__(name, value)
 
@@ -34,13 +34,13 @@ class _LazyPackage(ModuleType):
 
 
 def import_on_first_use(package: str, names: Mapping[str, Sequence[str]]) -> None:
-    """Make `names` attributes of a package that are imported when they are first read.
+    """Import the public names of a package when they are first read.
 
-    The package repeats the imports under `TYPE_CHECKING`, where type checkers and editors read them.
+    The package repeats the imports under `TYPE_CHECKING` for type checkers and editors.
 
     Args:
         package: `__name__` of the package, which calls this from its `__init__.py`.
-        names: For each submodule of the package, the names that the package takes from it.
+        names: Public names by submodule.
 
     Example:
         >>> import lpt_peft

@@ -1,7 +1,6 @@
-"""Cosine similarity in full precision: what the head and the prompt pool both rest on.
+"""Cosine similarity in float32 or wider, for the classifier and the prompt pool.
 
-Not a general distance library: one function, computed in float32 or wider whatever comes in, because a
-logit scale of 20 turns the rounding of a bfloat16 cosine into noise.
+With a logit scale of 20, the rounding error of a bfloat16 cosine would become noise in the logits.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ from torch import Tensor
 
 
 def full_precision(device_type: str) -> AbstractContextManager[object]:
-    """Context in which autocast does not lower precision; nothing at all where autocast is off."""
+    """Context that turns autocast off, if it is on."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """float64 stays float64, everything else becomes float32."""
+    """Cast to float32, unless the tensor is float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def cosine(rows: Tensor, columns: Tensor) -> Tensor:
-    """Cosine of every pair: (B, d) and (C, d) floating point to (B, C), float32 or float64."""
+    """Cosine of all pairs: (B, d) and (C, d) floating point to (B, C), float32 or float64."""
     with full_precision(rows.device.type):
         rows, columns = at_least_float32(rows), at_least_float32(columns)
         wide = torch.promote_types(rows.dtype, columns.dtype)

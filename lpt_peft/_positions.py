@@ -1,6 +1,6 @@
-"""Arguments of blocks and attentions for more tokens than the caller has: masks, biases, rotary tables.
+"""Masks, biases and rotary tables of blocks and attentions, extended by the rows of a prompt.
 
-A prompt has no position: it is not rotated, its bias is 0, and no mask hides it.
+A prompt has no position: it is not rotated, its bias is 0, and all tokens may attend to it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _COSINES, _SINES = ("rope_cos", "cos"), ("rope_sin", "sin")  # arguments that ho
 def extend_arguments(
     names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], tokens: Tensor, length: int
 ) -> dict[str, Any]:
-    """The arguments behind the tokens (B, N, d), by name, for `length` tokens more that all may attend to."""
+    """Return the arguments after the tokens (B, N, d), by name, extended for `length` more tokens."""
     if not args and not kwargs:
         return {}
     count = tokens.shape[1]
     named = {**dict(zip(names, args, strict=False)), **kwargs}
-    if named.pop("is_causal", False):  # takes precedence over a mask; every token sees every prompt
+    if named.pop("is_causal", False):  # takes precedence over a mask; every token attends to every prompt
         named["attn_mask"] = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()
     return {name: _extend(name, value, count, length) for name, value in named.items()}
 
@@ -38,11 +38,11 @@ def _extend(name: str, value: Any, count: int, length: int) -> Any:
     if name == "rope":  # timm: sines and cosines in one table
         sines, cosines = value.chunk(2, dim=-1)
         return torch.cat([_more_rows(sines, length, 0.0), _more_rows(cosines, length, 1.0)], -1)
-    if "mask" in name and value.ndim > 1 and value.shape[-1] == 1:  # one answer for all tokens, not for prompts
+    if "mask" in name and value.ndim > 1 and value.shape[-1] == 1:  # one value for all tokens, but not for prompts
         value = value.expand(*value.shape[:-1], count)
     if value.shape[-1] != count:
         return value
-    # A mask or bias: what is floating is added, all else says who may attend.
+    # Floating point masks and biases are added (0); others say which tokens may attend (1).
     rows = length if value.ndim > 1 and value.shape[-2] == count else 0
     return F.pad(
         value, (0, length, 0, rows) if value.ndim > 1 else (0, length), value=float(not value.is_floating_point())
@@ -50,5 +50,5 @@ def _extend(name: str, value: Any, count: int, length: int) -> Any:
 
 
 def _more_rows(table: Tensor, length: int, fill: float) -> Tensor:
-    """A table (..., N, e) with `length` rows of `fill` behind."""
+    """Append `length` rows of `fill` to a table (..., N, e)."""
     return torch.cat([table, table.new_full((*table.shape[:-2], length, table.shape[-1]), fill)], -2)

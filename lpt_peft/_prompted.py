@@ -1,9 +1,8 @@
-"""The classes that stand in for blocks and attentions with prompts, and what they hand to each other.
+"""Subclasses of blocks and attentions that take prompts, created once per original class.
 
-Made once for each original class. No forward is restated: a prompted block runs its own forward on the prompt as far
-as its attention, which notes the normed prompt; then on the tokens, where the attention appends what was noted.
-The notes live in a `threading.local` for the duration of the call. Not here: which modules change class
-(`lpt_peft.prompting`).
+A prompted block first runs its original forward on the prompt alone, as far as its attention, which captures the
+normalized prompt. It then runs on the tokens, and the attention appends what was captured. The captured prompt is kept
+in a `threading.local` for the duration of the call. Not here: which modules change class (`lpt_peft.prompting`).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -21,33 +20,42 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from lpt_peft._positions import extend_arguments
-from lpt_peft.errors import BackboneError
+from lpt_peft.errors import BackboneError, StateError
 
-_BIAS_METHODS = ("_get_rel_pos_bias", "get_bias")  # give a bias (1, h, N, N) inside an attention
+_BIAS_METHODS = ("_get_rel_pos_bias", "get_bias")  # return a bias (1, h, N, N) inside an attention
 
 Recorder = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
 
 class Prompted:
-    """Mark of a class that takes prompts; `original` is the class it stands in for."""
+    """Base of all classes that take prompts."""
 
     original: ClassVar[type[nn.Module]]
+    """The class of the module before `wrap`."""
     key: ClassVar[tuple[Any, ...]]
-    """What `prompted_class` makes it from."""
+    """Arguments of `prompted_class`."""
     arguments: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters of `forward`, tokens first."""
     sites: ClassVar[int] = 0
-    """Of a block: the attention modules that it calls; 0 where attention is written into the block."""
+    """Of a block: the number of attention modules it calls; 0 if it computes attention in its own forward."""
     outputs: ClassVar[int | None] = None
-    """Of an attention: length of the tuple that it returns, 0 for a tensor, None until it has run."""
+    """Of an attention: length of the tuple it returns, 0 for a tensor, None before its first call."""
+    autocasts: ClassVar[bool] = True
+    """Of an attention: it follows the caller's autocast, so that tokens may be cast before they are joined."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class cannot be found by name, in this process or the next: it is made again from the original.
+        # Pickle cannot find the class by name: it is created again from the original.
         reduced: Any = super().__reduce_ex__(protocol)
         return (_rebuild, (*type(self).key, type(self).outputs), *reduced[2:])
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise StateError(
+            f"torch.jit.script does not support the prompts in {type(self).original.__name__}. Call unwrap() before "
+            "scripting the model, or use torch.compile, torch.export or torch.jit.trace."
+        )
 
-class _Notes:
+
+class _CapturedPrompt:
     """The prompt of one call of a block: `normed` (1 or B, n, d) for each of its attentions."""
 
     def __init__(self, block: nn.Module, sites: int) -> None:
@@ -59,25 +67,25 @@ class _Notes:
 
 
 class _Local(threading.local):
-    """What this thread's prompted block hands to its attentions, and who records its calls."""
+    """The prompt that a block on this thread passes to its attentions, and the active recorder of calls."""
 
-    notes: _Notes | None = None
+    prompt: _CapturedPrompt | None = None
     recording: tuple[Sequence[nn.Module], Recorder] | None = None
 
 
 class _CapturedError(Exception):
-    """Leaves a block's forward as soon as the normed prompt is known."""
+    """Leaves a block's forward as soon as the normalized prompt is known."""
 
 
 _local = _Local()
-_made: dict[tuple[Any, ...], type[Any]] = {}
+_classes: dict[tuple[Any, ...], type[Any]] = {}
 
 
 @contextmanager
 def recording(modules: Sequence[nn.Module], recorder: Recorder) -> Iterator[None]:
-    """While open, on this thread, blocks among `modules` answer `recorder(tokens, args, kwargs)` instead of running.
+    """Replace calls of the blocks among `modules` by `recorder(tokens, args, kwargs)`, on this thread.
 
-    Classifiers among them that were given to `pass_through` answer with their input.
+    Classifiers among them that were given to `pass_through` return their input.
     """
     outer, _local.recording = _local.recording, (modules, recorder)
     try:
@@ -87,22 +95,23 @@ def recording(modules: Sequence[nn.Module], recorder: Recorder) -> Iterator[None
 
 
 def prompted_class(original: type[nn.Module], kind: str, sites: int, outputs: int | None = None) -> type[Any]:
-    """The subclass that takes prompts, made once, of a "block", its "attention", a "bias" in there, or a "head"."""
+    """Return the subclass that takes prompts; `kind` is "block", "attention", "bias" or "head"."""
     key = (original, kind, sites)
-    if (made := _made.get(key)) is None:
+    if (prompted := _classes.get(key)) is None:
         multihead = issubclass(original, nn.MultiheadAttention)
         forwards = {"block": _block_forward, "attention": _multihead_forward if multihead else _attention_forward}
         forwards["head"] = _head_forward
         members: dict[str, Any] = {"original": original, "key": key, "sites": sites}
         members["arguments"] = tuple(inspect.signature(original.forward).parameters)[1:]
         members["outputs"] = 2 if multihead else None
+        members["autocasts"] = multihead or not _mentions_autocast(original)
         members |= {name: _padded_bias(name) for name in _BIAS_METHODS if hasattr(original, name)}
         if kind in forwards:
             members["forward"] = forwards[kind]
-        made = _made.setdefault(key, type(f"Prompted{original.__name__}", (Prompted, original), members))
-    if made.outputs is None and outputs is not None:
-        made.outputs = outputs
-    return made
+        prompted = _classes.setdefault(key, type(f"Prompted{original.__name__}", (Prompted, original), members))
+    if prompted.outputs is None and outputs is not None:
+        prompted.outputs = outputs
+    return prompted
 
 
 def _rebuild(original: type[nn.Module], kind: str, sites: int, outputs: int | None) -> nn.Module:
@@ -111,37 +120,47 @@ def _rebuild(original: type[nn.Module], kind: str, sites: int, outputs: int | No
     return module
 
 
+def _mentions_autocast(original: type[nn.Module]) -> bool:
+    """Whether a method of the class may turn autocast off or change its dtype: it uses a name with "autocast"."""
+    for cls in original.__mro__:
+        codes = [method.__code__ for method in vars(cls).values() if inspect.isfunction(method)]
+        names = (name for code in codes for name in (code.co_name, *code.co_names, *code.co_freevars))
+        if any("autocast" in name for name in names):
+            return True
+    return False
+
+
 def _block_forward(self: Any, *given: Any, prompt: Tensor | None = None, **kwargs: Any) -> Any:
-    """The block's own forward; with `prompt` (1 or B, n, d), tokens (B, N, d) also attend to it."""
+    """Run the block's original forward; with `prompt` (1 or B, n, d), tokens (B, N, d) also attend to it."""
     original: Any = type(self).original
     tokens, args = (given[0], given[1:]) if given else (kwargs.pop(self.arguments[0]), ())
     if prompt is None and (recorder := _recorder_of(self)) is not None:
         return recorder(tokens, args, kwargs)
-    outer = _local.notes
-    # While compiling, `checkpoint_in_graph` calls a block whose notes are taken already.
-    noted = outer is not None and outer.block is self and torch.compiler.is_compiling()
-    if prompt is None and (outer is None or noted):
+    outer = _local.prompt
+    # While compiling, `checkpoint_in_graph` calls a block whose prompt is already captured.
+    captured = outer is not None and outer.block is self and torch.compiler.is_compiling()
+    if prompt is None and (outer is None or captured):
         return original.forward(self, tokens, *args, **kwargs)
-    if prompt is not None and not self.sites:  # attention is written into the block: prompts run through all of it
+    if prompt is not None and not self.sites:  # no attention module: prompts pass through the whole block
         count = tokens.shape[1]
         context = extend_arguments(self.arguments[1:], args, kwargs, tokens, prompt.shape[1])
         return original.forward(self, _append(tokens, prompt), **context)[:, :count]
-    _local.notes = None
+    _local.prompt = None
     try:
         if prompt is not None:
-            _take_notes(self, prompt, args, kwargs)
+            _capture_prompt(self, prompt, args, kwargs)
         return original.forward(self, tokens, *args, **kwargs)
     finally:
-        _local.notes = outer
+        _local.prompt = outer
 
 
-def _take_notes(block: Any, prompt: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Run a block on the prompt (1 or B, n, d) as far as its attentions, and leave to them what they have seen."""
-    notes = _local.notes = _Notes(block, block.sites)
+def _capture_prompt(block: Any, prompt: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run a block on the prompt (1 or B, n, d) as far as its attentions, and keep their inputs for this thread."""
+    captured = _local.prompt = _CapturedPrompt(block, block.sites)
     with suppress(_CapturedError):
         type(block).original.forward(block, prompt, *args, **kwargs)
-    notes.capturing = False
-    if len(notes.normed) < notes.sites:
+    captured.capturing = False
+    if len(captured.normed) < captured.sites:
         name = type(block).original.__name__
         raise BackboneError(
             f"Prompts do not work in {name}: it did not call the attention that takes them, which was replaced after "
@@ -150,29 +169,31 @@ def _take_notes(block: Any, prompt: Tensor, args: tuple[Any, ...], kwargs: dict[
 
 
 def checkpoint_in_graph(block: Any, tokens: Tensor, prompt: Tensor, context: dict[str, Any]) -> Tensor:
-    """A checkpointed block for a compiler, which recomputes in its graph and lets nothing be noted in there."""
+    """Checkpoint a block while compiling: the compiler recomputes it in its graph, where nothing can be captured."""
     if not block.sites:
         inline: Tensor = checkpoint(block, tokens, prompt=prompt, use_reentrant=False, **context)
         return inline
-    outer = _local.notes
-    _take_notes(block, prompt, (), context)
-    out: Tensor = checkpoint(block, tokens, use_reentrant=False, **context)  # with its hooks
-    _local.notes = outer
-    return out
+    outer = _local.prompt
+    try:
+        _capture_prompt(block, prompt, (), context)
+        out: Tensor = checkpoint(block, tokens, use_reentrant=False, **context)  # with its hooks
+        return out
+    finally:
+        _local.prompt = outer
 
 
 def _attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The attention's own forward; inside a prompted block, on tokens and prompt, whose rows are dropped."""
+    """Run the attention's original forward; inside a prompted block, on tokens and prompt, whose rows are dropped."""
     original: Any = type(self).original
-    if (notes := _local.notes) is None:
+    if (captured := _local.prompt) is None:
         return original.forward(self, *args, **kwargs)
     first = self.arguments[0]
     tokens = args[0] if args else kwargs.pop(first)
-    if notes.capturing:
-        return _capture(self, notes, tokens)
-    joined = _join(self, notes, tokens, 1)
+    if captured.capturing:
+        return _capture(self, captured, tokens)
+    joined = _join(self, captured, tokens, 1)
     count = tokens.shape[1]
-    context = extend_arguments(self.arguments[1:], args[1:], kwargs, tokens, notes.length)
+    context = extend_arguments(self.arguments[1:], args[1:], kwargs, tokens, captured.length)
     out = original.forward(self, joined, **context)
     if self.outputs is None:
         type(self).outputs = len(out) if isinstance(out, tuple) else 0
@@ -182,87 +203,87 @@ def _attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _multihead_forward(
     self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """nn.MultiheadAttention's own forward; inside a prompted block, with the prompt among keys and values."""
+    """Run nn.MultiheadAttention's forward; inside a prompted block, with the prompt among keys and values."""
     original: Any = type(self).original
-    if (notes := _local.notes) is None:
+    if (captured := _local.prompt) is None:
         out: tuple[Tensor, Tensor | None] = original.forward(self, query, key, value, *args, **kwargs)
         return out
-    if notes.capturing:
-        captured: tuple[Tensor, Tensor | None] = _capture(self, notes, query)
-        return captured
+    if captured.capturing:
+        seen: tuple[Tensor, Tensor | None] = _capture(self, captured, query)
+        return seen
     if key.shape != query.shape or value.shape != query.shape:
         raise BackboneError(
-            f"Prompts do not work where {type(self).original.__name__} attends to other tokens than its own: keys "
+            f"Prompts need self-attention, and {type(self).original.__name__} attends to other tokens: keys "
             f"{tuple(key.shape)} and values {tuple(value.shape)} for queries {tuple(query.shape)}."
         )
     axis = 1 if self.batch_first else 0
-    joined = _join(self, notes, query, axis)
+    joined = _join(self, captured, query, axis)
     kwargs |= dict(zip(self.arguments[3:], args, strict=False))
     for name in ("key_padding_mask", "attn_mask"):  # here True means masked, and 0 is added
         if kwargs.get(name) is not None:
             kwargs[name] = F.pad(kwargs[name], (0, joined.shape[axis] - query.shape[axis]))
-    kwargs["is_causal"] = False  # a hint that `attn_mask` is causal, which the padded one is not
-    # One tensor as key and value: both projections are then one product.
+    kwargs["is_causal"] = False  # a hint that `attn_mask` is causal; the padded mask is not
+    # The same tensor as key and value: both projections are then one product.
     attended: tuple[Tensor, Tensor | None] = original.forward(self, query, joined, joined, **kwargs)
     return attended
 
 
 def _head_forward(self: Any, features: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The classifier's own forward, or its input while this thread is recording it."""
+    """Run the classifier's original forward, or return its input while this thread records it."""
     original: Any = type(self).original
     return original.forward(self, features, *args, **kwargs) if _recorder_of(self) is None else features
 
 
 def _recorder_of(module: nn.Module) -> Recorder | None:
-    """Who records the calls of this very module, not of another one that a hook may run meanwhile."""
+    """Return the recorder of this module's calls; a module that a hook runs in the meantime has none."""
     if (active := _local.recording) is None:
         return None
     modules, recorder = active
     return recorder if any(recorded is module for recorded in modules) else None
 
 
-def _capture(attention: Any, notes: _Notes, prompt: Tensor) -> Any:
-    """Note the normed prompt, and leave the block once all its attentions have seen theirs."""
-    notes.normed.append((attention, prompt))
-    notes.length = prompt.shape[1]
-    if len(notes.normed) == notes.sites and not _must_finish(attention):
+def _capture(attention: Any, captured: _CapturedPrompt, prompt: Tensor) -> Any:
+    """Keep the normalized prompt, and leave the block when all its attentions have been called."""
+    captured.normed.append((attention, prompt))
+    captured.length = prompt.shape[1]
+    if len(captured.normed) == captured.sites and not _must_finish(attention):
         raise _CapturedError
     outputs = type(attention).outputs
     return (prompt, *[None] * (outputs - 1)) if outputs else prompt
 
 
 def _must_finish(attention: nn.Module) -> bool:
-    """Whether a block must run to its end on the prompt alone: it costs more, and nobody reads the result.
+    """Whether a block must run to its end on the prompt alone, which costs more time.
 
-    Compilers and tracers lose their way over exceptions, and forward hooks count on every call to come back.
+    Compilers and tracers do not support the exception, and forward hooks must run after every call.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     return bool(attention._forward_hooks) or _has_any_global_hook()
 
 
-def _join(attention: nn.Module, notes: _Notes, tokens: Tensor, axis: int) -> Tensor:
-    """Tokens and, along `axis`, the prompt that was noted, in the dtype that autocast is about to use."""
-    normed = next(prompt for owner, prompt in notes.normed if owner is attention)
+def _join(attention: Any, captured: _CapturedPrompt, tokens: Tensor, axis: int) -> Tensor:
+    """Append the captured prompt along `axis`, in the dtype that autocast will use."""
+    normed = next(prompt for owner, prompt in captured.normed if owner is attention)
     kind = tokens.device.type
-    if tokens.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+    if tokens.dtype == torch.float32 and torch.is_autocast_enabled(kind) and attention.autocasts:
         tokens = tokens.to(torch.get_autocast_dtype(kind))
     return _append(tokens, normed, axis)
 
 
 def _append(tokens: Tensor, prompt: Tensor, axis: int = 1) -> Tensor:
     """(B, N, d) and (1 or B, n, d) to (B, N + n, d); both transposed for `axis` 0."""
-    # shape[...] and not len(): torch.export takes the latter for a constant.
+    # shape[...] and not len(), which torch.export would take for a constant.
     shape = (tokens.shape[0], -1, -1) if axis else (-1, tokens.shape[1], -1)
     return torch.cat([tokens, prompt.to(tokens.dtype).expand(shape)], axis)
 
 
 def _padded_bias(name: str) -> Callable[[Any], Tensor]:
-    """The method `name`, whose bias (1, h, N, N) is 0 for prompts while one is among the tokens."""
+    """Return the method `name` with its bias (1, h, N, N) padded by 0 for the prompt."""
 
     def get(self: Any) -> Tensor:
         bias: Tensor = getattr(type(self).original, name)(self)
-        length = 0 if (notes := _local.notes) is None else notes.length
+        length = 0 if (captured := _local.prompt) is None else captured.length
         return F.pad(bias, (0, length, 0, length)) if length else bias
 
     return get

@@ -1,4 +1,4 @@
-"""Seeded randomness that restores the caller's: the only place where default generators are seeded."""
+"""Seeding torch's default generators for the duration of a block; no other module seeds them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ import torch
 
 @contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Seed torch's default generators inside the context, and restore them afterwards.
-
-    Args:
-        seed: Of the CPU generator and of all GPU generators.
-        device: A GPU whose generator is restored as well.
-    """
+    """Seed torch's default generators inside the context and restore their state afterwards."""
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""The self-check of prompted blocks: random tokens through the block, against token concatenation.
+"""Self-check of prompted blocks: compares them with token concatenation on random tokens.
 
-It turns upstream drift into an error at `wrap`, where it would otherwise silently change answers. Not here: how a
-block takes prompts (`lpt_peft.prompting`).
+A new version of a library that changes its blocks then raises an error in `wrap` instead of silently changing outputs.
+Not here: how a block takes prompts (`lpt_peft.prompting`).
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from torch import Tensor, nn
 
 from lpt_peft.errors import BackboneError
 
-_TOLERANCE = 1e-6  # of the prompt's whole effect, in float64 with random weights
-_TOLERANCE_FLOAT32 = 1e-3  # the most, where a block computes in float32 whatever it is given
-_TOLERANCE_QUANTIZED = 0.3  # the same where weights are quantized: activations are rounded, too, jointly for all tokens
-_ROUNDING = 1e-9  # of the tokens: a smaller effect is none
-_TOKENS = 67  # more than a window of 8 x 8 holds, and a prime, which no window divides
-_REPORT = "It may be of a version that this library does not know: see pyproject.toml, or report it."
-_BIASES = ("relative_position_bias_table", "rel_pos", "relative_position_bias")  # None switches them off
+_TOLERANCE = 1e-6  # relative to the effect of the prompt, in float64 with random weights
+_TOLERANCE_FLOAT32 = 1e-3  # upper limit for blocks that compute in float32 whatever the input
+_TOLERANCE_QUANTIZED = 0.3  # the same for quantized weights, where activations are rounded jointly for all tokens
+_ROUNDING = 1e-9  # relative to the tokens: smaller effects count as 0
+_TOKENS = 67  # larger than a window of 8 x 8, and prime, so that no window divides it
+_REPORT = "Its library may have a version that is not supported: see pyproject.toml, or report it."
+_BIASES = ("relative_position_bias_table", "rel_pos", "relative_position_bias")  # None turns them off
 
 
 @torch.no_grad()
 def check_block(block: nn.Module, original: Any, dim: int, *, hint: str = "") -> None:
-    """Prove on random tokens that a prompted block does what appending prompt tokens would do.
+    """Check on random tokens that a prompted block equals the original block with appended prompt tokens.
 
-    Compares with the original class on `[P; x]`, outputs of `P` dropped, both blind to positions, and makes sure
-    that the prompt has an effect at all. Runs on a copy in eval mode, in float64 and with random weights, for the
-    weights themselves may hide the prompt (a fresh LayerScale of 1e-6 in bfloat16, a projection that starts at 0) or
-    be on the meta device. Blocks that refuse float64 run in float32; quantized ones as they are.
+    The original class runs on `[P; x]` and outputs of `P` are dropped, both without positions; the prompt must have an
+    effect. The check uses a copy in eval mode, in float64 with random weights, because the actual weights may hide the
+    prompt (a new LayerScale of 1e-6 in bfloat16, a projection initialized to 0) or be on the meta device. Blocks that
+    do not support float64 run in float32, quantized blocks with their own weights.
 
     Args:
         block: A block with its prompted class.
-        original: The class that it had before.
+        original: Its class before `wrap`.
         dim: Width of its tokens.
         hint: What to build or use instead, for the message.
 
     Raises:
         BackboneError: Prompts do not work in this class; the message names it.
     """
-    name, way_out = _name(original), f"{_REPORT} {hint}".rstrip()
+    name, advice = _name(original), f"{_REPORT} {hint}".rstrip()
     try:
         twin = _copy(block).eval()
-    except Exception as raised:  # of whatever a block holds
+    except Exception as error:  # depends on the attributes of the block
         raise BackboneError(
-            f"{name} cannot be copied, and whether prompts work is checked on a copy: {raised}. Remove what cannot be "
-            f"copied from it. {hint}".rstrip()
-        ) from raised
+            f"{name} cannot be copied, and prompts are checked on a copy: {error}. Remove the attribute that cannot be "
+            f"copied. {hint}".rstrip()
+        ) from error
     for part in twin.modules():
-        if hasattr(part, "_hf_hook"):  # accelerate's offloading, which would bring the real weights in
+        if hasattr(part, "_hf_hook"):  # accelerate's offloading, which would load the actual weights
             vars(part).pop("forward", None)
     if any(parameter.is_meta for parameter in twin.parameters()):
         twin.to_empty(device="cpu")
@@ -65,21 +65,21 @@ def check_block(block: nn.Module, original: Any, dim: int, *, hint: str = "") ->
         tolerances = {None: _TOLERANCE_QUANTIZED}
     for dtype in tolerances:
         try:
-            effect, error, rounding = _effect_and_error(twin, original, dim, dtype)
+            effect, deviation, rounding = _effect_and_deviation(twin, original, dim, dtype)
             break
         except BackboneError as refusal:
-            raise BackboneError(f"{refusal} {way_out}") from refusal
-        except Exception as raised:  # of whatever a block does
-            failure = raised
+            raise BackboneError(f"{refusal} {advice}") from refusal
+        except Exception as error:  # depends on the block
+            failure = error
     else:
         raise BackboneError(
-            f"{name} cannot be run on tokens alone, so whether prompts work in it is not known: {failure}. {way_out}"
+            f"{name} cannot be run on tokens alone, so prompts cannot be checked: {failure}. {advice}"
         ) from failure
     allowed = max(tolerances[dtype] * effect, min(2 * rounding, _TOLERANCE_FLOAT32 * effect))
-    if not effect > 0 or not error <= allowed:
+    if not effect > 0 or not deviation <= allowed:
         raise BackboneError(
-            f"Prompts do not work in {name}: compared with token concatenation it is off by {error:.2g} where the "
-            f"prompt's whole effect is {effect:.2g}. {way_out}"
+            f"Prompts do not work in {name}: the difference to token concatenation is {deviation:.2g}, and the effect "
+            f"of the prompt is {effect:.2g}. {advice}"
         )
 
 
@@ -88,13 +88,13 @@ def _name(original: Any) -> str:
 
 
 def _copy(block: nn.Module) -> nn.Module:
-    """A deep copy, where modules may keep results of an earlier forward: attention maps, pruned weights."""
+    """Deep copy that supports modules which keep results of a forward: attention maps, pruned weights."""
     kept = (value for part in block.modules() for value in vars(part).values() if isinstance(value, Tensor))
     return copy.deepcopy(block, {id(value): value.detach().clone() for value in kept if not value.is_leaf})
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module holds weights that cannot be drawn anew: integers, packed ones, tensor subclasses."""
+    """Whether a module holds weights that cannot be drawn at random: integers, packed weights, tensor subclasses."""
     packed = any(hasattr(part, "_packed_params") for part in module.modules())
     return packed or not all(_is_plain(parameter) for parameter in module.parameters())
 
@@ -103,11 +103,11 @@ def _is_plain(parameter: Tensor) -> bool:
     return parameter.is_floating_point() and type(parameter.data) is Tensor
 
 
-def _effect_and_error(twin: Any, original: Any, dim: int, dtype: torch.dtype | None) -> tuple[float, float, float]:
-    """Norm of what the prompt changes (0 where lost in rounding), of the difference to concatenation, of rounding.
+def _effect_and_deviation(twin: Any, original: Any, dim: int, dtype: torch.dtype | None) -> tuple[float, float, float]:
+    """Return norms: effect of the prompt (0 if lost in rounding), difference to concatenation, and rounding error.
 
-    Rounding is how far the original class differs from itself when the prompt moves from the front to the end: a
-    norm or a softmax may compute in float32 whatever it is given.
+    The rounding error is the change of the original class when the prompt moves from the front to the end: a norm or a
+    softmax may compute in float32 whatever its input.
     """
     draw = partial(torch.randn, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu")
     if dtype is not None:
@@ -117,21 +117,21 @@ def _effect_and_error(twin: Any, original: Any, dim: int, dtype: torch.dtype | N
             parameter.copy_(draw(parameter.shape) / width**0.5)
     reference = next(parameter for parameter in twin.parameters() if _is_plain(parameter))
     x, prompt = (draw((2, count, dim)).to(reference.device, reference.dtype) for count in (_TOKENS, 3))
-    few, all_of_them = (_arguments(twin, original, reference, count) for count in (_TOKENS, _TOKENS + 3))
+    plain_args, joined_args = (_arguments(twin, original, reference, count) for count in (_TOKENS, _TOKENS + 3))
     with torch.autocast(reference.device.type, enabled=False):
-        plain = original.forward(twin, x, **few)
+        plain = original.forward(twin, x, **plain_args)
         if not isinstance(plain, Tensor):
-            raise BackboneError(f"{_name(original)} answers with a {type(plain).__name__} where others do with tokens.")
-        # In front, where a prompted block has them behind: a block that looks at positions is found out.
-        expected = original.forward(twin, torch.cat([prompt, x], 1), **all_of_them)[:, 3:].double()
-        behind = original.forward(twin, torch.cat([x, prompt], 1), **all_of_them)[:, :_TOKENS]
-        got = twin.forward(x, prompt=prompt, **few).double()
-    effect, error, rounding = (float((tokens.double() - expected).norm()) for tokens in (plain, got, behind))
-    return (effect if effect > _ROUNDING * float(expected.norm()) else 0.0), error, rounding
+            raise BackboneError(f"{_name(original)} returns a {type(plain).__name__} instead of tokens.")
+        # A prompted block appends the prompt; here it comes first, which detects blocks that depend on positions.
+        expected = original.forward(twin, torch.cat([prompt, x], 1), **joined_args)[:, 3:].double()
+        appended = original.forward(twin, torch.cat([x, prompt], 1), **joined_args)[:, :_TOKENS]
+        actual = twin.forward(x, prompt=prompt, **plain_args).double()
+    effect, deviation, rounding = (float((tokens.double() - expected).norm()) for tokens in (plain, actual, appended))
+    return (effect if effect > _ROUNDING * float(expected.norm()) else 0.0), deviation, rounding
 
 
 def _blind_to_positions(twin: nn.Module) -> None:
-    """Switch off what looks at positions, for which prompts have none, and what a copy on the CPU stumbles over."""
+    """Turn off relative positions, which prompts do not have, and what a copy on the CPU does not support."""
     part: Any
     for part in twin.modules():
         for name in _BIASES:
@@ -144,7 +144,7 @@ def _blind_to_positions(twin: nn.Module) -> None:
 
 
 def _arguments(twin: Any, original: Any, reference: Tensor, count: int) -> dict[str, Any]:
-    """Masks that mask nothing and rotations by no angle, where a block cannot do without them."""
+    """Arguments that a block requires: masks without masked tokens and rotations by the angle 0."""
     heads = (getattr(part, "head_dim", None) for part in twin.modules())
     width = next((head for head in heads if isinstance(head, int)), 1)
     ones, zeros = reference.new_ones(count, width), reference.new_zeros(count, width)
@@ -159,9 +159,9 @@ def _arguments(twin: Any, original: Any, reference: Tensor, count: int) -> dict[
 
 
 def gradient_gap(block: nn.Module, dim: int) -> str | None:
-    """The class in a prompted block through which no gradient passes, as through integer arithmetic; None if none.
+    """Return the class in a prompted block that passes no gradient, such as integer arithmetic, or None.
 
-    Only quantized blocks are looked through: what else a ViT is made of is differentiable.
+    Only quantized blocks are checked, because other blocks are differentiable.
     """
     if not is_quantized(block):
         return None
@@ -171,7 +171,7 @@ def gradient_gap(block: nn.Module, dim: int) -> str | None:
         given = [value for value in args if isinstance(value, Tensor) and value.requires_grad]
         if not given or not isinstance(out, Tensor):
             return
-        # torch.ao's outputs ask for a gradient and then give none, with a warning.
+        # Outputs of torch.ao require a gradient, but give None, with a warning.
         reached = (
             torch.autograd.grad(out.sum(), given, retain_graph=True, allow_unused=True) if out.requires_grad else []
         )

@@ -1,7 +1,7 @@
-"""Tensors of modules that are sharded (FSDP2), parametrized or pruned: read their values, write them.
+"""Reading and writing tensors that are sharded (FSDP2), parametrized, pruned or quantized.
 
-Nothing here imports `torch.distributed.tensor`, which takes longer to import than this whole package: a tensor can be
-a DTensor only where somebody else has imported it.
+`torch.distributed.tensor` is not imported here, because it takes longer to import than this package: a DTensor can
+exist only if other code has imported it.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch.nn.utils import parametrize
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether FSDP2 or tensor parallelism has sharded the tensor."""
+    """Whether the tensor is sharded by FSDP2 or tensor parallelism."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def gather_full(tensor: Any) -> Tensor:
-    """The tensor itself, or gathered from all processes where it is sharded; then all processes must call this."""
+    """Return the full tensor; a sharded tensor is gathered, which all processes must call together."""
     full: Tensor = tensor.full_tensor() if is_dtensor(tensor) else tensor
     return full
 
 
 def plain_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors in the values of a state dict, quantized ones as the plain tensors that they are made of.
+    """Iterate over the tensors in the values of a state dict; a quantized tensor gives the plain tensors inside it.
 
-    torch.ao packs weight and bias into a tuple, and torchao's tensors are subclasses that hold several. A sharded
-    tensor stays whole. What is no tensor (a dtype, a number) is left out.
+    torch.ao packs weight and bias into a tuple, and torchao's tensors are subclasses that hold several tensors.
+    Sharded tensors are returned unchanged, other values (dtypes, numbers) are skipped.
     """
     for value in values:
         if isinstance(value, (tuple, list)):
@@ -51,9 +51,9 @@ def plain_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def read_value(module: nn.Module, name: str) -> Tensor:
-    """The present value of a module's tensor, also where it is computed: parametrized, or pruned.
+    """Return the current value of a module's tensor, also if it is parametrized or pruned.
 
-    `torch.nn.utils.prune` computes the attribute in a forward hook, so after an optimizer step it is out of date.
+    `torch.nn.utils.prune` updates the attribute in a forward hook, so it is out of date after an optimizer step.
     """
     if (pruned := _pruned(module, name)) is not None:
         original, mask = pruned
@@ -63,13 +63,13 @@ def read_value(module: nn.Module, name: str) -> Tensor:
 
 
 def refusal(module: nn.Module, name: str, value: Tensor) -> str | None:
-    """Why `write_value` cannot give the tensor this value, with the remedy; None where it can."""
+    """Return why `write_value` cannot set the tensor to this value, with the remedy; None if it can."""
     if parametrize.is_parametrized(module, name):
         remedy = f'Call torch.nn.utils.parametrize.remove_parametrizations(module, "{name}") first.'
         trial: Any = copy.deepcopy(module.parametrizations[name])  # type: ignore[index]
         try:
             trial.right_inverse(value.to(getattr(module, name)))
-        except (NotImplementedError, RuntimeError):  # torch raises the one or the other
+        except (NotImplementedError, RuntimeError):  # depends on the parametrization
             return f"its parametrization has no right_inverse for them. {remedy}"
         if not torch.allclose(trial(), value.to(trial()), rtol=1e-4, atol=1e-6):
             return f"its parametrization cannot take these values. {remedy}"
@@ -82,9 +82,9 @@ def refusal(module: nn.Module, name: str, value: Tensor) -> str | None:
 
 @torch.no_grad()
 def write_value(module: nn.Module, name: str, value: Tensor) -> None:
-    """Give a module's tensor a value: a full tensor, the same on every process, or a DTensor.
+    """Set a module's tensor to a value: a full tensor, the same on every process, or a DTensor.
 
-    A parametrized tensor takes it through `right_inverse`, a pruned one in the tensor that the mask is laid over.
+    A parametrized tensor is set through `right_inverse`, a pruned tensor below its mask.
 
     Args:
         module: The module that holds the tensor.
@@ -100,12 +100,12 @@ def write_value(module: nn.Module, name: str, value: Tensor) -> None:
         from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - loaded already: target is a DTensor
 
         value = value.to(target.device, target.dtype)
-        # Every process has the values and takes its own part of them: nothing is sent.
+        # Every process has all values and keeps its shard: nothing is sent.
         value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(value)
 
 
 def _pruned(module: nn.Module, name: str) -> tuple[Tensor, Tensor] | None:
-    """The tensor under a mask of `torch.nn.utils.prune`, and the mask."""
+    """The unmasked tensor and the mask of `torch.nn.utils.prune`; None if it is not pruned."""
     original, mask = module._parameters.get(f"{name}_orig"), module._buffers.get(f"{name}_mask")
     return None if original is None or mask is None else (original, mask)

@@ -1,8 +1,8 @@
-"""LongTailPromptAdapter: a frozen ViT with a shared prompt, a pool of group prompts and a cosine head.
+"""The adapter: a frozen ViT with a shared prompt, a pool of group prompts and a cosine classifier.
 
-One straight line in `forward`: embed, blocks with shared prompts, pool, query, choose groups, the upper
-blocks again with both prompts, pool, classify. Not here: losses, samplers, training loops, and how a
-block takes prompts (`lpt_peft.prompting`).
+`_features` is the method from start to end: embed, blocks with the shared prompt, pool, select groups, the upper blocks
+again with both prompts, pool. Not here: losses, samplers, training loops, and how a block takes prompts
+(`lpt_peft.prompting`).
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lpt_peft.backbones import Backbone, find_backbone
-from lpt_peft.backbones.base import execution_device
+from lpt_peft.backbones.base import Backbone, execution_device
+from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.backbones.freezing import FrozenState
+from lpt_peft.backbones.input_errors import explain_failure
 from lpt_peft.backbones.weights import FrozenWeights
 from lpt_peft.call import CallMixin
-from lpt_peft.config import PromptConfig, PromptMetadata
+from lpt_peft.config import PHASES, Phase, PromptConfig, PromptMetadata
 from lpt_peft.delegates import DelegateMixin
-from lpt_peft.errors import ConfigError, StateError
+from lpt_peft.errors import ConfigError, LPTError, StateError
 from lpt_peft.heads import CosineClassifier
-from lpt_peft.phase import PHASES, Phase, in_process_group
+from lpt_peft.phase import in_process_group
 from lpt_peft.pretrained import PretrainedMixin
 from lpt_peft.prompting import find_gradient_gap
 from lpt_peft.prompts import PromptPool, SharedPrompt
@@ -30,22 +31,25 @@ from lpt_peft.prompts import PromptPool, SharedPrompt
 __all__ = ["PHASES", "LongTailPromptAdapter", "Phase"]
 
 
-class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
-    """Long-tailed Prompt Tuning on a ViT that stays as it is. Build one with `wrap`.
+class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
+    """A frozen Vision Transformer with trainable prompts and a cosine classifier for long-tailed data.
 
-    Source: LPT, Dong et al., ICLR 2023, arXiv 2210.01033.
+    Create an adapter with `wrap(vit, num_classes)`, or load it with `from_pretrained(folder, vit)`. Training has two
+    phases: "shared" trains a prompt for all images, "group" freezes it and trains a pool of prompts, from which each
+    image selects some by cosine similarity. The classifier is trained in both. Reference: LPT, Dong et al., ICLR 2023,
+    arXiv 2210.01033.
 
     Attributes:
-        vit: The wrapped model, the caller's very object, frozen.
+        vit: The wrapped model, frozen; the same object that was given to `wrap`.
         shared: `SharedPrompt`, prompts (L, n, d).
         pool: `PromptPool`, prompts (m, L-K, n, d) and keys (m, d).
         head: `CosineClassifier`, weight (C, d).
-        prompt_config: `PromptConfig`.
-        metadata: `PromptMetadata` for prompt files: of the file it was loaded from, else the class names that the
-            wrapped model has for as many classes.
-        criterion: Loss of a call with `labels=` in training mode; see `lpt_peft.call.CallMixin`, as for `forward`.
-        eval_criterion: The same in eval mode.
-        backbone: How the adapter drives `vit`.
+        phase: "shared" or "group"; assign it before training that phase.
+        prompt_config: `PromptConfig` with all sizes.
+        metadata: `PromptMetadata` for prompt files, such as class names and counts.
+        criterion: Loss of a call with `labels=` in training mode.
+        eval_criterion: Loss of a call with `labels=` in eval mode.
+        backbone: Driver of `vit`, for its library.
 
     Example:
         >>> import timm
@@ -62,6 +66,7 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
     """
 
     def __init__(self, backbone: Backbone, config: PromptConfig, *, head_dropout: float = 0.1) -> None:
+        """Use `wrap` instead, which finds the driver of a model and builds the configuration."""
         super().__init__()
         if not 0.0 <= head_dropout < 1.0:
             raise ConfigError(f"head_dropout={head_dropout} must be at least 0 and below 1.")
@@ -70,7 +75,7 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
             raise ConfigError(
                 f"The configuration is for a ViT of width {config.dim}, {config.depth} blocks and feature width "
                 f"{config.feature_dim}; this {type(backbone.model).__name__} has {backbone.dim}, {depth} and "
-                f"{backbone.feature_dim}. Load the prompts on the backbone they were learnt on."
+                f"{backbone.feature_dim}. Load the prompts on the backbone they were trained on."
             )
         self.backbone = backbone
         self.prompt_config = config
@@ -79,12 +84,12 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
         self.pool = PromptPool.from_config(config)
         self.head_drop = nn.Dropout(head_dropout)
         self.head = CosineClassifier(backbone.feature_dim, config.num_classes, config.logit_scale)
-        # Learnt in float32 or wider, also on a bfloat16 backbone; attention casts the prompts.
+        # At least float32, also on a bfloat16 backbone; blocks cast the prompts.
         device = execution_device(self.vit)
         dtype = torch.promote_types(next(self.vit.parameters()).dtype, torch.float32)
-        for learnt in (self.shared, self.pool, self.head):
-            learnt.to(device=device, dtype=dtype)
-        # The ViT's own modes stay as they are, module by module; what is new follows its top.
+        for trained in (self.shared, self.pool, self.head):
+            trained.to(device=device, dtype=dtype)
+        # Modules of the ViT keep their train/eval modes; new modules follow the mode of the ViT.
         self.training = self.vit.training
         for module in (self.shared, self.pool, self.head_drop, self.head):
             module.train(self.training)
@@ -94,7 +99,7 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
         self._init_call()
         self._pooling = getattr(backbone, "pooling", None)
         self._init_state()
-        backbone.attach()  # last of what can fail: until here the model is untouched
+        backbone.attach()  # the model is not changed before this line
         try:
             self._gradient_gap = find_gradient_gap(backbone.blocks, backbone.dim)
         except BaseException:
@@ -116,27 +121,29 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
         head_dropout: float = 0.1,
         logit_scale: float = 20.0,
     ) -> LongTailPromptAdapter:
-        """Give a ViT prompts. The model is frozen and answers as before outside the adapter.
+        """Add prompts and a cosine classifier to a ViT and freeze it.
+
+        Outside the adapter, `vit(images)` returns the same as before; tensors and state-dict keys are not changed.
 
         Args:
-            vit: A plain ViT; its blocks are swapped in place, its tensors and state-dict keys untouched.
-            num_classes: Classes `C` of the new head; None takes the number of the model's own.
-            prompt_length: Tokens `n` of a prompt in each block.
-            pool_size: Groups `m`.
-            top_k: Groups `k` chosen per image.
-            shared_layers: Blocks `K` with the shared prompt only; None means half of the blocks.
-            head_dropout: Dropout before the head, while training.
-            logit_scale: `s` of the cosine head.
+            vit: A plain ViT of timm, transformers, torchvision or open_clip; its blocks are changed in place.
+            num_classes: Number of classes `C`; None takes that of the model's classifier.
+            prompt_length: Prompt tokens `n` in each block.
+            pool_size: Number of group prompts `m`.
+            top_k: Group prompts `k` selected per image.
+            shared_layers: Number of first blocks `K` that take the shared prompt only; None means half of the blocks.
+            head_dropout: Dropout probability before the classifier in training.
+            logit_scale: Scale `s` of the cosine classifier.
 
         Raises:
-            BackboneError: The model cannot take prompts, or is wrapped already.
+            BackboneError: The model cannot take prompts, or is already wrapped.
             ConfigError: A number is out of range.
         """
         backbone = find_backbone(vit)
         if num_classes is None:
             num_classes = backbone.num_classes
             if num_classes < 1:
-                raise ConfigError(f"This {type(vit).__name__} has no head of its own: give wrap(vit, num_classes=...).")
+                raise ConfigError(f"This {type(vit).__name__} has no classifier: give wrap(vit, num_classes=...).")
         config = PromptConfig(
             dim=backbone.dim,
             depth=len(backbone.blocks),
@@ -150,78 +157,11 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
         )
         return cls(backbone, config, head_dropout=head_dropout)
 
-    def train(self, mode: bool = True) -> LongTailPromptAdapter:
-        """Set the mode; batch norms of the ViT stay in eval mode, for their running statistics are frozen, too."""
-        self._follow_phase_index()
-        super().train(mode)
-        if (vit := self._modules.get("vit")) is not None:
-            self._frozen.sync_mode(vit)
-        return self
-
-    def features(self, images: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """What the head sees, (B, d), in the present phase; arguments as the wrapped model takes them.
-
-        Raises:
-            StateError: As `forward`; also inside `disable_adapter()`, for the plain model has its own way to features.
-        """
-        self._check_wrapped()
-        if self._is_disabled():
-            raise StateError("features() is the adapter's: call it outside disable_adapter().")
-        return self._features(images, *args, **kwargs)[0]
-
-    def _features(self, images: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if not self.training or not in_process_group():
-            self._follow_phase_index()
-        pooling = getattr(self.backbone, "pooling", None)
-        if pooling != self._pooling:
-            raise StateError(
-                f"The wrapped model pooled by {self._pooling!r} when it was wrapped, and by {pooling!r} now, which "
-                "changes the features that prompts and head were made for. Set it back, or wrap the model anew."
-            )
-        args = () if images is None else (images, *args)
-        args, kwargs = self.frozen_weights.cast_inputs((args, kwargs))
-        shared, split = self.shared(), self.prompt_config.first_group_layer
-        kept = self.backbone.run(self.backbone.embed(*args, **kwargs), 0, shared[:split].unbind())
-        if self._phase == "shared":
-            features = self.backbone.pool(self.backbone.run(kept, split, shared[split:].unbind()))
-            nothing = features.new_empty(features.shape[0], 0)
-            return features, features, nothing, nothing.long()
-        with torch.no_grad():
-            query = self.backbone.pool(self.backbone.run(kept, split, shared[split:].unbind()))
-        match = self.pool(query)
-        own = shared[split:].to(match.prompts.dtype).unsqueeze(1).expand(-1, query.shape[0], -1, -1)
-        both = [torch.cat(pair, dim=1) for pair in zip(own.unbind(), match.prompts.unbind(1), strict=True)]
-        features = self.backbone.pool(self.backbone.run(kept, split, both))
-        if self.training:
-            # Adds 0: a loss on the logits alone then gives the keys a gradient, of 0, which DDP waits for.
-            features = features + 0 * match.similarity.sum(-1, keepdim=True).to(features.dtype)
-        return features, query, match.similarity, match.groups
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that the present phase learns: give these to the optimizer, anew for each phase."""
-        self._follow_phase_index()
-        return (parameter for parameter in self.parameters() if parameter.requires_grad)
-
-    @property
-    def fingerprint(self) -> str:
-        """`sha256-tensors-v1` of the backbone without its head; computed once, and again when a tensor has changed."""
-        self._check_wrapped()
-        return self.frozen_weights.fingerprint()
-
-    def cast_backbone(self, dtype: torch.dtype) -> None:
-        """Cast the frozen weights of the ViT to float32, bfloat16 or float16, and from now on its inputs.
-
-        Prompts, keys and head keep their dtype, and the fingerprint stays that of the original weights. What the cast
-        loses is lost: `unwrap` gives the cast model back.
-        """
-        self._check_wrapped()
-        self.frozen_weights.cast(dtype)
-
     def unwrap(self) -> nn.Module:
-        """Take the prompts out and give back the very model that was wrapped; the adapter is of no use after that.
+        """Remove the prompts and return the wrapped model; the adapter cannot be used afterwards.
 
-        Classes, forwards and `requires_grad` are as they were before `wrap`; the train/eval mode is the present one.
-        Where layers were put in since, such as LoRA's, `requires_grad` is left as it is.
+        Classes, forwards and `requires_grad` are as they were before `wrap`; the train/eval mode is the current one.
+        If layers such as LoRA's were added in the meantime, `requires_grad` is left unchanged.
         """
         self._check_wrapped()
         vit = self.vit
@@ -230,9 +170,101 @@ class LongTailPromptAdapter(PretrainedMixin, DelegateMixin, CallMixin):
         del self.vit
         return vit
 
+    def features(self, images: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the input of the classifier, (B, d), in the current phase, before dropout.
+
+        Arguments are those of the wrapped model's forward.
+
+        Raises:
+            InputError: The images do not fit the wrapped model.
+            StateError: As `forward`; also inside `disable_adapter()`.
+        """
+        self._check_wrapped()
+        if self._is_disabled():
+            raise StateError("features() needs the prompts: call it outside disable_adapter().")
+        return self._features(images, *args, **kwargs)[0]
+
+    def _features(self, images: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if not self.training or not in_process_group():
+            self._follow_phase_index()
+        self._check_unchanged()
+        args = () if images is None else (images, *args)
+        args, kwargs = self.frozen_weights.cast_inputs((args, kwargs))
+        if torch.compiler.is_compiling():
+            return self._two_passes(args, kwargs)
+        try:
+            return self._two_passes(args, kwargs)
+        except LPTError:
+            raise
+        except Exception as error:
+            if (explained := explain_failure(self.backbone, args, kwargs, error)) is not None:
+                raise explained from error
+            raise
+
+    def _two_passes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        backbone, shared, split = self.backbone, self.shared(), self.prompt_config.first_group_layer
+        kept = backbone.run(backbone.embed(*args, **kwargs), 0, shared[:split].unbind())
+        if self._phase == "shared":
+            features = backbone.pool(backbone.run(kept, split, shared[split:].unbind()))
+            empty = features.new_empty(features.shape[0], 0)
+            return features, features, empty, empty.long()
+        with torch.no_grad():
+            query = backbone.pool(backbone.run(kept, split, shared[split:].unbind()))
+        match = self.pool(query)
+        expanded = shared[split:].to(match.prompts.dtype).unsqueeze(1).expand(-1, query.shape[0], -1, -1)
+        both = [torch.cat(pair, dim=1) for pair in zip(expanded.unbind(), match.prompts.unbind(1), strict=True)]
+        features = backbone.pool(backbone.run(kept, split, both))
+        if self.training:
+            # Adds 0: the keys then get a gradient (0) from any loss, which DDP waits for.
+            features = features + 0 * match.similarity.sum(-1, keepdim=True).to(features.dtype)
+        return features, query, match.similarity, match.groups
+
+    def _check_unchanged(self) -> None:
+        """Raise if the wrapped model was changed in a way that prompts and classifier do not fit any more."""
+        pooling = getattr(self.backbone, "pooling", None)
+        if pooling != self._pooling:
+            raise StateError(
+                f"The wrapped model pooled by {self._pooling!r} when it was wrapped, and by {pooling!r} now, which "
+                "changes the features that prompts and head were made for. Set it back, or wrap the model again."
+            )
+        if len(self.backbone.blocks) != self.prompt_config.depth:
+            raise StateError(
+                f"The wrapped model has {len(self.backbone.blocks)} blocks, and {self.prompt_config.depth} when it was "
+                "wrapped. Put the blocks back, or unwrap(), change the blocks and wrap the model again."
+            )
+
+    def train(self, mode: bool = True) -> LongTailPromptAdapter:
+        """Set train or eval mode; batch norms of the ViT stay in eval mode, because their statistics are frozen."""
+        self._follow_phase_index()
+        super().train(mode)
+        if (vit := self._modules.get("vit")) is not None:
+            self._frozen.sync_mode(vit)
+        return self
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """Iterate over the parameters that the current phase trains; each phase needs a new optimizer for them."""
+        self._follow_phase_index()
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the backbone's weights (`sha256-tensors-v1`), cached; the classifier of the ViT is left out."""
+        if "vit" not in self._modules:
+            raise AttributeError  # __getattr__ gives the reason
+        return self.frozen_weights.fingerprint()
+
+    def cast_backbone(self, dtype: torch.dtype) -> None:
+        """Cast the frozen weights of the ViT to float32, bfloat16 or float16, and its inputs from now on.
+
+        Prompts, keys and classifier keep their dtype, and the fingerprint remains that of the original weights. The
+        lost precision does not come back: `unwrap` returns the cast model.
+        """
+        self._check_wrapped()
+        self.frozen_weights.cast(dtype)
+
 
 def _label_names(vit: nn.Module, num_classes: int) -> tuple[str, ...] | None:
-    """The class names in the model's config, if they are for as many classes and not the generic ones."""
+    """The class names in the model's config, if there are `num_classes` of them and they are not the default names."""
     names: Any = getattr(getattr(vit, "config", None), "id2label", None)
     if not isinstance(names, dict) or sorted(names) != list(range(num_classes)):
         return None

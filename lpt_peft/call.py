@@ -1,6 +1,6 @@
-"""Calls of an adapter: images to logits, as torch, timm or transformers call a model; and the plain model's answer.
+"""Calls of an adapter: images to logits, in the ways that torch, timm and transformers call a model.
 
-Not here: the two passes that give the features (`lpt_peft.adapter`).
+Not here: the two passes that compute the features (`lpt_peft.adapter`).
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from transformers.modeling_outputs import ImageClassifierOutput
 
 _NOTHING_TRAINS = (
-    "Prompts and head are all frozen while training; peft.get_peft_model(adapter) does that. Assign adapter.phase once "
-    "more to open what the phase trains, or give PEFT the ViT alone: wrap(get_peft_model(vit, ...))."
+    "Prompts and head are all frozen while training; peft.get_peft_model(adapter) does that. Assign adapter.phase "
+    "again to make its parameters trainable, or give PEFT the ViT alone: wrap(get_peft_model(vit, ...))."
 )
 _DISABLING = threading.Lock()
 
 
 class CallMixin(StateMixin):
-    """The part of an adapter that answers calls.
+    """Calls of an adapter, and of the plain model inside it.
 
     Attributes:
-        head_drop: Dropout before the head, while training.
-        criterion: Loss of a call with `labels=` in training mode: called as `criterion(output, labels)` with an
-            `AdapterOutput`, as `LPTLoss` is; `AGCLLoss` and the losses and functions of torch and timm get the logits.
-            At first `cross_entropy_with_match`.
-        eval_criterion: The same in eval mode, at first `cross_entropy_with_match`. It is separate because `LPTLoss`
-            needs the two halves of a `DualSampler`'s batch, which evaluation data do not have.
+        head_drop: Dropout before the classifier in training.
+        criterion: Loss of a call with `labels=` in training mode; `cross_entropy_with_match` by default. It is called
+            as `criterion(output, labels)` with an `AdapterOutput`, like `LPTLoss`; `AGCLLoss` and the losses and
+            functions of torch and timm get the logits.
+        eval_criterion: The same in eval mode. It is separate because `LPTLoss` needs the two halves of a batch of
+            `DualSampler`, which evaluation data do not have.
     """
 
     head_drop: nn.Dropout
@@ -55,9 +55,9 @@ class CallMixin(StateMixin):
         self._disabled_threads: frozenset[int] = frozenset()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("criterion", "eval_criterion"):  # where a module was, torch refuses a function
-            self._modules.pop(name, None)
-            if isinstance(value, nn.Module):  # a loss that draws noise in training draws none in eval mode
+        if name in ("criterion", "eval_criterion"):
+            self._modules.pop(name, None)  # torch refuses to replace a module by a function
+            if isinstance(value, nn.Module):  # a loss may add noise in training only
                 value.train(self.training)
         super().__setattr__(name, value)
 
@@ -117,23 +117,24 @@ class CallMixin(StateMixin):
         """Classify images.
 
         Args:
-            images: What the wrapped model's own forward takes first: (B, 3, H, W) for most, a dict of padded
-                patches for NaFlex.
-            *args: The rest of what the wrapped model takes.
-            pixel_values: The images in a call as transformers makes it; works with models of every library.
-            labels: Classes (B,) int64, for a loss by `criterion`, or by `eval_criterion` in eval mode.
-            return_output: Return an `AdapterOutput` instead of the logits alone.
-            **kwargs: The rest of what the wrapped model takes.
+            images: Images (B, 3, H, W) floating point, or the first argument of the wrapped model's forward.
+            *args: Further arguments of the wrapped model's forward.
+            pixel_values: The images, under the name that transformers uses; works with models of every library.
+            labels: Classes (B,) int64; computes a loss by `criterion`, or by `eval_criterion` in eval mode.
+            return_output: Return an `AdapterOutput` instead of the logits.
+            **kwargs: Further arguments of the wrapped model's forward.
 
         Returns:
             Logits (B, C) float32 or float64; `AdapterOutput` with `return_output=True`; transformers'
-            `ImageClassifierOutput` (loss, logits) with `pixel_values=` or `labels=`. Inside `disable_adapter()`, what
-            the wrapped model returns.
+            `ImageClassifierOutput` (loss, logits) with `pixel_values=` or `labels=`. Inside `disable_adapter()`, the
+            output of the wrapped model.
 
         Raises:
-            InputError: `labels` together with `return_output`, or `images` together with `pixel_values`.
-            StateError: The adapter was unwrapped, the model's pooling was changed, DistributedDataParallel was built
-                in another phase, or the model is quantized so that no gradient passes it while training.
+            InputError: The images do not fit the wrapped model, `labels` together with `return_output`, or `images`
+                together with `pixel_values`.
+            StateError: The adapter was unwrapped, pooling or blocks of the model were changed,
+                DistributedDataParallel was built in another phase, nn.DataParallel is used, or the model is quantized
+                and passes no gradient in training.
             BackboneError: accelerate offloads a model that cannot be offloaded.
         """
         if args[-3:-1] == (None, None) and torch.onnx.is_in_onnx_export():
@@ -141,18 +142,19 @@ class CallMixin(StateMixin):
         if images is not None and pixel_values is not None:
             raise InputError("images and pixel_values= are the same argument: give one of them.")
         if return_output and labels is not None:
-            raise InputError("return_output=True has no place for a loss: leave labels= out.")
+            raise InputError("return_output=True returns no loss: leave labels= out.")
         self._check_wrapped()
         call = kwargs
         if pixel_values is not None:
-            if hasattr(self.vit, "config"):  # transformers' models name their input so
+            if hasattr(self.vit, "config"):  # a transformers model
                 call = {"pixel_values": pixel_values, **kwargs}
             else:
                 images = pixel_values
         if self._is_disabled():
             if return_output:
                 raise InputError(
-                    "return_output=True is the adapter's; inside disable_adapter() the plain model answers."
+                    "return_output=True is for calls with prompts: leave it out inside disable_adapter(), where the "
+                    "plain model is called."
                 )
             call = call if labels is None else {"labels": labels, **call}
             images, args, call = self.frozen_weights.cast_inputs((images, args, call))
@@ -160,12 +162,12 @@ class CallMixin(StateMixin):
         if self.training and torch.is_grad_enabled():
             if self._gradient_gap is not None:
                 raise StateError(
-                    f"Prompts cannot be trained on this ViT: no gradient passes its {self._gradient_gap}. Use it for "
+                    f"Prompts cannot be trained on this ViT: no gradient passes {self._gradient_gap}. Use it for "
                     "inference (eval()), or train on the ViT before quantization, or with weight-only quantization "
                     "(torchao's Int8WeightOnlyConfig), and load the prompts here."
                 )
             flags = [parameter.requires_grad for parameter in self._learned_parameters()]
-            if flags and not any(flags):  # FSDP1 may hold them all in a tensor of its own
+            if flags and not any(flags):  # no flags: FSDP1 may keep all parameters in a flat tensor
                 warnings.warn(_NOTHING_TRAINS, UserWarning, stacklevel=2)
             self._check_ddp()
         features, query, similarity, groups = self._features(images, *args, **call)
@@ -183,7 +185,7 @@ class CallMixin(StateMixin):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside, on this thread, a call of the adapter answers as the plain model does: its output, its own head.
+        """Call the plain model, without prompts and with its own classifier; a context for this thread.
 
         Example:
             >>> import timm
@@ -209,22 +211,33 @@ class CallMixin(StateMixin):
         return bool(self._disabled_threads) and threading.get_ident() in self._disabled_threads
 
     def _features(self, images: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features, query, similarity and groups, as in `AdapterOutput`."""
+        """Return features, query, similarity and groups of `AdapterOutput`."""
         raise NotImplementedError
 
     def _check_wrapped(self) -> None:
         if "vit" not in self._modules:
-            raise StateError("This adapter was unwrapped; call LongTailPromptAdapter.wrap(vit) for a new one.")
+            raise StateError("This adapter was unwrapped; create another with LongTailPromptAdapter.wrap(vit).")
+        if "_is_replica" in self.__dict__:
+            raise StateError(
+                "nn.DataParallel copies the adapter for each call, which prompts do not support. Use "
+                "DistributedDataParallel(adapter), or a single device."
+            )
         if not self.backbone.runs_own_forward and hasattr(self.vit, "_hf_hook"):
             refuse_offloaded(self.vit)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise StateError(
+            "torch.jit.script does not support prompts. Use torch.compile(adapter), torch.export, or "
+            "torch.jit.trace(adapter, images)."
+        )
+
     def __getstate__(self) -> dict[str, Any]:
-        """For deepcopy and pickle: a copy is not disabled."""
+        """Return the state for deepcopy and pickle; the copy is not inside `disable_adapter()`."""
         return {**super().__getstate__(), "_disabled_threads": frozenset()}
 
 
 def _takes_logits(criterion: Callable[..., Tensor]) -> bool:
-    """Whether a loss is called with logits: AGCLLoss, and the losses and functions of torch and timm."""
+    """Whether a loss takes logits: AGCLLoss, and the losses and functions of torch and timm."""
     if isinstance(criterion, (nn.modules.loss._Loss, AGCLLoss)):
         return True
     return str(getattr(criterion, "__module__", "")).startswith(("torch.", "timm."))

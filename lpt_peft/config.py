@@ -1,6 +1,6 @@
-"""PromptConfig: the sizes and switches that fix the shape of what is learnt; PromptMetadata: what is told of it.
+"""Configuration of prompts and head, and metadata of prompt files.
 
-Not here: how to train (see `lpt_peft.recipe`) and which backbone (see `lpt_peft.backbones`).
+Not here: settings of the training (`lpt_peft.recipe`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -16,25 +16,28 @@ from lpt_peft.errors import ConfigError, InputError
 
 MAX_CLASSES = 1_000_000
 
+Phase = Literal["shared", "group"]
+PHASES: tuple[Phase, ...] = ("shared", "group")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
-    """The schema of what was learnt; every tensor shape follows from it.
+    """Sizes of prompts and head, which determine the shape of every trained tensor.
 
     Args:
         dim: Width `d` of the backbone's blocks.
         depth: Number of blocks `L`.
         num_classes: Classes `C` of the head, 1 to 1,000,000.
-        feature_dim: Width of the pooled feature, that of keys and class vectors; None means `dim`.
+        feature_dim: Width of the pooled feature, of keys and of class vectors; None means `dim`.
         prompt_length: Tokens `n` of a prompt in each block.
-        shared_layers: Blocks `K` that have the shared prompt only; groups act in the `L - K` after them.
-            None means `depth // 2`.
+        shared_layers: Number `K` of blocks that have only the shared prompt; groups act in the `L - K` blocks after
+            them. None means `depth // 2`.
         pool_size: Number of groups `m`.
         top_k: Groups `k` chosen per image.
-        logit_scale: `s` of the cosine classifier.
+        logit_scale: Scale `s` of the cosine classifier.
 
     Raises:
-        ConfigError: A value is out of its range; the message names it.
+        ConfigError: A value is out of range.
 
     Example:
         >>> config = PromptConfig(dim=768, depth=12, num_classes=365)
@@ -57,13 +60,13 @@ class PromptConfig:
             object.__setattr__(self, "shared_layers", self.depth // 2 if isinstance(self.depth, int) else None)
         if self.feature_dim is None:
             object.__setattr__(self, "feature_dim", self.dim)
-        whole = [field.name for field in fields(self) if field.name != "logit_scale"]
-        for name in whole:
+        integers = [field.name for field in fields(self) if field.name != "logit_scale"]
+        for name in integers:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
-                raise ConfigError(f"{name}={value!r} must be a whole number, not {type(value).__name__}.")
+                raise ConfigError(f"{name}={value!r} must be an integer, not {type(value).__name__}.")
         upper = {"num_classes": MAX_CLASSES, "top_k": self.pool_size, "shared_layers": self.depth - 1}
-        for name in whole:
+        for name in integers:
             value, low, high = getattr(self, name), 0 if name == "shared_layers" else 1, upper.get(name)
             if value < low or (high is not None and value > high):
                 bound = f"at least {low}" if high is None else f"from {low} to {high}"
@@ -75,7 +78,7 @@ class PromptConfig:
 
     @property
     def group_layers(self) -> int:
-        """Blocks `L - K` in which the groups act."""
+        """Number `L - K` of blocks in which the groups act."""
         return self.depth - self.first_group_layer
 
     @property
@@ -86,7 +89,7 @@ class PromptConfig:
 
     @property
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every learnt tensor, as in `adapter_state_dict()` and in a prompt file."""
+        """Name and shape of every trained tensor, as in `adapter_state_dict()`."""
         assert self.feature_dim is not None  # noqa: S101 - set in __post_init__; narrows the type
         return {
             "shared.prompts": (self.depth, self.prompt_length, self.dim),
@@ -96,7 +99,7 @@ class PromptConfig:
         }
 
     def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Hold learnt tensors to what this configuration needs.
+        """Check names, shapes, dtypes and values of trained tensors.
 
         Raises:
             InputError: A name, a shape, a dtype or a value (NaN, infinity) is wrong.
@@ -112,20 +115,20 @@ class PromptConfig:
             if tuple(tensor.shape) != shape:
                 raise InputError(f"{name} has shape {tuple(tensor.shape)}, this adapter needs {shape}.")
             if not bool(tensor.isfinite().all()):
-                raise InputError(f"{name} holds NaN or infinity; the training that made it diverged.")
+                raise InputError(f"{name} holds NaN or infinity: the training diverged.")
 
     @property
     def num_prompt_parameters(self) -> int:
-        """Parameters learnt besides the head, over both phases."""
+        """Trained parameters of both phases, without the head."""
         return sum(math.prod(shape) for name, shape in self.tensor_shapes.items() if name != "head.weight")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready dictionary, the inverse of `from_dict`."""
+        """Convert to a dictionary of plain JSON values; the inverse of `from_dict`."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PromptConfig:
-        """Build from `to_dict`'s output.
+        """Build from the output of `to_dict`.
 
         Raises:
             ConfigError: A key is unknown or missing, or a value is out of range.
@@ -142,14 +145,21 @@ class PromptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptMetadata:
-    """What a prompt file tells besides the prompts; an adapter carries it from file to file and never reads it.
+    """Contents of a prompt file besides the prompts; an adapter keeps them between loading and saving.
 
     Args:
         class_counts: Training images of each class, for shot metrics.
         label_names: Name of each class.
         training: Free JSON: recipe, metrics with their shot rule, seeds.
+        preprocess: How images become tensors, where it differs from the backbone's own data configuration; see
+            docs/explanation/prompt-file.md for the keys.
+        temperature: Divisor of the logits that calibrates the probabilities; None if it was not estimated.
+        backbone_dtype: dtype of the frozen weights during training, such as "bfloat16"; None if unknown.
     """
 
     class_counts: tuple[int, ...] | None = None
     label_names: tuple[str, ...] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+    temperature: float | None = None
+    backbone_dtype: str | None = None

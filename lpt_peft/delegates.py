@@ -1,6 +1,6 @@
-"""Attributes of the wrapped model that tools of timm, transformers and PEFT look for on an adapter.
+"""Attributes of the wrapped model that tools of timm, transformers and PEFT read from an adapter.
 
-A fixed list: what would answer without prompts, such as `forward_features`, is not on it.
+The list is fixed. Methods that would compute without prompts, such as `forward_features`, are not on it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lpt_peft.backbones import Backbone
 from lpt_peft.config import PromptConfig, PromptMetadata
+from lpt_peft.errors import StateError
 from lpt_peft.heads import CosineClassifier
 
 if TYPE_CHECKING:
@@ -25,22 +26,26 @@ _DELEGATED = frozenset(
         *("gradient_checkpointing_enable", "gradient_checkpointing_disable"),
         *("activation_checkpointing_enable", "activation_checkpointing_disable"),
         *("is_gradient_checkpointing", "is_activation_checkpointing", "supports_gradient_checkpointing"),
-        "in_chans",  # timm's distillation makes the teacher for as many
+        "in_chans",  # read by timm's distillation
         *("main_input_name", "input_modalities", "name_or_path", "get_input_embeddings"),
     )
 )
-_COMPUTED = frozenset(("config", "pretrained_cfg", "default_cfg", "device", "dtype"))
-_NOT_HERE = {
-    "forward_features": "it would answer without prompts; adapter.features(images) answers with them",
-    "forward_head": "it would use the model's own head; adapter(images) uses the adapter's",
+_COMPUTED = frozenset(("config", "pretrained_cfg", "default_cfg", "device", "dtype", "fingerprint"))
+_REPLACED = {
+    "forward_features": "it would compute without prompts; use adapter.features(images)",
+    "forward_head": "it would use the model's own classifier; use adapter(images)",
 }
 
 
+class AttributeMissingError(StateError, AttributeError):
+    """The adapter or the wrapped model does not have this attribute; `hasattr` returns False."""
+
+
 class DelegateMixin(nn.Module):
-    """The part of an adapter that looks like the model it wraps. `hasattr` is True where that model has the attribute.
+    """Attributes of the wrapped model; `hasattr` is True if that model has the attribute.
 
     Attributes:
-        accepts_loss_kwargs: False: transformers' Trainer does not hand `num_items_in_batch` to `forward`.
+        accepts_loss_kwargs: False; transformers' Trainer then does not pass `num_items_in_batch` to `forward`.
     """
 
     vit: nn.Module
@@ -50,8 +55,8 @@ class DelegateMixin(nn.Module):
     metadata: PromptMetadata
 
     accepts_loss_kwargs = False
-    base_model_prefix = ""  # PEFT's get_peft_model reads it of every model with a config
-    _keys_to_ignore_on_save = None  # Trainer reads it of every model whose checkpoint lacks a key
+    base_model_prefix = ""  # PEFT's get_peft_model reads it from models with a config
+    _keys_to_ignore_on_save = None  # Trainer reads it when a checkpoint lacks a key
 
     if TYPE_CHECKING:
         set_grad_checkpointing: Callable[..., None]
@@ -70,31 +75,31 @@ class DelegateMixin(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Classes `C` of the adapter's own head."""
+        """Number of classes `C` of the adapter's classifier."""
         return self.prompt_config.num_classes
 
     @property
     def num_features(self) -> int:
-        """Width of what `features` returns."""
+        """Width of the features."""
         return self.prompt_config.feature_dim or self.prompt_config.dim
 
     @property
     def head_hidden_size(self) -> int:
-        """The same width, under the name that timm gives to what the head takes in."""
+        """Width of the features, under timm's name for the input of a head."""
         return self.num_features
 
     def get_classifier(self) -> CosineClassifier:
-        """The adapter's own head."""
+        """Return the adapter's classifier."""
         return self.head
 
     @property
     def device(self) -> torch.device:
-        """Where images should be: the device of the wrapped model's first parameter."""
+        """Device of the wrapped model's first parameter, on which images should be."""
         return self._reference.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What images should be cast to: the dtype of the wrapped model's first floating point parameter."""
+        """Dtype of the wrapped model's first floating point parameter, which images should have."""
         return self._reference.dtype
 
     @property
@@ -103,24 +108,21 @@ class DelegateMixin(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict[str, object]:
-        """The record that timm keeps of the wrapped model; for other libraries, their preprocessing in timm's words.
-
-        `timm.data.resolve_data_config(model=adapter)` reads this.
-        """
+        """Data configuration in timm's format; `timm.data.resolve_data_config(model=adapter)` reads it."""
         own = getattr(self.vit, "pretrained_cfg", None)
         return own if isinstance(own, dict) else {**self.backbone.preprocess(), "num_classes": self.num_classes}
 
     @property
     def default_cfg(self) -> dict[str, object]:
-        """An older name of `pretrained_cfg`."""
+        """Older name of `pretrained_cfg`."""
         return self.pretrained_cfg
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The config of a wrapped transformers model.
+        """Config of a wrapped transformers model, with the classes of the adapter.
 
-        The model's own object where its classes are those of the adapter's head; else a copy of it with the head's
-        number of classes and the names in `metadata.label_names`, so that a pipeline names classes right.
+        It is the model's own object if the classes are the same; otherwise a copy with the number of classes of the
+        adapter's head and the names in `metadata.label_names`.
         """
         own: Any = self.vit.config
         names = self.metadata.label_names
@@ -136,32 +138,36 @@ class DelegateMixin(nn.Module):
         return cast("PreTrainedConfig", known[1])
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that timm's optimizer factories should not decay: those that the wrapped model names.
+        """Names of parameters that timm's optimizers should not decay: those of the wrapped model.
 
-        Prompts, keys and head are decayed: weight decay on them is a part of the method.
+        Prompts, keys and head are decayed, which is part of the method.
         """
         names: Callable[[], set[str]] | None = getattr(self.vit, "no_weight_decay", None)
         return {f"vit.{name}" for name in names()} if names else set()
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trainable parameters and of all parameters, the wrapped model's included."""
+        """Return the numbers of trainable parameters and of all parameters, including the wrapped model."""
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
         return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
-        """Print these two numbers and their ratio, as PEFT does."""
+        """Print the number of trainable parameters, of all parameters, and their ratio."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")  # noqa: T201
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
-        """Attributes of the list that the wrapped model has, and a message where it has not."""
+        """Get a delegated attribute from the wrapped model, or raise with a reason."""
         if name in _DELEGATED or name in _COMPUTED:
             vit = self.__dict__.get("_modules", {}).get("vit")
             if name in _DELEGATED and hasattr(vit, name):
                 return cast("Tensor | nn.Module", getattr(vit, name))
-            owner = "adapter was unwrapped" if vit is None else f"wrapped model, a {type(vit).__name__}, has no {name}"
-            raise AttributeError(f"{type(self).__name__}.{name} is the wrapped model's; this {owner}.")
-        if name in _NOT_HERE:
-            raise AttributeError(f"{type(self).__name__} has no {name}: {_NOT_HERE[name]}.")
+            owner = (
+                "adapter was unwrapped; wrap(vit) creates another"
+                if vit is None
+                else f"wrapped model, a {type(vit).__name__}, has no {name}"
+            )
+            raise AttributeMissingError(f"{type(self).__name__}.{name} comes from the wrapped model; this {owner}.")
+        if name in _REPLACED:
+            raise AttributeMissingError(f"{type(self).__name__} has no {name}: {_REPLACED[name]}.")
         return super().__getattr__(name)

@@ -1,7 +1,7 @@
-"""Every error the library raises on purpose: one base class, one class per cause.
+"""Exceptions of lpt_peft.
 
-A message names the input, the rule it broke and the call that mends it. Classes also derive from the
-built-in a caller would expect (`ValueError`, `TypeError`, ...), so ordinary `except` clauses work.
+A message names the input, the rule that it breaks and the call that fixes it. Classes also derive from the built-in
+exception that a caller expects (`ValueError`, `TypeError`, ...), so ordinary `except` clauses work.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ class LPTError(Exception):
 
 
 class ConfigError(LPTError, ValueError):
-    """A setting is out of its range or contradicts another."""
+    """A setting is out of its range or contradicts another setting."""
 
 
 class InputError(LPTError, ValueError):
-    """Labels, counts or tensors given by the caller break a rule."""
+    """Labels, counts or tensors from the caller break a rule."""
 
 
 class UnlabelledError(InputError):
@@ -24,64 +24,68 @@ class UnlabelledError(InputError):
 
 
 class StateError(LPTError, RuntimeError):
-    """A call that the object's present state does not allow."""
+    """The object's current state does not allow the call."""
 
 
 class BackboneError(LPTError, TypeError):
-    """This model cannot take prompts; the message names the module class and the nearest thing that works."""
+    """The model cannot take prompts; the message names its class and the nearest alternative that works."""
 
 
 class MissingExtraError(LPTError, ImportError):
-    """An optional library is not installed; the message names the extra that brings it."""
+    """An optional library is not installed; the message names the extra that installs it."""
 
 
 class PromptFileError(LPTError):
-    """Base class of everything that can be wrong with a prompt file."""
+    """Base class of all errors about prompt files."""
 
 
 class PromptFileNotFoundError(PromptFileError, FileNotFoundError):
-    """The folder or one of its two files is missing."""
+    """The folder or its `prompts.safetensors` is missing."""
 
 
 class PromptFileFormatError(PromptFileError, ValueError):
-    """config.json or the safetensors header breaks the format."""
+    """The header of `prompts.safetensors` breaks the format, or the file is not a regular file."""
 
 
 class PromptFileVersionError(PromptFileError):
-    """The file was written by a later format version."""
+    """The file has another format version."""
 
 
 class PromptFileTensorError(PromptFileError, ValueError):
-    """Names, dtypes, shapes or values of the tensors are not what the configuration needs."""
+    """Names, dtypes, shapes or values of the tensors do not match the configuration."""
 
 
 class PromptFileIntegrityError(PromptFileError):
-    """The bytes are not those that were written: truncated, flipped, of another size."""
+    """The bytes differ from those that were written: truncated, modified or of another size."""
+
+
+class PromptFileExistsError(PromptFileError, FileExistsError):
+    """The folder holds a `config.json` of another library, which is never overwritten."""
 
 
 class BackboneMismatchError(PromptFileError):
-    """The prompts were learnt on another backbone, or on other weights of the same one."""
+    """The prompts were trained on another backbone, or on other weights of the same architecture."""
 
 
 class HubError(LPTError):
-    """The Hugging Face Hub did not give or take a prompt file; base class of the causes below."""
+    """The Hugging Face Hub did not deliver or accept a prompt file; base class of the causes below."""
 
 
 class HubNotFoundError(HubError, FileNotFoundError):
-    """No such repository, revision or file, as far as the token may see."""
+    """The repository, revision or file does not exist, or the token has no access to it."""
 
 
 class HubAccessError(HubError, PermissionError):
-    """The Hub knows what is meant and does not allow it: gated, a wrong token, or one that may only read."""
+    """The Hub denies access: a gated repository, an invalid token, or a read-only token."""
 
 
 class HubUnavailableError(HubError, ConnectionError):
-    """The Hub cannot be asked (offline, no answer, out of order), and what is wanted is not in the cache."""
+    """The Hub cannot be reached (offline, no answer, out of order) and the cache does not hold the file."""
 
 
 class HubConflictError(HubError):
-    """Someone else pushed meanwhile; nothing was overwritten."""
+    """The push would overwrite a simultaneous push or another library's `config.json`; nothing was overwritten."""
 
 
 class HubIntegrityError(HubError, PromptFileIntegrityError):
-    """What arrived, twice, is not what the Hub says it sent."""
+    """The download differs from the hash that the Hub states, twice in a row."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lpt_peft._features import check_features
+from lpt_peft._numbers import checked_integer, is_finite_number
 from lpt_peft._numerics import cosine
 from lpt_peft.errors import ConfigError
 
@@ -20,15 +22,21 @@ def cosine_logits(features: Tensor, weight: Tensor, scale: float = 20.0) -> Tens
     r"""Compute `logits_j = s * cos(f, w_j)`.
 
     Args:
-        features: Features (B, d), floating point.
-        weight: Class vectors (C, d), floating point.
+        features: Features (B, d), floating point; more leading dimensions are kept.
+        weight: Class vectors (C, d), floating point, on the same device.
         scale: Scale `s`. Without it, the softmax over cosines is nearly uniform.
 
     Returns:
         Logits (B, C): float64 if an input is float64, otherwise float32, also under autocast.
 
+    Raises:
+        InputError: `features` or `weight` is not floating point, or the widths or devices differ.
+
     Source: LPT, Dong et al., ICLR 2023, arXiv 2210.01033.
     """
+    check_features("weight", weight, weight.shape[-1], rows="C", hint="pass one vector per class")
+    hint = "pass pooled features of the width of the class vectors"
+    check_features("features", features, weight.shape[1], rows=None, hint=hint, device=weight.device)
     return scale * cosine(features, weight)
 
 
@@ -44,7 +52,7 @@ class CosineClassifier(nn.Module):
         weight: Class vectors (C, d), initialized with random unit vectors. Only their directions matter.
 
     Raises:
-        ConfigError: A size is less than 1.
+        ConfigError: A size is not an integer of at least 1, or the scale is not a number greater than 0.
 
     Example:
         >>> head = CosineClassifier(dim=8, num_classes=3)
@@ -55,8 +63,10 @@ class CosineClassifier(nn.Module):
 
     def __init__(self, dim: int, num_classes: int, scale: float = 20.0) -> None:
         super().__init__()
-        if dim < 1 or num_classes < 1:
-            raise ConfigError(f"CosineClassifier needs dim and num_classes of at least 1, not {dim} and {num_classes}.")
+        checked_integer("dim", dim, 1)
+        checked_integer("num_classes", num_classes, 1)
+        if not is_finite_number(scale) or scale <= 0:
+            raise ConfigError(f"scale={scale!r} must be a finite number greater than 0; the usual value is 20.")
         self.scale = float(scale)
         self.weight = nn.Parameter(torch.empty(num_classes, dim))
         self.reset_parameters()

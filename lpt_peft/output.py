@@ -1,4 +1,4 @@
-"""AdapterOutput: everything a forward pass of the adapter computes for a batch; and what transformers expects of it."""
+"""Outputs of the adapter: its own named tuple, and the output class of transformers."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 
 class AdapterOutput(NamedTuple):
-    """Everything a forward pass computes for a batch."""
+    """Everything that a forward pass computes for a batch."""
 
     logits: Tensor
     """(B, C) float32 or float64, `logit_scale * cosine`."""
     features: Tensor
-    """(B, d) what the head sees, before dropout."""
+    """(B, d) input of the classifier, before dropout."""
     query: Tensor
-    """(B, d) the pooled feature under shared prompts alone; no gradient in phase "group"."""
+    """(B, d) pooled feature under shared prompts alone; without a gradient in phase "group"."""
     similarity: Tensor
-    """(B, k) cosine of query and chosen keys; (B, 0) in phase "shared"."""
+    """(B, k) cosine of query and selected keys; (B, 0) in phase "shared"."""
     groups: Tensor
-    """(B, k) int64 chosen groups; (B, 0) in phase "shared"."""
+    """(B, k) int64 selected groups; (B, 0) in phase "shared"."""
 
 
 def cross_entropy_with_match(output: AdapterOutput, labels: Tensor) -> Tensor:
-    """Cross-entropy, and in phase "group" the match term `1 - mean similarity`, from which the keys learn.
+    """Cross-entropy, plus `1 - mean similarity` in phase "group", which trains the keys.
 
     Args:
         output: Of a batch of `B` images.
@@ -43,7 +43,7 @@ def cross_entropy_with_match(output: AdapterOutput, labels: Tensor) -> Tensor:
 
 
 def image_classifier_output(logits: Tensor, loss: Tensor | None) -> ImageClassifierOutput:
-    """The output class of transformers for image classification.
+    """Return transformers' output for image classification.
 
     Raises:
         StateError: transformers is not installed.
@@ -52,7 +52,7 @@ def image_classifier_output(logits: Tensor, loss: Tensor | None) -> ImageClassif
         from transformers.modeling_outputs import ImageClassifierOutput  # noqa: PLC0415 - an optional extra
     except ImportError as error:
         raise StateError(
-            "A call with pixel_values= or labels= answers with transformers' ImageClassifierOutput, and transformers "
-            'cannot be imported: pip install "lpt_peft[transformers]", or call adapter(images) and get the logits.'
+            "A call with pixel_values= or labels= returns transformers' ImageClassifierOutput, and transformers "
+            'cannot be imported: pip install "lpt_peft[transformers]", or call adapter(images), which returns logits.'
         ) from error
     return ImageClassifierOutput(loss=loss, logits=logits)

@@ -1,38 +1,36 @@
-"""The phase of an adapter: what it trains, and a small tensor that carries it through state dicts.
+"""The phase of an adapter: which parameters are trained, and a buffer that stores it in state dicts.
 
-Not here: the two passes (`lpt_peft.adapter`) and the loop that trains a phase (`lpt_peft.recipe`).
+Not here: the two passes (`lpt_peft.adapter`) and the training loop (`lpt_peft.recipe`).
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from lpt_peft.config import PHASES, Phase
 from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.heads import CosineClassifier
 from lpt_peft.prompts import PromptPool, SharedPrompt
 
-Phase = Literal["shared", "group"]
-PHASES: tuple[Phase, ...] = ("shared", "group")
-
 _Self = TypeVar("_Self", bound="PhaseMixin")
 _DDP_PHASES: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-"""DistributedDataParallel wrapper -> the phase in which it was built."""
+"""DistributedDataParallel wrapper -> phase in which it was built."""
 
 
 class PhaseMixin(nn.Module):
-    """The part of an adapter that knows its phase.
+    """The phase of an adapter.
 
-    `forward` reads a Python string, so that nothing is read from a device and compilers see a constant. The buffer
-    `phase_index` follows it. Where others write that buffer or put another tensor in its place (`load_state_dict`,
-    copies that average weights, loaders of accelerate and torch.distributed.checkpoint), the string follows: at
-    loading, else before the next use. A compiled forward and one with several processes in train mode do not look:
-    they follow at `train()`, `eval()`, `trainable_parameters()` and where `phase` is read.
+    `forward` reads a Python string: nothing is read from a device, and compilers see a constant. The buffer
+    `phase_index` holds the same phase. When other code writes or replaces the buffer (`load_state_dict`, averaged
+    copies, loaders of accelerate and torch.distributed.checkpoint), the string is updated at loading or before the
+    next use. A compiled forward and a training step of several processes do not check the buffer; `train()`, `eval()`,
+    `trainable_parameters()` and reading `phase` do.
 
     Attributes:
         phase_index: Buffer () int64, the position of the phase in `PHASES`.
@@ -45,17 +43,17 @@ class PhaseMixin(nn.Module):
     _seen_index: tuple[Tensor, int | None]  # the buffer and its version when buffer and string last agreed
 
     def _init_phase(self, device: torch.device) -> None:
-        """Begin in phase "shared"; the modules of prompts and head are there already."""
+        """Start in phase "shared"; prompts and head must exist."""
         self.register_buffer("phase_index", torch.zeros((), dtype=torch.int64, device=device))
         self.phase = "shared"
 
     @property
     def phase(self) -> Phase:
-        """What is trained besides the head: the shared prompt ("shared"), or the pool on a frozen shared one ("group").
+        """Current phase: "shared" trains the shared prompt, "group" the pool on a frozen shared prompt.
 
-        Assignment opens what the phase trains, freezes the other prompts and drops their gradients. A head that you
-        have frozen stays frozen, unless shared prompt, pool and head are all frozen: then it is opened, too. The
-        parameters to train are others, so make a new optimizer, and a new DistributedDataParallel wrapper.
+        The classifier is trained in both. Assigning a phase makes its prompts trainable, freezes the others and sets
+        their gradients to None. A head that you froze stays frozen, unless shared prompt, pool and head are all frozen.
+        Each phase needs a new optimizer and a new DistributedDataParallel wrapper.
         """
         self._follow_phase_index()
         return self._phase
@@ -67,7 +65,7 @@ class PhaseMixin(nn.Module):
         self._phase: Phase = phase
         self._write_phase_index()
         if not any(parameter.requires_grad for parameter in self._learned_parameters()):
-            self.head.requires_grad_(True)  # a call that froze everything, PEFT's for example, was not about the head
+            self.head.requires_grad_(True)  # everything was frozen at once, by PEFT for example
         self._freeze_by_phase()
 
     def _freeze_by_phase(self) -> None:
@@ -82,7 +80,7 @@ class PhaseMixin(nn.Module):
             yield from module.parameters()
 
     def _write_phase_index(self) -> None:
-        with torch.inference_mode(False):  # a tensor made in inference mode could not be loaded into outside of it
+        with torch.inference_mode(False):  # load_state_dict cannot write to an inference tensor later
             self.phase_index = torch.full_like(self.phase_index, PHASES.index(self._phase))
         self._mark_phase_index()
 
@@ -91,7 +89,7 @@ class PhaseMixin(nn.Module):
         self._seen_index = self.phase_index, _version(self.phase_index)
 
     def _follow_phase_index(self) -> None:
-        """Take the phase from `phase_index` if that was written or replaced; costs a read on the host only then."""
+        """Read the phase from `phase_index` if the buffer was written or replaced; otherwise reads nothing."""
         if torch.compiler.is_compiling():
             return
         index, (seen, version) = self.phase_index, self._seen_index
@@ -101,18 +99,18 @@ class PhaseMixin(nn.Module):
     def _read_phase_index(self) -> None:
         found = int(self.phase_index)
         if not 0 <= found < len(PHASES):
-            raise StateError(f"phase_index holds {found}, which is no phase. Assign adapter.phase.")
+            raise StateError(f'phase_index={found} must be 0 ("shared") or 1 ("group"). Assign adapter.phase.')
         self._mark_phase_index()
         if self._phase != PHASES[found]:
             self._phase = PHASES[found]
-            # A copy whose parameters are all frozen, such as a moving average, stays so.
+            # A copy whose parameters are all frozen, such as a moving average, stays frozen.
             if any(parameter.requires_grad for parameter in self._learned_parameters()):
                 self._freeze_by_phase()
 
     def _check_ddp(self) -> None:
         """Refuse a DistributedDataParallel wrapper that was built in another phase.
 
-        It averages the gradients of the parameters that were trainable when it was built, and of no others.
+        It averages only the gradients of parameters that were trainable when it was built.
         """
         module = sys.modules.get("torch.nn.parallel.distributed")
         if torch.compiler.is_compiling() or module is None:
@@ -134,14 +132,14 @@ class PhaseMixin(nn.Module):
             )
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
-        """Move, cast or allocate anew, as `to()` and `to_empty()` do."""
+        """Move, cast or reallocate parameters and buffers; `to()` and `to_empty()` call this."""
         self._follow_phase_index()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._write_phase_index()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For deepcopy and pickle: the phase as the buffer has it."""
+        """Return the state for deepcopy and pickle, with the phase of the buffer."""
         self._follow_phase_index()
         return self.__dict__.copy()
 
@@ -151,17 +149,17 @@ class PhaseMixin(nn.Module):
 
 
 def in_process_group() -> bool:
-    """Whether torch.distributed runs; then DistributedDataParallel may write the buffers in each step of training."""
+    """Whether torch.distributed is initialized; DistributedDataParallel may then write the buffers in every step."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _version(tensor: Tensor) -> int | None:
-    """A number that changes when the tensor is written in place; None in inference mode, where none is kept."""
+    """A number that changes when the tensor is written in place; None for inference tensors, which have none."""
     return None if tensor.is_inference() else tensor._version
 
 
 def _has_value(tensor: Tensor) -> bool:
-    """Whether the tensor can be read: not on the meta device, nor inside torch.func, nor while a graph is traced."""
+    """Whether the tensor can be read: not on the meta device, inside torch.func, or while a graph is traced."""
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     if tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False

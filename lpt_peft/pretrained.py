@@ -1,15 +1,28 @@
-"""save_pretrained, from_pretrained, load_prompts and push_to_hub: an adapter's prompt files, on disk and on the Hub.
+"""Saving and loading of prompt files, on disk and on the Hugging Face Hub: `PretrainedMixin`.
 
-Not here: the format (`lpt_peft.checkpoint`) and the transfer (`lpt_peft.hub`).
+Not here: the format (`lpt_peft.checkpoint`), the transfer (`lpt_peft.hub`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import torch
 from torch import nn
+
+from lpt_peft._prompt_content import content_of, fill, replace_prompts
+from lpt_peft.backbones import Backbone, find_backbone
+from lpt_peft.backbones.loading import build
+from lpt_peft.backbones.weights import FrozenWeights
+from lpt_peft.checkpoint import PromptContent, check_match, encode, write_prompt_file
+from lpt_peft.checkpoint.match import check_choice
+from lpt_peft.config import PromptMetadata
+from lpt_peft.hub import check_subfolder, hub_errors, push, read_prompts
+from lpt_peft.state import StateMixin
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -18,43 +31,68 @@ _Adapter = TypeVar("_Adapter", bound="PretrainedMixin")
 Source = str | PathLike[str]
 
 
-class PretrainedMixin(nn.Module):
+class PretrainedMixin(StateMixin):
     """The part of an adapter that reads and writes prompt files. A source is a folder, or "owner/name" on the Hub."""
+
+    backbone: Backbone
+    frozen_weights: FrozenWeights
+    metadata: PromptMetadata
+
+    unwrap: Callable[[], nn.Module]
 
     def save_pretrained(
         self,
         folder: str | PathLike[str],
         *,
+        subfolder: str | None = None,
         is_main_process: bool = True,
         save_function: Callable[..., object] | None = None,
         class_counts: Iterable[int] | None = None,
         label_names: Iterable[str] | None = None,
         training: Mapping[str, Any] | None = None,
+        preprocess: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write a prompt file: `config.json` and `prompts.safetensors`, about 4 MB for ViT-B.
+        """Write a prompt file: `prompts.safetensors`, about 4 MB for ViT-B, and `config.json` as its readable copy.
 
-        Class counts, label names and training default to what the adapter carries (`metadata`).
+        Class counts, label names, training and preprocess default to what the adapter carries (`metadata`). Equal
+        adapters give equal bytes, and files that already hold them are not touched.
 
         Args:
-            folder: Created if needed; nothing in it but the two files is touched.
-            is_main_process: False gathers what is sharded, as all processes must, and writes nothing.
-            save_function: Accepted because Accelerate's usual call passes it; not called, for the format is fixed.
-            class_counts: Training images of each class, for shot metrics later.
+            folder: Created if missing; nothing in it but the two files is touched.
+            subfolder: Folder inside `folder`, where that one holds another library's model.
+            is_main_process: False gathers sharded tensors, as all processes must, and writes nothing.
+            save_function: Accepted because Accelerate's usual call passes it; not called, because the format is fixed.
+            class_counts: Training images of each class, for shot metrics.
             label_names: Name of each class.
             training: Free JSON up to 64 KiB: recipe, metrics with their shot rule, seeds.
+            preprocess: How images become tensors, where it differs from the backbone's own data configuration.
 
         Raises:
             InputError: An argument does not fit the head or is not plain JSON; nothing was written.
-            StateError: A parameter is not finite or of another dtype than floats; nothing was written.
-            OSError: The disk is full, or the folder may not be written.
-        """
-        from lpt_peft.checkpoint import encode, save_prompts  # noqa: PLC0415 - a layer above
+            StateError: A parameter is not finite, or not float32, float16 or bfloat16; nothing was written.
+            PromptFileExistsError: The folder holds another library's `config.json`; nothing was written.
+            ConfigError: The folder is a file.
+            OSError: The disk is full, or the folder is not writable.
 
-        adapter: Any = self
+        Example:
+            >>> import tempfile, timm
+            >>> from lpt_peft import LongTailPromptAdapter
+            >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+            >>> adapter = LongTailPromptAdapter.wrap(vit, num_classes=2)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     adapter.save_pretrained(folder, label_names=["cat", "dog"])
+            ...     vit = adapter.unwrap()
+            ...     LongTailPromptAdapter.from_pretrained(folder, vit).metadata.label_names
+            ('cat', 'dog')
+        """
+        check_subfolder(subfolder)
+        content = content_of(
+            self, class_counts=class_counts, label_names=label_names, training=training, preprocess=preprocess
+        )
         if is_main_process:
-            save_prompts(adapter, folder, class_counts=class_counts, label_names=label_names, training=training)
+            write_prompt_file(Path(folder, subfolder or ""), content)
         else:
-            encode(adapter, class_counts=class_counts, label_names=label_names, training=training)
+            encode(content)  # for the same errors
 
     @classmethod
     def from_pretrained(
@@ -71,34 +109,31 @@ class PretrainedMixin(nn.Module):
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> _Adapter:
-        """Wrap a ViT with the prompts of a folder or repository; an error leaves it as it was.
+        """Wrap a ViT with the prompts of a folder or repository; after an error it is as before.
+
+        The adapter is in eval mode, as models of PEFT and transformers are; call `train()` to continue training.
 
         Args:
-            source: A folder if there is one of that name (a `Path` is always a folder), else "owner/name".
-            vit: The same backbone as in training, not wrapped; None builds the one that the file names, pretrained.
+            source: A folder if it exists (a `Path` is always a folder), else "owner/name".
+            vit: The same backbone as in training, not wrapped; None builds the pretrained model that the file names.
             check_backbone: On another backbone or other weights: "error" refuses, "warn" warns, "off" does not check.
             head_dropout: Dropout before the head while training; not stored in the file.
             revision: Branch, tag or commit; for repositories only.
-            subfolder: Where in the folder or repository.
+            subfolder: Folder inside the folder or repository.
             token: True or None for the token of the login, False for none, or the token itself.
-            cache_dir: The Hub client's cache; None is its default.
-            local_files_only: Take what the cache holds and do not ask the Hub.
+            cache_dir: Cache of the Hub client; None is its default.
+            local_files_only: Load from the cache without a request to the Hub.
             force_download: Download again what the cache holds.
 
         Raises:
             PromptFileError: The file is refused, or is for another backbone.
-            HubError: The Hub did not give the prompts or the backbone.
-            BackboneError: The ViT cannot take prompts, or is wrapped already.
-            ConfigError: An argument is out of range, or there is no ViT and it cannot be built.
+            HubError: The Hub did not deliver the prompts or the backbone.
+            BackboneError: The ViT cannot take prompts, or is already wrapped.
+            ConfigError: An argument is out of range, or `vit` is None and the backbone cannot be built.
         """
-        from lpt_peft.hub import from_pretrained  # noqa: PLC0415 - a layer above
-
-        adapter: _Adapter = cast("Any", from_pretrained)(
+        check_choice(check_backbone)
+        content = read_prompts(
             source,
-            vit,
-            check_backbone=check_backbone,
-            head_dropout=head_dropout,
-            kind=cls,
             revision=revision,
             subfolder=subfolder,
             token=token,
@@ -106,6 +141,32 @@ class PretrainedMixin(nn.Module):
             local_files_only=local_files_only,
             force_download=force_download,
         )
+        if vit is None:
+            with hub_errors("Downloading the backbone", content.backbone.architecture, token):
+                vit = build(asdict(content.backbone))
+        adapter = cls._from_content(content, vit, check_backbone, head_dropout)
+        adapter.eval()
+        return adapter
+
+    @classmethod
+    def _from_content(
+        cls: type[_Adapter],
+        content: PromptContent,
+        vit: nn.Module,
+        check_backbone: Literal["error", "warn", "off"],
+        head_dropout: float,
+    ) -> _Adapter:
+        backbone = find_backbone(vit)
+        check_match(content, backbone, check_backbone)
+        # The constructor draws initial prompts; loading must not change the caller's random state.
+        construct: Any = cls
+        with torch.random.fork_rng(devices=[]):
+            adapter: _Adapter = construct(backbone, content.config, head_dropout=head_dropout)
+        try:
+            fill(adapter, content)
+        except BaseException:
+            adapter.unwrap()
+            raise
         return adapter
 
     def load_prompts(
@@ -121,15 +182,15 @@ class PretrainedMixin(nn.Module):
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> None:
-        """Replace the adapter's prompts by those of another prompt file; the ViT is not touched.
+        """Replace the adapter's prompts by those of another prompt file; the ViT and the mode stay as they are.
 
         Args:
-            source: As in `from_pretrained`; so are the arguments not named here.
+            source: As in `from_pretrained`; so are the arguments below `part`.
             part: "all" replaces prompts, head, phase and metadata by new parameters, so make a new optimizer; "shared"
                 copies the shared prompts and leaves the rest.
             check_backbone: As in `from_pretrained`.
             revision: Branch, tag or commit.
-            subfolder: Where in the folder or repository.
+            subfolder: Folder inside the folder or repository.
             token: As in `from_pretrained`.
             cache_dir: As in `from_pretrained`.
             local_files_only: As in `from_pretrained`.
@@ -137,18 +198,13 @@ class PretrainedMixin(nn.Module):
 
         Raises:
             PromptFileError: The file is refused, or is for another backbone; nothing changed.
-            HubError: The Hub did not give the prompts; nothing changed.
+            HubError: The Hub did not deliver the prompts; nothing changed.
             ConfigError: An argument is out of range.
             StateError: The adapter was unwrapped.
         """
-        from lpt_peft.hub import swap_from  # noqa: PLC0415 - a layer above
-
-        adapter: Any = self
-        swap_from(
-            adapter,
+        check_choice(check_backbone)
+        content = read_prompts(
             source,
-            part=part,
-            check_backbone=check_backbone,
             revision=revision,
             subfolder=subfolder,
             token=token,
@@ -156,6 +212,7 @@ class PretrainedMixin(nn.Module):
             local_files_only=local_files_only,
             force_download=force_download,
         )
+        replace_prompts(self, content, part=part, check_backbone=check_backbone)
 
     def push_to_hub(
         self,
@@ -164,6 +221,7 @@ class PretrainedMixin(nn.Module):
         class_counts: Iterable[int] | None = None,
         label_names: Iterable[str] | None = None,
         training: Mapping[str, Any] | None = None,
+        preprocess: Mapping[str, Any] | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
         token: bool | str | None = None,
@@ -177,17 +235,18 @@ class PretrainedMixin(nn.Module):
         base_model: str | None = None,
         timeout: float = 300.0,
     ) -> CommitInfo:
-        """Push the prompts, and nothing of the backbone, to the Hub, with a model card if there is none.
+        """Push the prompts, without the backbone, to the Hub, with a model card if the repository has none.
 
         Args:
-            repo_id: "owner/name", or "name" under the token's account; created if needed.
+            repo_id: "owner/name", or "name" under the token's account; created if missing.
             class_counts: As in `save_pretrained`.
             label_names: As in `save_pretrained`.
-            training: As in `save_pretrained`; `training["metrics"]` with `training["rule"]` get onto the card.
-            revision: Branch, created if needed; None is "main".
-            subfolder: For several prompt files in one repository.
+            training: As in `save_pretrained`; the card shows `training["metrics"]` and `training["rule"]`.
+            preprocess: As in `save_pretrained`.
+            revision: Branch, created if missing; None is "main".
+            subfolder: Folder inside the repository, for several prompt files or beside another model.
             token: True or None for the token of the login, False for none, or the token itself.
-            private: For a repository that is created; an existing one stays as it is.
+            private: For a repository that is created; an existing repository stays as it is.
             create_pr: Open a pull request instead of committing to the branch.
             commit_message: First line of the commit.
             commit_description: The rest of it.
@@ -195,7 +254,7 @@ class PretrainedMixin(nn.Module):
             datasets: Hub ids of the training data, for the card.
             tags: More tags for the card.
             base_model: Hub id of the backbone, for the card.
-            timeout: Seconds for each of the three steps (repository, listing, commit).
+            timeout: Seconds for each step (repository, listing, commit).
 
         Returns:
             The client's `CommitInfo`: `oid`, `commit_url`, `pr_url`.
@@ -203,18 +262,15 @@ class PretrainedMixin(nn.Module):
         Raises:
             InputError: The adapter cannot be saved with these arguments; nothing was sent.
             StateError: A parameter is not finite; nothing was sent.
-            HubError: The Hub refused or could not be asked.
+            HubError: The Hub refused or could not be reached, or the repository holds another library's `config.json`.
             ConfigError: An argument is out of range.
         """
-        from lpt_peft.hub import push_to_hub  # noqa: PLC0415 - a layer above
-
-        adapter: Any = self
-        return push_to_hub(
-            adapter,
+        content = content_of(
+            self, class_counts=class_counts, label_names=label_names, training=training, preprocess=preprocess
+        )
+        return push(
+            content,
             repo_id,
-            class_counts=class_counts,
-            label_names=label_names,
-            training=training,
             revision=revision,
             subfolder=subfolder,
             token=token,

@@ -1,11 +1,11 @@
-"""How a block takes prompts: attach, detach and run.
+"""Prompts in the blocks of a ViT: attach, detach and run.
 
-A prompt enters a block as extra tokens of its attention modules alone: attention is a black box that is called on
-`[norm(x); norm(P)]`, and the prompt rows of its output are dropped. The result is that of token concatenation (append
-`P` to the block's input, drop its outputs) without sending `P` through the MLP and the residual branches.
+A prompt enters a block as extra tokens of its attention modules: the attention runs on `[norm(x); norm(P)]`, and the
+prompt rows of its output are dropped. The result equals token concatenation (append `P` to the block's input, drop its
+outputs), but `P` does not pass the MLP and the residual branches.
 
-Blocks and attentions take prompts by a swap of their `__class__` for a subclass. No forward is restated, and modules
-carry no state: state-dict keys, deepcopy, pickle and threads are as before.
+Blocks and attentions take prompts because their `__class__` is replaced by a subclass. No forward is copied and modules
+hold no extra state, so state-dict keys, deepcopy, pickle and threads work as before.
 
 Not here: those subclasses (`_prompted.py`), the self-check (`_self_check.py`), and the names of any ViT library
 (`lpt_peft.backbones`).
@@ -38,12 +38,12 @@ __all__ = [
     "run_block",
 ]
 
-_ATTENTION_NAMES = ("attn", "attention", "self_attn", "self_attention")  # where a block keeps its attention
+_ATTENTION_NAMES = ("attn", "attention", "self_attn", "self_attention")  # attributes of a block
 _LAYER_NUMBER = re.compile(r"idx|index|layer_(id|num)")  # attributes that differ between layers of one kind
 
 
 def attach_blocks(blocks: Sequence[nn.Module], dim: int, *, hint: str) -> None:
-    """Let every block take prompts and check one of each kind, or leave all as it was and raise.
+    """Let all blocks take prompts and check one block of each kind; an error leaves the blocks unchanged.
 
     Args:
         blocks: The transformer blocks, in order.
@@ -53,19 +53,20 @@ def attach_blocks(blocks: Sequence[nn.Module], dim: int, *, hint: str) -> None:
     Raises:
         BackboneError: The blocks already take prompts, a forward was replaced, or prompts do not work in a block.
     """
-    swaps: dict[nn.Module, tuple[Any, ...]] = {}
-    for block in blocks:  # a block may stand twice
+    kinds: dict[nn.Module, tuple[Any, ...]] = {}
+    for block in blocks:  # the same block may appear twice
+        _check_attachable(block)
         attentions = attentions_of(block)
-        swaps[block] = ("block", len(attentions))
+        kinds[block] = ("block", len(attentions))
         for attention in attentions:
-            swaps |= {part: ("bias", 0) for part in attention.modules() if hasattr(part, "get_bias")}
-            swaps[attention] = ("attention", 0)
-    for module in swaps:
+            kinds |= {part: ("bias", 0) for part in attention.modules() if hasattr(part, "get_bias")}
+            kinds[attention] = ("attention", 0)
+    for module in kinds:
         _check_attachable(module)
     try:
-        for module, kind in swaps.items():
+        for module, kind in kinds.items():
             module.__class__ = prompted_class(type(module), *kind)
-        for block in {_kind(block): block for block in blocks}.values():
+        for block in {_settings_of_parts(block): block for block in blocks}.values():
             check_block(block, type(block).original, dim, hint=hint)  # type: ignore[attr-defined]
     except BaseException:  # Ctrl-C as well
         detach_blocks(blocks)
@@ -73,7 +74,7 @@ def attach_blocks(blocks: Sequence[nn.Module], dim: int, *, hint: str) -> None:
 
 
 def detach_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Give every block and its parts their original classes back; nothing happens where they have them."""
+    """Restore the original classes of all blocks and their parts."""
     for block in blocks:
         for module in block.modules():
             if isinstance(module, Prompted):
@@ -81,9 +82,9 @@ def detach_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def attentions_of(block: nn.Module) -> list[nn.Module]:
-    """The attention modules that a block calls, in order; none where attention is written into the block.
+    """Return the attention modules of a block, in order; empty if it computes attention in its own forward.
 
-    PEFT's wrapper around an `nn.MultiheadAttention` is looked through.
+    PEFT's wrapper around an `nn.MultiheadAttention` is skipped.
     """
     found = []
     for holder in getattr(block, "attns", [block]):
@@ -95,15 +96,15 @@ def attentions_of(block: nn.Module) -> list[nn.Module]:
 
 
 def run_block(block: nn.Module, tokens: Tensor, prompt: Tensor, *, checkpointing: bool, **context: Any) -> Tensor:
-    """One prompted block.
+    """Run a prompted block.
 
     Args:
-        block: A block with its prompted class.
+        block: A block that takes prompts.
         tokens: (B, N, d), floating point.
         prompt: (n, d), the same for all images, or (B, n, d); cast to the tokens' dtype.
-        checkpointing: Recompute the block in the backward pass. The prompt is an argument of the
-            recomputed call: two forwards before one backward keep their own prompts.
-        **context: What else the block takes (mask, rotary embedding).
+        checkpointing: Recompute the block in the backward pass. The prompt is an argument of the recomputed call, so
+            that two forwards before one backward keep separate prompts.
+        **context: Further arguments of the block (mask, rotary embedding).
 
     Returns:
         Tokens (B, N, d).
@@ -119,17 +120,17 @@ def run_block(block: nn.Module, tokens: Tensor, prompt: Tensor, *, checkpointing
 
 
 def batched(prompt: Tensor) -> Tensor:
-    """A prompt (n, d) or (B, n, d) as (1 or B, n, d)."""
+    """Return a prompt (n, d) or (B, n, d) as (1 or B, n, d)."""
     return prompt if prompt.ndim == 3 else prompt.unsqueeze(0)
 
 
 def find_gradient_gap(blocks: Sequence[nn.Module], dim: int) -> str | None:
-    """The class in prompted blocks through which no gradient passes (integer arithmetic); None where all do."""
+    """Return the first class in prompted blocks that passes no gradient (integer arithmetic), or None."""
     return next((gap for block in blocks if (gap := gradient_gap(block, dim)) is not None), None)
 
 
 def pass_through(head: nn.Module) -> None:
-    """Let a classifier answer with its input while this thread is `recording` it, and as ever otherwise."""
+    """Let a classifier return its input while this thread is `recording` it."""
     if not isinstance(head, Prompted):
         _check_attachable(head)
         head.__class__ = prompted_class(type(head), "head", 0)
@@ -139,24 +140,31 @@ def _check_attachable(module: nn.Module) -> None:
     name = type(module).__name__
     if isinstance(module, Prompted):
         raise BackboneError(
-            f"{type(module).original.__name__} already takes prompts: this model is wrapped by another adapter. "
-            "Call unwrap() on that one first."
+            f"{type(module).original.__name__} already takes prompts: this model is wrapped by another adapter, or is "
+            "a copy of a wrapped model. Call unwrap() on that adapter first, or copy the model before wrap()."
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise BackboneError(f"This {name} is scripted, so its forward is fixed. Wrap the model without scripting it.")
+    if "_checkpoint_wrapped_module" in module._modules:
+        raise BackboneError(
+            f"This {name} recomputes a block that does not take prompts yet. Wrap the model first, then apply "
+            "activation checkpointing to the adapter, or use the model's own (set_grad_checkpointing)."
         )
     if "forward" in vars(module):
         raise BackboneError(
-            f"This {name} has its forward replaced on the object, as accelerate does to offload a model or to spread "
-            "it over devices, so prompts would not reach it. Load the model without device_map and without offloading, "
-            "and wrap it; compile it, offload it (transformers' models) or move it with to() afterwards."
+            f"The forward of this {name} was replaced on the object, as accelerate does to offload a model or to "
+            "distribute it over devices, so prompts would not reach it. Load the model without device_map and without "
+            "offloading, and wrap it; compile it, offload it (transformers' models) or move it with to() afterwards."
         )
 
 
-def _kind(block: nn.Module) -> tuple[Any, ...]:
-    """What blocks that need one self-check have in common: the classes of their parts and the settings of these."""
+def _settings_of_parts(block: nn.Module) -> tuple[Any, ...]:
+    """Classes of a block's parts and their settings; blocks with the same need one self-check."""
     return tuple((type(part), *_settings(part)) for part in block.modules())
 
 
 def _settings(part: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Attributes that may select another computation (a window size, a flag); not the number of the layer."""
+    """Attributes that may select another computation (a window size, a flag), without the layer number."""
     for name, value in vars(part).items():
         if type(value) in (bool, int, str) and name != "training" and not _LAYER_NUMBER.search(name):
             yield name, value

@@ -11,11 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lpt_peft._features import check_features
+from lpt_peft._kmeans import spherical_kmeans
+from lpt_peft._numbers import checked_integer
 from lpt_peft._numerics import at_least_float32, cosine
 from lpt_peft.config import PromptConfig
-from lpt_peft.errors import ConfigError, InputError
+from lpt_peft.errors import ConfigError, InputError, StateError
 
 _INIT_STD = 0.02
+_UNKNOWN = -(2**62)  # stays negative whatever training adds
 
 
 class SharedPrompt(nn.Module):
@@ -36,7 +40,8 @@ class SharedPrompt(nn.Module):
 
     def __init__(self, layers: int, length: int, dim: int) -> None:
         super().__init__()
-        _check_sizes(layers=layers, length=length, dim=dim)
+        for name, value in {"layers": layers, "length": length, "dim": dim}.items():
+            checked_integer(name, value, 1)
         self.prompts = nn.Parameter(torch.empty(layers, length, dim))
         self.reset_parameters()
 
@@ -92,7 +97,7 @@ class PromptPool(nn.Module):
             Groups that are never selected get no gradient: see `dead_groups`.
 
     Raises:
-        ConfigError: A size is below 1, or `top_k` above `size`.
+        ConfigError: A size is not an integer of at least 1, or `top_k` exceeds `size`.
 
     Example:
         >>> pool = PromptPool(size=20, layers=6, length=10, dim=768)
@@ -108,10 +113,12 @@ class PromptPool(nn.Module):
     ) -> None:
         super().__init__()
         key_dim = dim if key_dim is None else key_dim
-        _check_sizes(size=size, layers=layers, length=length, dim=dim, top_k=top_k, key_dim=key_dim)
+        sizes = {"size": size, "layers": layers, "length": length, "dim": dim, "top_k": top_k, "key_dim": key_dim}
+        for name, value in sizes.items():
+            checked_integer(name, value, 1)
         if top_k > size:
             raise ConfigError(f"top_k={top_k} groups cannot be selected from a pool of size={size}: reduce top_k.")
-        self.top_k = top_k
+        self.top_k = int(top_k)
         self.prompts = nn.Parameter(torch.empty(size, layers, length, dim))
         self.keys = nn.Parameter(torch.empty(size, key_dim))
         self.register_buffer("usage", torch.zeros(size, dtype=torch.int64))
@@ -129,8 +136,14 @@ class PromptPool(nn.Module):
         nn.init.trunc_normal_(self.keys, std=_INIT_STD)
 
     def forward(self, query: Tensor) -> PoolMatch:
-        """Select groups for floating-point queries (B, key_dim); similarities are float32 or float64."""
+        """Select groups for floating-point queries (B, key_dim); similarities are float32 or float64.
+
+        Raises:
+            InputError: `query` is not a floating-point tensor of shape (B, key_dim) on the device of the pool.
+        """
         keys, prompts = self.keys, self.prompts  # read once, because a parametrized tensor is computed at every access
+        hint = "pass one feature per image, of the key_dim of the pool"
+        check_features("query", query, keys.shape[1], rows="B", hint=hint, device=keys.device)
         similarity, groups = cosine(query, keys).topk(self.top_k, dim=-1)
         weights = query.new_zeros(query.shape[0], keys.shape[0]).scatter(1, groups, 1 / self.top_k)
         if self.training:
@@ -158,9 +171,9 @@ class PromptPool(nn.Module):
         Raises:
             InputError: The shape is wrong, there are fewer distinct queries than groups, or a value is not finite.
         """
-        size, dim = self.keys.shape
-        if queries.ndim != 2 or queries.shape[1] != dim:
-            raise InputError(f"queries must have shape (N, {dim}), not {tuple(queries.shape)}.")
+        size = len(self.keys)
+        check_features("queries", queries, self.keys.shape[1], rows="N", hint="pass one feature per image")
+        seed, iterations = checked_integer("seed", seed, 0), checked_integer("iterations", iterations, 0)
         if not bool(queries.isfinite().all()):
             raise InputError("queries contain NaN or infinity: compute them with adapter.features() on valid images.")
         points = F.normalize(at_least_float32(queries).to(self.keys.device), dim=-1)
@@ -170,7 +183,7 @@ class PromptPool(nn.Module):
                 f"init_keys needs at least {size} distinct queries, one per group, but only {distinct} of "
                 f"{len(points)} are distinct: pass more images or reduce the pool size."
             )
-        centers = _spherical_kmeans(points, size, torch.Generator().manual_seed(seed), iterations)
+        centers = spherical_kmeans(points, size, torch.Generator().manual_seed(seed), iterations)
         self.keys.copy_(centers * self.keys.norm(dim=-1).mean())
 
     @torch.no_grad()
@@ -186,18 +199,37 @@ class PromptPool(nn.Module):
         Raises:
             InputError: The shape is wrong.
         """
-        if prompts.shape != self.prompts.shape[1:]:
-            expected, found = tuple(self.prompts.shape[1:]), tuple(prompts.shape)
-            raise InputError(f"prompts must have shape {expected}, (layers, n, d) of a group, not {found}.")
+        expected = tuple(self.prompts.shape[1:])
+        if not isinstance(prompts, Tensor) or not prompts.is_floating_point() or prompts.shape != expected:
+            found = f"{prompts.dtype} of shape {tuple(prompts.shape)}" if isinstance(prompts, Tensor) else type(prompts)
+            raise InputError(f"prompts must be floating point of shape {expected}, (layers, n, d), not {found}.")
         self.prompts.copy_(prompts.expand_as(self.prompts))
 
     def dead_groups(self) -> list[int]:
-        """Return the groups that no image has selected in training mode since `reset_usage()`."""
+        """Return the groups that no image has selected in training mode since `reset_usage()`.
+
+        Raises:
+            StateError: The usage is unknown: no image was counted, or the prompts come from a file without counts.
+        """
+        if bool((self.usage < 0).any()) or not bool((self.usage > 0).any()):
+            raise StateError(
+                "The usage of the groups is unknown: no image was counted, or the prompts come from a file without "
+                "counts. Call pool.reset_usage(), run training images through the model in train() mode, then call "
+                "dead_groups() again."
+            )
         return [group for group, count in enumerate(self.usage.tolist()) if count == 0]
 
     def reset_usage(self) -> None:
         """Reset the usage counts."""
         self.usage.zero_()
+
+    @torch.no_grad()
+    def load_usage(self, usage: Tensor | None) -> None:
+        """Set the counts (m,) int64; None makes them unknown until `reset_usage()`."""
+        if usage is None:
+            self.usage.fill_(_UNKNOWN)
+        else:
+            self.usage.copy_(usage)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(module)`."""
@@ -228,34 +260,3 @@ def decay_selected(parameter: nn.Parameter, weight_decay: float) -> None:
         return
     selected = parameter.grad.flatten(1).ne(0).any(1).view(-1, *[1] * (parameter.ndim - 1))
     parameter.grad += torch.where(selected, weight_decay * parameter, 0.0)
-
-
-def _spherical_kmeans(points: Tensor, size: int, generator: torch.Generator, iterations: int) -> Tensor:
-    """Cluster unit points (N, d) into unit centers (size, d): k-means++, then Lloyd iterations on the sphere."""
-    first = int(torch.randint(len(points), (), generator=generator))
-    centers = points[first : first + 1]
-    while len(centers) < size:
-        # Squared distance on the sphere is 2 (1 - cos). Rounding must not allow drawing the same point twice.
-        gap = (1 - (points @ centers.T).amax(1)).cpu().double()
-        gap[gap < 1e-7] = 0
-        if not bool(gap.any()):
-            gap = (points[:, None] != centers).any(-1).all(1).cpu().double()
-        pick = int(torch.multinomial(gap, 1, generator=generator))
-        centers = torch.cat([centers, points[pick : pick + 1]])
-    assignment = torch.full((len(points),), -1, device=points.device)
-    for _ in range(iterations):
-        nearest = (points @ centers.T).argmax(1)
-        if torch.equal(nearest, assignment):
-            break
-        assignment = nearest
-        sums = torch.zeros_like(centers).index_add_(0, assignment, points)
-        # A center without points, or whose points cancel, does not move.
-        moved = sums.norm(dim=-1, keepdim=True) > 1e-6
-        centers = torch.where(moved, F.normalize(sums, dim=-1), centers)
-    return centers
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise ConfigError(f"{name}={value} must be at least 1.")

@@ -1,6 +1,6 @@
-"""State dicts of an adapter: its own tensors alone, and what it adds to those of torch.
+"""State dicts of an adapter: its own tensors, and the additions to torch's state dict.
 
-Not here: prompt files (`lpt_peft.checkpoint`), which also say what the prompts are for.
+Not here: prompt files (`lpt_peft.pretrained`), which also identify the backbone.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class StateMixin(PhaseMixin):
     """The part of an adapter that saves and loads tensors.
 
     Attributes:
-        backbone_in_state_dict: False leaves the frozen tensors of the ViT out of `state_dict()`, and lets
-            `load_state_dict(strict=True)` do without them: checkpoints of any trainer then hold prompts only. What is
-            trainable in the ViT, such as LoRA, stays in. Not recorded: which ViT the prompts belong to; prompt files
-            (`save_pretrained`) check that.
+        backbone_in_state_dict: False leaves the frozen tensors of the ViT out of `state_dict()`, and
+            `load_state_dict(strict=True)` does not require them: checkpoints of any trainer then hold prompts only.
+            Trainable tensors of the ViT, such as LoRA's, are kept. The backbone is not identified; prompt files
+            (`save_pretrained`) do that.
     """
 
     vit: nn.Module
@@ -40,24 +40,24 @@ class StateMixin(PhaseMixin):
         self.register_load_state_dict_post_hook(_allow_missing_backbone)  # type: ignore[no-untyped-call]
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Copies of prompts, keys and head, and nothing of the backbone; under FSDP2, gathered: all processes call it.
+        """Return copies of prompts, keys and head; under FSDP2 they are gathered, and all processes must call this.
 
         Returns:
-            `shared.prompts` (L, n, d), `pool.prompts` (m, L-K, n, d), `pool.keys` (m, d), `head.weight` (C, d); of
-            parametrized or pruned tensors, the present value.
+            `shared.prompts` (L, n, d), `pool.prompts` (m, L-K, n, d), `pool.keys` (m, d), `head.weight` (C, d); the
+            current values of parametrized or pruned tensors.
         """
-        # FSDP2 frees the buffers that parameters lie in between passes: an alias would not outlive them.
+        # Copies: FSDP2 frees the buffers of parameters between passes.
         owners = {name: self._owner(name) for name in self.prompt_config.tensor_shapes}
         return {name: gather_full(read_value(*owner).detach()).clone() for name, owner in owners.items()}
 
     def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy tensors as given by `adapter_state_dict` into the adapter; all or nothing.
+        """Copy tensors from `adapter_state_dict` into the adapter; after an error nothing was copied.
 
-        Under FSDP2 every process gives the same full tensors (or DTensors) and keeps its own part of them.
+        Under FSDP2 every process passes the same full tensors (or DTensors) and keeps its own shard.
 
         Raises:
-            InputError: A name, a shape or a value (NaN, infinity) is wrong; nothing was loaded.
-            StateError: A tensor is parametrized or pruned and cannot take its value; nothing was loaded.
+            InputError: A name, a shape or a value (NaN, infinity) is wrong.
+            StateError: A tensor is parametrized or pruned and cannot take its value.
         """
         self.prompt_config.check_tensors(tensors)
         for name in self.prompt_config.tensor_shapes:
@@ -67,7 +67,7 @@ class StateMixin(PhaseMixin):
             write_value(*self._owner(name), tensors[name])
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
-        """The module that holds the tensor of this name, and its name there."""
+        """The module that holds a tensor, and the tensor's name in it."""
         owner, _, leaf = name.partition(".")
         return self.get_submodule(owner), leaf
 
@@ -81,7 +81,7 @@ class StateMixin(PhaseMixin):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load this module's own buffer; then the phase is that of the state dict."""
+        """Load this module's own buffer, then set the phase from it."""
         self._load_prefix = prefix
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -91,8 +91,8 @@ class StateMixin(PhaseMixin):
                 missing_keys.remove(prefix + _INDEX)
             if any(prefix + name in state_dict for name in self.prompt_config.tensor_shapes):
                 warnings.warn(
-                    f'The state dict does not say in which phase it was saved; the adapter stays in "{self._phase}". '
-                    'If the prompts were trained in the other phase, assign it: adapter.phase = "group" or "shared".',
+                    f'The state dict does not contain its phase; the adapter stays in "{self._phase}". '
+                    'If the prompts were trained in the other phase, assign adapter.phase = "group" or "shared".',
                     UserWarning,
                     stacklevel=2,
                 )

@@ -52,11 +52,6 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The recipe's tests first: they fork processes that train, and autograd's threads survive no fork."""
-    items.sort(key=lambda item: "tests/recipe/" not in item.nodeid)
-
-
 def tiny_vit(**options: Any) -> VisionTransformer:
     """A two-block ViT of width 24 on 32 px, with weights large enough to matter."""
     settings = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 7}

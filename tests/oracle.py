@@ -1,7 +1,7 @@
-"""The oracle of prompted blocks: token concatenation by hooks, written from the equations alone.
+"""Oracle of prompted blocks: token concatenation by hooks, written from the equations.
 
-Prompt tokens are appended to each block's input and their outputs dropped behind it. Slow, and wrong for
-rotary ViTs, but obviously right for the others. It knows nothing of lpt_peft.
+Prompt tokens are appended to each block's input and their outputs are dropped. This is slow, and wrong for rotary ViTs,
+but clearly right for the others. It does not use lpt_peft.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def concatenated_prompts(blocks: Sequence[nn.Module], prompts: Sequence[Tensor | None]) -> Iterator[None]:
-    """While open, block i runs on `[x; prompts[i]]`, (n, d) or (B, n, d), and returns the first N tokens."""
+    """Let block i run on `[x; prompts[i]]`, (n, d) or (B, n, d), and return the first N tokens; a context."""
     handles = []
     for block, prompt in zip(blocks, prompts, strict=True):
         if prompt is None:
@@ -46,13 +46,13 @@ def lpt_by_concatenation(
     top_k: int,
     scale: float,
 ) -> dict[str, Tensor]:
-    """The whole method on a plain timm ViT, every pass from block 1: logits, query, similarity, groups."""
+    """Compute the method on a plain timm ViT, all passes from block 1: logits, query, similarity, groups."""
     first = len(shared) - groups.shape[1]
     with torch.no_grad(), concatenated_prompts(vit.blocks, list(shared)):
         query = vit.forward_head(vit.forward_features(images), pre_logits=True)
     chosen, picks, similarities = [], [], []
-    for one in query:  # image by image: nothing of the batch can leak
-        similarity = torch.stack([torch.cosine_similarity(one, key, dim=0) for key in keys])
+    for feature in query:  # image by image, so that no image affects another
+        similarity = torch.stack([torch.cosine_similarity(feature, key, dim=0) for key in keys])
         order = sorted(range(len(keys)), key=lambda i: -float(similarity[i].detach()))[:top_k]
         picks.append(order)
         similarities.append(similarity[order])

@@ -1,8 +1,7 @@
-"""What FSDP and DDP do with an adapter; run by test_adapter_state.py, one kind per call.
+"""Adapters under FSDP and DDP; run by test_adapter_state.py, one kind per call.
 
-`python -m tests.sharded_processes fsdp2 FOLDER` and `ddp` start two gloo processes, `fsdp1` one. Rank 0 writes its
-results into
-FOLDER/results.pt.
+`python -m tests.sharded_processes fsdp2 FOLDER` and `ddp` start two gloo processes, `fsdp1` starts one. Rank 0
+writes its results to FOLDER/results.pt.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ TARGET = torch.tensor([0, 3, 1, 4])
 
 
 def build(seed: int = 0) -> LongTailPromptAdapter:
-    """A small adapter in phase "group"; each seed has prompts of its own."""
+    """A small adapter in phase "group", whose prompts depend on the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapter = LongTailPromptAdapter.wrap(tiny_vit(), prompt_length=3, pool_size=5, head_dropout=0.0)
@@ -43,7 +42,7 @@ def gradients(adapter: LongTailPromptAdapter, model: Any) -> dict[str, Tensor]:
 
 
 def fsdp2() -> dict[str, Any]:
-    """Load full tensors into sharded parameters; read them and logits back."""
+    """Load full tensors into sharded parameters; return them and the logits."""
     adapter, other = build(0), build(1)
     for block in adapter.backbone.blocks:
         fully_shard(block)
@@ -74,14 +73,14 @@ def fsdp1() -> dict[str, Any]:
 
 
 def ddp() -> dict[str, Any]:
-    """Cross-entropy on the logits alone under DDP, and wrappers that outlive their phase."""
+    """Cross-entropy on the logits alone under DDP, and wrappers used after a change of phase."""
     half = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     found: dict[str, Any] = {}
     for phase in ("shared", "group"):
         adapter = build(0).train()
         adapter.phase = phase
         model = DistributedDataParallel(adapter)
-        for _ in range(2):  # an unused parameter is noticed in the second step
+        for _ in range(2):  # DDP reports an unused parameter in the second step
             model.zero_grad()
             torch.nn.functional.cross_entropy(model(IMAGES[half]), TARGET[half]).backward()
         found[phase] = {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
@@ -101,7 +100,7 @@ def ddp() -> dict[str, Any]:
 
 
 def refusal(model: Any, images: Tensor) -> str:
-    """The message of a refused training step, or nothing."""
+    """The message of a refused training step, or an empty text."""
     try:
         model(images).sum().backward()
     except StateError as error:

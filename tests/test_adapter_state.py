@@ -1,4 +1,4 @@
-"""The adapter's tensors and switches under what other tools do: freezing, pruning, parametrization, FSDP, tracing."""
+"""Tensors and switches of an adapter under other tools: freezing, pruning, parametrization, FSDP, tracing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 phases = pytest.mark.parametrize("phase", ["shared", "group"])
 
 
-# What a phase trains
+# Parameters that a phase trains
 
 
 @phases
@@ -65,7 +65,7 @@ def test_a_training_step_reads_nothing_on_the_host(phase):
 
 
 def test_group_prompts_take_the_dtype_of_the_backbone():
-    """The mean of the groups and the shared rows beside it: never wider than what the blocks compute in."""
+    """Shared and group prompts enter the blocks in the dtype in which these compute."""
     adapter = build().train()
     adapter.vit.bfloat16()
     seen: list[torch.dtype] = []
@@ -124,7 +124,7 @@ OWNERS = {"shared.prompts": "shared", "pool.prompts": "pool", "pool.keys": "pool
 
 
 class Doubled(nn.Module):
-    """Twice the original."""
+    """A parametrization that doubles a tensor."""
 
     def forward(self, tensor):
         return 2 * tensor
@@ -134,7 +134,7 @@ class Doubled(nn.Module):
 
 
 class OneWay(nn.Module):
-    """No way back."""
+    """A parametrization without right_inverse."""
 
     def forward(self, tensor):
         return tensor.sinh()
@@ -143,7 +143,7 @@ class OneWay(nn.Module):
 @phases
 @pytest.mark.parametrize("name", OWNERS)
 def test_prune(phase, name):
-    """A masked tensor answers, trains and is saved as the tensor with zeros."""
+    """A masked tensor computes, trains and is saved as the tensor with zeros."""
     adapter, plain = build().train(), build().train()
     adapter.phase = plain.phase = phase
     owner, leaf = adapter.get_submodule(OWNERS[name]), name.partition(".")[2]
@@ -217,17 +217,17 @@ def sharded(tmp_path_factory):
 @pytest.mark.slow
 def test_fsdp1_trains(sharded):
     got, adapter = sharded("fsdp1"), build().train()
-    wanted = gradients(adapter, adapter)
-    torch.testing.assert_close(got["gradients"], wanted)
+    expected = gradients(adapter, adapter)
+    torch.testing.assert_close(got["gradients"], expected)
     torch.testing.assert_close(got["tensors"], adapter.adapter_state_dict())
 
 
 @pytest.mark.slow
 def test_fsdp2_loads_full_tensors_into_shards(sharded):
-    got, wanted = sharded("fsdp2"), build(1).eval()
+    got, expected = sharded("fsdp2"), build(1).eval()
     assert got["sharded"]
-    assert all(torch.equal(tensor, got["tensors"][name]) for name, tensor in wanted.adapter_state_dict().items())
-    torch.testing.assert_close(got["logits"], wanted(IMAGES).detach())
+    assert all(torch.equal(tensor, got["tensors"][name]) for name, tensor in expected.adapter_state_dict().items())
+    torch.testing.assert_close(got["logits"], expected(IMAGES).detach())
     assert got["phase"] == "group"
     assert torch.equal(got["again"], got["logits"])
 
@@ -239,8 +239,8 @@ def test_ddp_without_unused_parameters_and_one_wrapper_for_each_phase(sharded):
         adapter = build().train()
         adapter.phase = phase
         nn.functional.cross_entropy(adapter(IMAGES), TARGET).backward()
-        wanted = {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
-        torch.testing.assert_close(got[phase], wanted, rtol=1e-4, atol=1e-6)
+        expected = {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
+        torch.testing.assert_close(got[phase], expected, rtol=1e-4, atol=1e-6)
         sentence = f'built before adapter.phase became "{other}"'
         assert sentence in got[f"used in {phase}"]
         assert "new wrapper for each phase" in got[f"used in {phase}"]
@@ -250,7 +250,7 @@ def test_ddp_without_unused_parameters_and_one_wrapper_for_each_phase(sharded):
 
 
 def test_distributed_tensors_are_not_imported():
-    """They take longer to import than this package; timm, too, may bring them, so it is kept out here."""
+    """They take longer to import than this package; timm is kept out because it may import them."""
     program = (
         "import sys, types\n"
         "face = types.ModuleType('lpt_peft')\n"

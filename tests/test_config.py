@@ -36,8 +36,8 @@ def test_round_trip_and_frozen():
     ("change", "words"),
     [
         ({"dim": 0}, "dim=0 must be at least 1"),
-        ({"depth": "12"}, "depth='12' must be a whole number"),
-        ({"depth": True}, "depth=True must be a whole number"),
+        ({"depth": "12"}, "depth='12' must be an integer"),
+        ({"depth": True}, "depth=True must be an integer"),
         ({"num_classes": 1_000_001}, "num_classes=1000001 must be from 1 to 1000000"),
         ({"shared_layers": 12}, "shared_layers=12 must be from 0 to 11"),
         ({"top_k": 21}, "top_k=21 must be from 1 to 20"),

@@ -1,4 +1,4 @@
-"""An adapter in the hands of timm's and PEFT's tools, and the plain model's answer through the adapter."""
+"""Tools of timm and PEFT on an adapter, and the plain model through the adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def small(name="vit_tiny_patch16_224", **options):
 
 
 @rows
-def test_delegates_are_there_where_the_model_has_them(row):
+def test_delegates_exist_if_the_model_has_them(row):
     vit = make(row)
     adapter = LongTailPromptAdapter.wrap(vit, 5)
     for name in (*TIMM, *TRANSFORMERS):
@@ -42,19 +42,19 @@ def test_delegates_are_there_where_the_model_has_them(row):
         assert not hasattr(adapter, name), name
 
 
-def test_a_missing_attribute_says_whose_it_is():
+def test_errors_of_missing_attributes():
     adapter = LongTailPromptAdapter.wrap(small(), 5)
     with pytest.raises(AttributeError, match=r"LongTailPromptAdapter\.config .* a VisionTransformer, has no config"):
         _ = adapter.config
     with pytest.raises(AttributeError, match=r"forward_features.*without prompts.*adapter\.features\(images\)"):
         _ = adapter.forward_features
     adapter.unwrap()
-    with pytest.raises(AttributeError, match=r"device is the wrapped model's; this adapter was unwrapped"):
+    with pytest.raises(AttributeError, match=r"device comes from the wrapped model; this adapter was unwrapped"):
         _ = adapter.device
 
 
 @rows
-def test_grad_checkpointing_is_switched_through_the_adapter(row):
+def test_grad_checkpointing_is_set_through_the_adapter(row):
     adapter, calls = build(row).train(), []
     for block in adapter.backbone.blocks:
         for part in block.modules():
@@ -71,7 +71,7 @@ def test_grad_checkpointing_is_switched_through_the_adapter(row):
         assert ROWS[row].checkpointing is None
         return
     adapter(images()).sum().backward()
-    assert len(calls) > plain, "the backward pass computes blocks anew"
+    assert len(calls) > plain, "the backward pass did not recompute blocks"
 
 
 # timm
@@ -81,23 +81,23 @@ def test_grad_checkpointing_is_switched_through_the_adapter(row):
     "name", ["vit_tiny_patch16_224.augreg_in21k", "vit_base_patch16_clip_224.openai", "beit_base_patch16_224"]
 )
 @pytest.mark.parametrize("resolve", [resolve_data_config, resolve_model_data_config])
-def test_timm_finds_the_data_configuration(name, resolve):
+def test_timm_reads_the_data_configuration(name, resolve):
     vit = small(name)
-    wanted = resolve(model=vit)
-    assert resolve(model=LongTailPromptAdapter.wrap(vit)) == wanted
-    assert wanted["mean"] != timm.data.IMAGENET_DEFAULT_MEAN
+    expected = resolve(model=vit)
+    assert resolve(model=LongTailPromptAdapter.wrap(vit)) == expected
+    assert expected["mean"] != timm.data.IMAGENET_DEFAULT_MEAN
 
 
 @rows
-def test_data_configuration_of_models_that_are_not_timms(row):
+def test_data_configuration_of_other_libraries(row):
     adapter = build(row)
     config = resolve_model_data_config(adapter)
-    wanted = adapter.backbone.preprocess()
-    assert list(config["mean"]) == wanted["mean"]
-    assert list(config["std"]) == wanted["std"]
-    assert config["interpolation"] == wanted["interpolation"]
+    expected = adapter.backbone.preprocess()
+    assert list(config["mean"]) == expected["mean"]
+    assert list(config["std"]) == expected["std"]
+    assert config["interpolation"] == expected["interpolation"]
     if "pretrained_cfg" not in vars(adapter.vit):
-        assert list(config["input_size"]) == wanted["input_size"]
+        assert list(config["input_size"]) == expected["input_size"]
 
 
 @pytest.mark.parametrize("phase", ["shared", "group"])
@@ -116,7 +116,7 @@ def test_timm_optimizer_factory(phase):
 
 
 def test_head_init_scale():
-    """What timm's train.py does for --head-init-scale."""
+    """As timm's train.py does for --head-init-scale."""
     adapter = LongTailPromptAdapter.wrap(small())
     before = adapter.head.weight.detach().clone()
     with torch.no_grad():
@@ -129,15 +129,15 @@ def test_another_pooling_after_wrap_is_refused(phase):
     vit = small()
     adapter = LongTailPromptAdapter.wrap(vit)
     adapter.phase = phase
-    wanted = adapter(images())
-    vit.reset_classifier(0)  # a head of its own is of no concern to the adapter
-    assert torch.equal(adapter(images()), wanted)
+    expected = adapter(images())
+    vit.reset_classifier(0)  # the adapter does not use that head
+    assert torch.equal(adapter(images()), expected)
     vit.reset_classifier(0, "avg")
     for call in (adapter, adapter.features):
         with pytest.raises(StateError, match=r"pooled by 'token' when it was wrapped, and by 'avg' now.*wrap"):
             call(images())
     vit.reset_classifier(3, "token")
-    assert torch.equal(adapter(images()), wanted)
+    assert torch.equal(adapter(images()), expected)
     vit.reset_classifier(0, "avg")
     assert adapter.unwrap() is vit
     LongTailPromptAdapter.wrap(vit, 7)(images())
@@ -156,19 +156,19 @@ def test_another_pooling_in_a_timm_tower_of_open_clip_is_refused():
 
 @rows
 @pytest.mark.parametrize("phase", ["shared", "group"])
-def test_disable_adapter_is_the_plain_model(row, phase):
+def test_disable_adapter_equals_the_plain_model(row, phase):
     vit = make(row)
     with torch.no_grad():
-        wanted = vit(images())
+        expected = vit(images())
     adapter = LongTailPromptAdapter.wrap(vit, 5).eval()
     adapter.phase = phase
     prompted = adapter(images())
     with torch.no_grad(), adapter.disable_adapter():
         got, plain = adapter(images()), adapter.vit(images())
-    assert type(got) is type(wanted)
+    assert type(got) is type(expected)
     assert all(torch.equal(*pair) for pair in zip(_tensors(got), _tensors(plain), strict=True))
-    # Frozen weights may take another kernel in nn.MultiheadAttention.
-    torch.testing.assert_close(_tensors(got), _tensors(wanted))
+    # Frozen weights may select another kernel in nn.MultiheadAttention.
+    torch.testing.assert_close(_tensors(got), _tensors(expected))
     assert torch.equal(adapter(images()), prompted)
 
 
@@ -177,7 +177,7 @@ def _tensors(output):
     return [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
-def test_disable_adapter_ends_with_an_error_and_nests():
+def test_disable_adapter_with_errors_and_nested():
     adapter = LongTailPromptAdapter.wrap(small(), 5)
     with pytest.raises(ZeroDivisionError), adapter.disable_adapter():
         raise ZeroDivisionError
@@ -193,7 +193,7 @@ def test_disable_adapter_ends_with_an_error_and_nests():
     assert isinstance(adapter(images(), return_output=True), AdapterOutput)
 
 
-def test_disable_adapter_is_for_its_own_thread():
+def test_disable_adapter_affects_its_thread_only():
     adapter = LongTailPromptAdapter.wrap(small(), 5)
     inside, done, shapes = threading.Event(), threading.Event(), {}
 
@@ -226,7 +226,7 @@ def test_disable_adapter_under_compile():
 
 
 @pytest.mark.parametrize("phase", ["shared", "group"])
-def test_numbers_of_parameters_as_peft_counts_them(phase, capsys):
+def test_numbers_of_parameters_equal_those_of_peft(phase, capsys):
     peft = pytest.importorskip("peft")
     adapter = LongTailPromptAdapter.wrap(small(), 5)
     adapter.phase = phase
@@ -241,8 +241,8 @@ def test_numbers_of_parameters_as_peft_counts_them(phase, capsys):
 
 
 @pytest.mark.parametrize("phase", ["shared", "group"])
-def test_logits_alone_give_every_trainable_parameter_a_gradient(phase):
-    """So that DistributedDataParallel needs no find_unused_parameters."""
+def test_a_loss_on_logits_gives_every_trainable_parameter_a_gradient(phase):
+    """DistributedDataParallel then needs no find_unused_parameters."""
     adapter = LongTailPromptAdapter.wrap(small(), 5).train()
     adapter.phase = phase
     nn.functional.cross_entropy(adapter(images()), torch.tensor([0, 3])).backward()

@@ -1,4 +1,4 @@
-"""The published modules' numbers, in float64 through the public API."""
+"""The adapter against recorded numbers of the published modules, in float64."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def golden_adapter(config, tensors):
         **{key: config[key] for key in ("prompt_length", "pool_size", "top_k", "shared_layers")},
         logit_scale=SCALE,
     )
-    learnt = adapter.adapter_state_dict()
-    learnt["shared.prompts"] = tensors["shared_prompt"]
-    learnt["head.weight"] = tensors["head.weight"].T
+    trained = adapter.adapter_state_dict()
+    trained["shared.prompts"] = tensors["shared_prompt"]
+    trained["head.weight"] = tensors["head.weight"].T
     if "group_prompts" in tensors:
-        learnt["pool.prompts"] = tensors["group_prompts"]
-        learnt["pool.keys"] = tensors["group_keys"]
-    adapter.load_adapter_state_dict(learnt)
+        trained["pool.prompts"] = tensors["group_prompts"]
+        trained["pool.keys"] = tensors["group_keys"]
+    adapter.load_adapter_state_dict(trained)
     return adapter
 
 
-def close(actual, wanted):
-    torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-9)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -65,7 +65,7 @@ def test_phase_2(golden, checkpointing):
     adapter.phase = "group"
     out = adapter(tensors["images"], return_output=True)
     close(out.query, tensors["query"])
-    # The published choice is unordered: compare as sets, and the similarity as the sum it records.
+    # The published groups are unordered: compare them as sets, and the recorded sum of similarities.
     assert torch.equal(out.groups.sort(-1).values, tensors["top_k_indices"].sort(-1).values)
     matched = out.similarity.sum(-1).mean()
     close(matched, tensors["matched_similarity"])

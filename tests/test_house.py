@@ -1,7 +1,4 @@
-"""The rules of the house that a test can hold; see CONTRIBUTING.md.
-
-Not here: the storeys, which import-linter holds, and what the modules do, which their own tests hold.
-"""
+"""Rules for all files of the package; see CONTRIBUTING.md. Not here: the layers, which import-linter checks."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ OPTIONAL += ["transformers", "tyro"]
 FORBIDDEN_CALLS = {"torch.manual_seed", "np.random.seed", "numpy.random.seed", "random.seed"}
 FORBIDDEN_CALLS |= {"torch.load", "pickle.load", "pickle.loads", "torch.save"}
 
-# House.md's public contract, as far as it is built.
+# Names that the package must export.
 CONTRACT = {
     "AGCLLoss",
     "AdapterOutput",
@@ -56,7 +53,7 @@ def name_of(path: Path) -> str:
 
 
 def section(text: str, heading: str) -> str:
-    """The lines of `text` under a `[table]` heading of a TOML file (3.10 has no parser)."""
+    """The lines of `text` under a `[table]` heading of a TOML file (Python 3.10 has no parser)."""
     found = re.search(rf"^\[{re.escape(heading)}\]\n(.*?)(?=^\[|\Z)", text, re.MULTILINE | re.DOTALL)
     assert found, f"pyproject.toml has no [{heading}]"
     return found[1]
@@ -71,7 +68,7 @@ def test_public_names_exist_and_fit_on_one_screen() -> None:
         assert name == "__version__" or not name.startswith("_")
 
 
-def test_face_defines_nothing() -> None:
+def test_package_init_defines_nothing() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     defined = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     assert not defined
@@ -85,11 +82,11 @@ def test_every_public_name_is_documented() -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_file_is_short_and_says_what_it_is_for(path: Path) -> None:
+def test_files_are_short_and_have_a_docstring(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert ast.get_docstring(ast.parse(text)), f"{name_of(path)} has no docstring"
     lines = len(text.splitlines())
-    assert lines <= MAX_LINES, f"{name_of(path)} has {lines} lines: one role a file, about 250 lines"
+    assert lines <= MAX_LINES, f"{name_of(path)} has {lines} lines: one role per file, about 250 lines"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
@@ -98,8 +95,10 @@ def test_no_global_random_state_and_no_pickle(path: Path) -> None:
         if isinstance(node, ast.Call):
             call = ast.unparse(node.func)
             allowed = path.name == "_random.py" and call == "torch.manual_seed"  # inside fork_rng
-            # Published checkpoints are pickles: torch reads tensors alone of them, and says so.
-            allowed |= path.name == "published.py" and call == "torch.load" and "weights_only=True" in ast.unparse(node)
+            # Checkpoints of the paper's program are pickles, of which torch reads only tensors.
+            allowed |= (
+                path.name == "convert_official.py" and call == "torch.load" and "weights_only=True" in ast.unparse(node)
+            )
             assert allowed or call not in FORBIDDEN_CALLS, f"{name_of(path)}:{node.lineno}"
 
 
@@ -108,15 +107,15 @@ def test_internal_imports_are_absolute_and_of_the_module_that_defines(path: Path
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(path)}:{node.lineno} is a relative import"
-            # import-linter does not place the package itself in a storey: importing from it would go round the storeys.
-            assert node.module != "lpt_peft", f"{name_of(path)}:{node.lineno} imports from the package's face"
+            # import-linter has no layer for the package itself: importing from it would bypass the layers.
+            assert node.module != "lpt_peft", f"{name_of(path)}:{node.lineno} imports from the package"
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-            assert "lpt_peft" not in names, f"{name_of(path)}:{node.lineno} imports the package's face"
+            assert "lpt_peft" not in names, f"{name_of(path)}:{node.lineno} imports the package"
 
 
-def test_core_import_brings_no_optional_library() -> None:
-    # timm, the core's own dependency, imports what it likes; only what lpt_peft adds to it counts.
+def test_core_import_does_not_import_optional_libraries() -> None:
+    # Imports of timm, a required dependency, do not count.
     program = (
         "import sys, torch, timm, safetensors.torch, huggingface_hub, einops\n"
         "before = set(sys.modules)\n"
@@ -128,10 +127,17 @@ def test_core_import_brings_no_optional_library() -> None:
     assert answer.stdout.strip() == "[]"
 
 
-def test_leaves_are_importable_without_the_adapter() -> None:
+def test_standalone_modules_do_not_import_the_adapter() -> None:
     leaves = ["prompts", "heads", "losses", "samplers", "metrics", "data.images", "data.long_tail", "data.folder"]
-    leaves += ["data.image_list", "data.inaturalist", "data.cifar", "data.huggingface", "data.wrap", "data.transforms"]
-    # A parent package is imported with its child, so stand in for the package's face.
+    leaves += [
+        "data.image_list",
+        "data.inaturalist",
+        "data.cifar",
+        "data.huggingface",
+        "data.from_dataset",
+        "data.transforms",
+    ]
+    # Importing a module imports its package, so replace the package.
     program = (
         "import sys, types\n"
         "face = types.ModuleType('lpt_peft')\n"
@@ -139,7 +145,7 @@ def test_leaves_are_importable_without_the_adapter() -> None:
         "sys.modules['lpt_peft'] = face\n"
         "import importlib\n"
         f"for name in {leaves}: importlib.import_module('lpt_peft.' + name)\n"
-        "print(sorted(name for name in sys.modules if name in ('timm', 'lpt_peft.adapter', 'lpt_peft.attention')))\n"
+        "print(sorted(name for name in sys.modules if name in ('timm', 'lpt_peft.adapter', 'lpt_peft.prompting')))\n"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert answer.stdout.strip() == "[]"
@@ -153,7 +159,7 @@ def test_core_dependencies_are_exactly_the_five() -> None:
     assert sorted(names) == sorted(CORE)
 
 
-def test_version_is_said_once() -> None:
+def test_version_is_defined_once() -> None:
     assert lpt_peft.__version__ == importlib.import_module("lpt_peft._version").__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|(a|b|rc)\d+)?", lpt_peft.__version__)
     assert metadata("lpt_peft")["Version"] == lpt_peft.__version__, "pip install -e . again"
@@ -170,7 +176,7 @@ def test_changelog_has_an_unreleased_section() -> None:
     assert set(re.findall(r"^### (\w+)", unreleased[1], re.MULTILINE)) <= kinds
 
 
-def test_licence_is_apache_verbatim_and_the_types_are_shipped() -> None:
+def test_licence_is_apache_and_types_are_shipped() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert text.split()[:4] == ["Apache", "License", "Version", "2.0,"]
     assert "END OF TERMS AND CONDITIONS" in text
@@ -179,7 +185,7 @@ def test_licence_is_apache_verbatim_and_the_types_are_shipped() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_code_of_a_page_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_pages_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)  # timm's register_model looks for it

@@ -36,7 +36,7 @@ def test_interpreter_and_type_checker_read_the_same_names(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.__name__)
-def test_a_name_is_the_object_of_its_module(package):
+def test_names_are_the_objects_of_their_modules(package):
     assert isinstance(package, ModuleType)
     for name in set(package.__all__) - {"__version__"}:
         value = getattr(package, name)
@@ -53,7 +53,7 @@ def test_star_import_gives_all_names():
     assert set(lpt_peft.__all__) <= namespace.keys()
 
 
-def test_an_unknown_name_is_an_error():
+def test_unknown_names_raise():
     with pytest.raises(AttributeError, match="module 'lpt_peft' has no attribute 'LPTLos'"):
         _ = lpt_peft.LPTLos
     with pytest.raises(ImportError, match="LPTLos"):
@@ -61,17 +61,17 @@ def test_an_unknown_name_is_an_error():
     assert not hasattr(lpt_peft, "__wrapped__")
 
 
-def test_the_modules_behind_the_names_are_attributes():
+def test_submodules_are_attributes():
     assert run("import lpt_peft; print(lpt_peft.losses.agcl_loss is lpt_peft.agcl_loss)") == "True"
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
-def test_a_module_does_not_hide_the_function_of_its_name(name):
+def test_modules_do_not_hide_functions_of_the_same_name(name):
     program = f"import lpt_peft.recipe.{name}\nfrom lpt_peft.recipe import {name}\nprint(type({name}).__name__)"
     assert run(program) == "function"
 
 
-def test_names_can_be_replaced_for_a_test(monkeypatch):
+def test_names_can_be_monkeypatched(monkeypatch):
     real = lpt_peft.cosine_logits
     with monkeypatch.context() as patch:
         patch.setattr(lpt_peft, "cosine_logits", len)
@@ -86,7 +86,7 @@ def test_importing_the_package_does_not_import_torch():
 
 
 def test_public_names_do_not_import_slow_modules():
-    # torch's own imports do not count: what it brings differs between its versions.
+    # torch's own imports do not count: they differ between versions.
     program = "import sys, torch, numpy\nbefore = set(sys.modules)\nfrom lpt_peft import *\n"
     program += "slow = ('torch.distributed.tensor', 'torch._dynamo', 'torch._inductor', 'timm', 'torchvision')\n"
     program += "print([name for name in slow if name in set(sys.modules) - before], LongTailPromptAdapter.__name__)"

@@ -1,4 +1,4 @@
-"""The phase travels with every way of saving that torch and its neighbours have."""
+"""The phase in state dicts, checkpoints, averages and copies of every kind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OWN = ["shared.prompts", "pool.prompts", "pool.keys", "head.weight"]
 
 
 def build(seed=0, phase="shared"):
-    """A small adapter whose phases answer differently; each seed has prompts of its own."""
+    """A small adapter with different logits in both phases; prompts depend on the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapter = LongTailPromptAdapter.wrap(tiny_vit(), prompt_length=3, pool_size=5).eval()
@@ -50,7 +50,7 @@ def test_load_state_dict(phase, assign):
         assert_same(loaded, saved)
 
 
-def test_loading_drops_the_gradients_of_what_it_freezes_and_keeps_a_frozen_adapter_frozen():
+def test_loading_clears_gradients_and_keeps_a_frozen_adapter_frozen():
     saved = build(phase="group")
     loaded = build(1).train()
     loaded(IMAGES).sum().backward()
@@ -63,7 +63,7 @@ def test_loading_drops_the_gradients_of_what_it_freezes_and_keeps_a_frozen_adapt
 
 
 def test_nested_in_another_module():
-    """As a LightningModule or DistributedDataParallel holds it."""
+    """As in a LightningModule or DistributedDataParallel."""
     saved, loaded = (nn.ModuleDict({"model": build(seed, phase)}) for seed, phase in ((0, "group"), (1, "shared")))
     assert "model.phase_index" in saved.state_dict()
     loaded.load_state_dict(saved.state_dict())
@@ -92,10 +92,10 @@ def test_a_state_dict_of_the_backbone_alone_does_not_warn():
     assert adapter.phase == "group"
 
 
-def test_a_phase_that_is_none_is_refused():
+def test_an_invalid_phase_is_refused():
     state = {**build().state_dict(), "phase_index": torch.tensor(7)}
     adapter = build(1, "group")
-    with pytest.raises(RuntimeError, match=r"phase_index holds 7.*Assign adapter\.phase"):
+    with pytest.raises(RuntimeError, match=r"phase_index=7 must be 0.*Assign adapter\.phase"):
         adapter.load_state_dict(state)
     assert adapter.phase == "group"
     assert int(adapter.phase_index) == 1
@@ -121,8 +121,8 @@ def test_accelerate(tmp_path):
 
 
 @pytest.mark.parametrize("make", [lambda model: ModelEmaV3(model, decay=0.9), AveragedModel], ids=["timm", "torch"])
-def test_moving_averages_follow_the_phase(make):
-    """The copy is made in one phase and updated in the next, and may be copied, cast and pickled in between."""
+def test_moving_averages_have_the_phase_of_their_model(make):
+    """A copy from phase "shared" is updated in phase "group", also after it was copied, cast or pickled."""
     model = build()
     averaged = make(model)
     model.phase = "group"
@@ -178,7 +178,7 @@ def write_tensors(loaded, saved):
     ids=["eval", "train()", "train", "trainable_parameters"],
 )
 @pytest.mark.parametrize("training", [False, True])
-def test_tensors_that_are_replaced_or_written_set_the_phase(load, use, training):
+def test_replacing_or_writing_the_buffer_sets_the_phase(load, use, training):
     saved, loaded = build(phase="group"), build(1).train(training)
     load(loaded, saved)
     use(loaded)
@@ -189,11 +189,11 @@ def test_tensors_that_are_replaced_or_written_set_the_phase(load, use, training)
 def test_trainable_parameters_are_those_of_the_loaded_phase():
     saved, loaded = build(phase="group"), build(1).train()
     write_tensors(loaded, saved)
-    learnt = {loaded.pool.prompts, loaded.pool.keys, loaded.head.weight}
-    assert set(loaded.trainable_parameters()) == learnt
+    trained = {loaded.pool.prompts, loaded.pool.keys, loaded.head.weight}
+    assert set(loaded.trainable_parameters()) == trained
 
 
-def test_a_compiled_adapter_follows_at_eval():
+def test_a_compiled_adapter_reads_the_phase_at_eval():
     saved, loaded = build(phase="group"), build(1)
     torch._dynamo.reset()
     compiled = torch.compile(loaded, backend="eager")
@@ -212,7 +212,7 @@ def test_functional_call_takes_the_phase_of_its_tensors():
     assert torch.equal(adapter(IMAGES), before)
 
 
-def test_an_ensemble_by_vmap_keeps_its_phase():
+def test_an_ensemble_with_vmap_keeps_its_phase():
     adapters = [build(seed, "group") for seed in (0, 1)]
     base, (parameters, buffers) = copy.deepcopy(adapters[0]), torch.func.stack_module_state(adapters)
 
@@ -223,7 +223,7 @@ def test_an_ensemble_by_vmap_keeps_its_phase():
         torch.testing.assert_close(found, adapter(IMAGES), rtol=1e-4, atol=1e-4)
 
 
-def test_a_phase_assigned_in_inference_mode_can_be_loaded_over():
+def test_loading_after_assigning_the_phase_in_inference_mode():
     saved, loaded = build(phase="group"), build(1, "group")
     with torch.inference_mode():
         loaded.phase = "shared"
@@ -231,7 +231,7 @@ def test_a_phase_assigned_in_inference_mode_can_be_loaded_over():
     assert_same(loaded, saved)
 
 
-def test_casts_and_new_memory_keep_the_phase():
+def test_casts_and_reallocation_keep_the_phase():
     adapter = build(phase="group")
     for changed in (adapter.half(), adapter.double(), adapter.to_empty(device="cpu"), adapter.to("meta")):
         assert changed.phase == "group"
@@ -279,7 +279,7 @@ def test_state_dicts_without_the_backbone():
         other.load_state_dict(state, strict=True)
 
 
-def test_what_trains_in_the_backbone_stays_in_the_state_dict():
+def test_trainable_parameters_of_the_backbone_stay_in_the_state_dict():
     peft = pytest.importorskip("peft")
     adapter = build()
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["qkv"], r=2), adapter.vit)

@@ -61,7 +61,7 @@ IMAGES = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generato
 
 
 def vit_with(options):
-    """A tiny ViT of a row; skipped where this timm does not know an option of it yet."""
+    """A tiny ViT of a row; skipped if this timm lacks an option of it."""
     known = inspect.signature(VisionTransformer).parameters
     for name, value in options.items():
         skip_unless(name in known, name)
@@ -80,7 +80,7 @@ def random_prompts(*shape, seed=0):
 
 
 def reference_feature(vit, images):
-    """The pooled feature, by timm's own methods."""
+    """Pooled feature by timm's own methods."""
     out = vit.forward_head(vit.forward_features(images), pre_logits=True)
     if out.ndim == 3:
         out = out[:, 0] if vit.has_class_token else out.mean(1)
@@ -101,16 +101,16 @@ def test_blocks_equal_concatenation(options, training, fused, checkpointing, per
     ours.set_grad_checkpointing(checkpointing)
     prompts = [random_prompts(*((3,) if per_image else ()), 4, 24, seed=layer) for layer in range(2)]
     with concatenated_prompts(plain.blocks, prompts):
-        wanted = reference_feature(plain, IMAGES)
-    wanted_gradients = torch.autograd.grad((wanted**2).sum(), prompts)
+        expected = reference_feature(plain, IMAGES)
+    expected_gradients = torch.autograd.grad((expected**2).sum(), prompts)
 
     backbone = find_backbone(ours)
     backbone.attach()
     got = backbone.pool(backbone.run(backbone.embed(IMAGES), 0, prompts))
     gradients = torch.autograd.grad((got**2).sum(), prompts)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
-    for one, two in zip(gradients, wanted_gradients, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    for actual, value in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-11, atol=1e-12)
     assert not torch.allclose(got, reference_feature(plain, IMAGES), atol=1e-3), "the prompt had no effect"
 
 
@@ -119,17 +119,17 @@ def test_pools_equal_concatenation(options):
     vit = vit_with(options)
     prompts = [random_prompts(4, 24, seed=layer) for layer in range(2)]
     with concatenated_prompts(vit.blocks, prompts):
-        wanted = reference_feature(vit, IMAGES)
+        expected = reference_feature(vit, IMAGES)
     backbone = find_backbone(vit)
     backbone.attach()
     got = backbone.pool(backbone.run(backbone.embed(IMAGES), 0, prompts))
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.parametrize("kind", ["bool", "float", "causal", "per image"])
 def test_masks(options, kind):
-    """A mask over tokens: prompts stay visible to all of them. Oracle: the original block with a padded mask."""
+    """All tokens attend to prompts, whatever the mask. Oracle: the original block with a padded mask."""
     vit = vit_with(options)
     block = vit.blocks[0]
     taken = inspect.signature(block.forward).parameters
@@ -143,28 +143,28 @@ def test_masks(options, kind):
     allowed = torch.ones(5, 5, dtype=torch.bool).tril() if causal else mask
     padded = torch.ones(*allowed.shape[:-2], 7, 7, dtype=torch.bool)
     padded[..., :5, :5] = allowed
-    wanted = block(torch.cat([x, prompt], 1), attn_mask=padded)[:, :5]
+    expected = block(torch.cat([x, prompt], 1), attn_mask=padded)[:, :5]
     find_backbone(vit).attach()
     given = torch.zeros(5, 5, dtype=torch.float64).masked_fill(~mask, float("-inf")) if kind == "float" else mask
     masks = {"is_causal": True} if causal else {"attn_mask": given}
     got = block(x, **masks, prompt=prompt)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (3, 1, 5, 1), (1, 5), (3, 1, 1, 5)])
 def test_masks_that_are_broadcast(shape):
-    """A row or a column of answers for all: prompts stay visible all the same."""
+    """A mask with a single row or column is broadcast; all tokens still attend to prompts."""
     vit = tiny_vit().double()
     block, (x, prompt) = vit.blocks[0], (random_prompts(3, 5, 24).detach(), random_prompts(3, 2, 24, seed=1).detach())
     mask = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     padded = torch.zeros(*mask.shape[:-2], 7, 7, dtype=torch.float64)
     padded[..., :5, :5] = mask
-    wanted = block(torch.cat([x, prompt], 1), attn_mask=padded)[:, :5]
+    expected = block(torch.cat([x, prompt], 1), attn_mask=padded)[:, :5]
     find_backbone(vit).attach()
-    torch.testing.assert_close(block(x, attn_mask=mask, prompt=prompt), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(block(x, attn_mask=mask, prompt=prompt), expected, rtol=0, atol=1e-12)
 
 
-def test_mask_reaches_the_blocks_through_the_adapter():
+def test_masks_are_passed_to_the_blocks():
     skip_unless("is_causal" in inspect.signature(timm_vit.Block.forward).parameters, "is_causal")
     vit = tiny_vit(global_pool="avg").double()
     adapter = LongTailPromptAdapter.wrap(vit)
@@ -177,15 +177,15 @@ def test_gated_attention():
     block = tiny_vit().double().blocks[0]
     block.attn = attention
     x, prompt = random_prompts(3, 5, 24).detach(), random_prompts(3, 2, 24, seed=1).detach()
-    wanted = block(torch.cat([x, prompt], 1))[:, :5]
+    expected = block(torch.cat([x, prompt], 1))[:, :5]
     vit = tiny_vit().double()
     vit.blocks[0] = block
     find_backbone(vit).attach()
-    torch.testing.assert_close(block(x, prompt=prompt), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(block(x, prompt=prompt), expected, rtol=0, atol=1e-12)
 
 
 def test_two_passes_before_one_backward_with_checkpointing():
-    """The trap of checkpointing: recomputation must see the prompt of its own pass."""
+    """The recomputation in the backward pass must use the prompt of its forward pass."""
     gradients = []
     for checkpointing in (False, True):
         vit = tiny_vit().double()
@@ -198,12 +198,12 @@ def test_two_passes_before_one_backward_with_checkpointing():
         for prompts in (first, second):
             total = total + (backbone.pool(backbone.run(backbone.embed(IMAGES), 0, prompts)) ** 2).sum()
         gradients.append(torch.autograd.grad(total, first + second))
-    for one, two in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    for actual, value in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-12, atol=1e-12)
 
 
-def test_nothing_is_kept_for_backward_beyond_what_the_plain_block_keeps():
-    """Concatenation behind a packed projection would keep q, k and v twice."""
+def test_memory_for_backward_equals_that_of_the_plain_block():
+    """Concatenation after a packed projection would keep q, k and v twice."""
     vit = tiny_vit()
     vit.requires_grad_(False)
     x, prompt = torch.randn(4, 64, 24, requires_grad=True), torch.randn(1, 2, 24, requires_grad=True)
@@ -236,13 +236,13 @@ def test_self_check_refuses_drift(monkeypatch):
     assert [type(module) for module in vit.modules()] == before
 
 
-def test_self_check_refuses_a_silent_no_op(monkeypatch):
+def test_self_check_refuses_prompts_without_effect(monkeypatch):
     monkeypatch.setattr(_prompted, "_append", lambda tokens, prompt, axis=1: tokens)
-    with pytest.raises(BackboneError, match="off by"):
+    with pytest.raises(BackboneError, match="difference to token concatenation"):
         LongTailPromptAdapter.wrap(tiny_vit())
 
 
-def test_self_check_leaves_modes_and_random_state():
+def test_self_check_does_not_change_modes_and_random_state():
     vit = tiny_vit(proj_drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5).train()
     vit.blocks[0].mlp.eval()
     modes = [module.training for module in vit.modules()]
@@ -254,20 +254,20 @@ def test_self_check_leaves_modes_and_random_state():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_self_check_sees_through_a_tiny_layer_scale(dtype):
-    """A fresh LayerScale of 1e-6 hides attention behind the rounding of 16 bits; prompts work there all the same."""
+def test_self_check_works_with_a_tiny_layer_scale(dtype):
+    """A new LayerScale of 1e-6 makes attention smaller than the rounding error of 16 bits."""
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, init_values=1e-6).to(dtype)
     LongTailPromptAdapter.wrap(vit, 7)
     assert vit.blocks[0].attn.qkv.weight.dtype == dtype
 
 
-def test_self_check_runs_as_it_is_where_weights_are_not_floating():
+def test_self_check_keeps_weights_that_are_not_floating_point():
     vit = tiny_vit()
     vit.blocks[0].attn.quantized = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
     LongTailPromptAdapter.wrap(vit)
 
 
-def test_meta_modules_are_checked_too(monkeypatch):
+def test_self_check_of_meta_modules(monkeypatch):
     skip_unless(hasattr(layers, "calculate_drop_path_rates"), "models on the meta device")
     with torch.device("meta"):
         vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
@@ -275,7 +275,7 @@ def test_meta_modules_are_checked_too(monkeypatch):
     assert all(isinstance(block, Prompted) for block in vit.blocks)
     assert all(parameter.is_meta for parameter in vit.parameters())
     monkeypatch.setattr(_prompted, "_append", lambda tokens, prompt, axis=1: tokens)
-    with torch.device("meta"), pytest.raises(BackboneError, match="off by"):
+    with torch.device("meta"), pytest.raises(BackboneError, match="difference to token concatenation"):
         LongTailPromptAdapter.wrap(VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2), 7)
 
 
@@ -290,20 +290,20 @@ def test_attach_and_detach_are_all_or_nothing():
         detach_blocks(vit.blocks)
         assert [type(module) for module in vit.modules()] == before
     vit.blocks[1].attn.forward = vit.blocks[1].attn.forward
-    with pytest.raises(BackboneError, match=r"Attention has its forward replaced on the object.*without offloading"):
+    with pytest.raises(BackboneError, match=r"Attention was replaced on the object.*without offloading"):
         attach_blocks(vit.blocks, 24, hint="")
     assert [type(module) for module in vit.modules()] == before
 
 
 class Doubled(Attention):
-    """An attention that nobody has heard of, and a black box like all others."""
+    """A custom attention."""
 
     def forward(self, x, **masks):
         return 2 * super().forward(x, **masks)
 
 
 class Ramped(Attention):
-    """One that looks at positions, which prompts have none of."""
+    """A custom attention that depends on positions, which prompts do not have."""
 
     def forward(self, x, **masks):
         ramp = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
@@ -317,23 +317,23 @@ def with_attention(kind):
     return vit
 
 
-def test_an_attention_of_any_class_is_held_to_the_self_check():
+def test_self_check_of_a_custom_attention():
     vit, prompts = with_attention(Doubled).double(), [random_prompts(4, 24, seed=layer) for layer in range(2)]
     with concatenated_prompts(vit.blocks, prompts):
-        wanted = reference_feature(vit, IMAGES)
+        expected = reference_feature(vit, IMAGES)
     backbone = find_backbone(vit)
     backbone.attach()
-    torch.testing.assert_close(backbone.pool(backbone.run(backbone.embed(IMAGES), 0, prompts)), wanted)
+    torch.testing.assert_close(backbone.pool(backbone.run(backbone.embed(IMAGES), 0, prompts)), expected)
     vit = with_attention(Ramped)
     before = [type(module) for module in vit.modules()]
-    with pytest.raises(BackboneError, match=r"Prompts do not work in Block of .*off by.*attn_layer="):
+    with pytest.raises(BackboneError, match=r"Prompts do not work in Block of .*difference to token.*attn_layer="):
         LongTailPromptAdapter.wrap(vit)
     assert [type(module) for module in vit.modules()] == before
 
 
 @pytest.mark.parametrize("phase", ["shared", "group"])
 def test_threads_have_their_own_prompts(phase):
-    """Eight at once, each an adapter of its own on the same blocks' classes, and all on one ViT."""
+    """Eight threads at once, with separate adapters on the same block classes, and with the same ViT."""
     vit = tiny_vit().double()
     adapters = []
     for seed in range(8):
@@ -349,17 +349,17 @@ def test_threads_have_their_own_prompts(phase):
         own = backbone.pool(backbone.run(backbone.embed(IMAGES), 0, list(adapter.shared.prompts)))
         return adapter(IMAGES).detach(), own.detach()
 
-    wanted = [answers(adapter) for adapter in adapters]
+    expected = [answers(adapter) for adapter in adapters]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
             got = list(pool.map(answers, adapters))
-            for one, two in zip(got, wanted, strict=True):
-                assert torch.equal(one[0], two[0])
-                assert torch.equal(one[1], two[1])
+            for actual, value in zip(got, expected, strict=True):
+                assert torch.equal(actual[0], value[0])
+                assert torch.equal(actual[1], value[1])
 
 
 class Windowed(Attention):
-    """Attention within windows of `window` tokens; 0 for all tokens."""
+    """Attention in windows of `window` tokens; 0 for all tokens."""
 
     window = 0
 
@@ -371,7 +371,7 @@ class Windowed(Attention):
 @pytest.mark.parametrize("window", [3, 10, 64])
 def test_self_check_refuses_windows_in_any_block(window):
     vit = tiny_vit(attn_layer=Windowed)
-    vit.blocks[0].attn.window = window  # of the same class as the last block, which attends to all tokens
+    vit.blocks[0].attn.window = window  # the last block has the same class and attends to all tokens
     with pytest.raises(BackboneError, match="Prompts do not work in Block"):
         LongTailPromptAdapter.wrap(vit)
     vit.blocks[0].attn.window = 0
@@ -388,14 +388,14 @@ def test_attention_replaced_after_wrap_is_refused(compiled):
 
 
 class Remembering(Attention):
-    """Keeps its last output, as code for attention maps does."""
+    """Keeps its last output, like code for attention maps."""
 
     def forward(self, x, attn_mask=None, is_causal=False):
         self.last = super().forward(x, attn_mask, is_causal)
         return self.last
 
 
-def test_self_check_copies_what_a_forward_left_behind():
+def test_self_check_copies_results_of_a_forward():
     vit = tiny_vit(attn_layer=Remembering)
     vit(IMAGES.float())
     LongTailPromptAdapter.wrap(vit)
@@ -406,7 +406,7 @@ def test_self_check_copies_what_a_forward_left_behind():
     assert not any(isinstance(module, Prompted) for module in vit.modules())
 
 
-def test_blocks_take_their_tokens_by_name():
+def test_blocks_called_with_keyword_arguments():
     vit = tiny_vit()
     tokens = torch.randn(2, 5, 24)
     expected = vit.blocks[0](x=tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from sklearn.cluster import KMeans
 from torch import nn
 
 from lpt_peft import PoolMatch, PromptPool, SharedPrompt, decay_selected
-from lpt_peft.errors import ConfigError, InputError
+from lpt_peft.errors import ConfigError, InputError, StateError
 
 
 def brute_force(query, keys, prompts, top_k):
@@ -81,7 +82,7 @@ def test_usage_is_counted_in_training_only():
     pool = PromptPool(5, layers=1, length=1, dim=4, top_k=2).eval()
     query = torch.randn(11, 4)
     pool(query)
-    assert pool.dead_groups() == [0, 1, 2, 3, 4]
+    assert pool.usage.tolist() == [0] * 5
     pool.train()
     total = torch.zeros(5, dtype=torch.int64)
     for _ in range(2):
@@ -93,6 +94,8 @@ def test_usage_is_counted_in_training_only():
     assert pool.usage.dtype == torch.int64
     pool.reset_usage()
     assert pool.usage.sum() == 0
+    with pytest.raises(StateError, match=r"usage .* unknown.*no image was counted.*train\(\) mode"):
+        pool.dead_groups()
 
 
 def test_low_precision_inputs_are_compared_in_float32():
@@ -165,7 +168,7 @@ def test_init_keys_with_as_many_groups_as_queries(size):
 def test_init_keys_with_invalid_queries():
     pool = PromptPool(4, 1, 1, 6)
     before = pool.keys.detach().clone()
-    with pytest.raises(InputError, match=r"shape \(N, 6\), not \(3, 5\)"):
+    with pytest.raises(InputError, match=r"shape \(N, 6\), not torch.float32 of shape \(3, 5\)"):
         pool.init_keys(torch.randn(3, 5))
     with pytest.raises(InputError, match="at least 4 distinct queries.*only 2 of 9"):
         pool.init_keys(torch.randn(2, 6)[[0, 1, 0, 1, 0, 1, 0, 1, 0]])
@@ -179,7 +182,7 @@ def test_init_prompts_copies_prompts_to_all_groups():
     pool.init_prompts(prompts)
     assert all(torch.equal(group, prompts) for group in pool.prompts)
     assert pool.prompts.requires_grad
-    with pytest.raises(InputError, match=r"shape \(2, 3, 5\), .*not \(3, 2, 5\)"):
+    with pytest.raises(InputError, match=r"shape \(2, 3, 5\), .*not torch.float32 of shape \(3, 2, 5\)"):
         pool.init_prompts(prompts.transpose(0, 1))
 
 
@@ -198,10 +201,14 @@ def test_decay_selected():
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"size": 0}, "size=0 must be at least 1"),
+        ({"size": 0}, "size=0 must be an integer of at least 1"),
         ({"length": 0}, "length=0"),
         ({"top_k": 5}, "top_k=5 groups cannot be selected from a pool of size=4"),
         ({"key_dim": 0}, "key_dim=0"),
+        ({"size": 2.5}, "size=2.5 must be an integer of at least 1"),
+        ({"dim": "3"}, "dim='3' must be an integer"),
+        ({"top_k": True}, "top_k=True must be an integer"),
+        ({"layers": None}, "layers=None must be an integer"),
     ],
 )
 def test_invalid_sizes(sizes, words):
@@ -217,3 +224,69 @@ def test_shared_prompt():
     assert abs(float(shared.prompts.detach().std()) - 0.02) < 0.002
     assert "layers=3, length=5, dim=400" in repr(shared)
     assert "size=4" in repr(PromptPool(4, 1, 1, 2))
+
+
+INVALID_QUERIES = {
+    "width": (
+        torch.zeros(3, 5),
+        r"query must be .* shape \(B, 6\), not torch.float32 of shape \(3, 5\)",
+    ),
+    "one dimension": (torch.zeros(6), r"not torch.float32 of shape \(6,\): pass one feature per image"),
+    "three dimensions": (torch.zeros(2, 3, 6), r"not torch.float32 of shape \(2, 3, 6\)"),
+    "scalar": (torch.tensor(1.0), r"not torch.float32 of shape \(\)"),
+    "integers": (torch.zeros(3, 6, dtype=torch.long), "not torch.int64 of shape"),
+    "bool": (torch.zeros(3, 6, dtype=torch.bool), "not torch.bool of shape"),
+    "complex": (torch.zeros(3, 6, dtype=torch.complex64), "not torch.complex64 of shape"),
+    "array": (np.zeros((3, 6)), r"query must be a tensor \(B, 6\), not ndarray"),
+    "output": (None, r"query must be a tensor \(B, 6\), not NoneType"),
+    "device": (torch.zeros(3, 6, device="meta"), r"query is on meta, but must be on cpu: pass query\.to\('cpu'\)"),
+}
+
+
+@pytest.mark.parametrize("case", INVALID_QUERIES)
+def test_invalid_queries(case):
+    query, words = INVALID_QUERIES[case]
+    pool = PromptPool(4, layers=1, length=2, dim=3, key_dim=6)
+    with pytest.raises(InputError, match=words):
+        pool(query)
+    assert pool.usage.sum() == 0
+    if case != "device":  # init_keys moves queries to the device of the keys
+        with pytest.raises(InputError, match=words.replace("query", "queries").replace("(B, 6", "(N, 6")):
+            pool.init_keys(query)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_batch(training):
+    pool = PromptPool(4, layers=1, length=2, dim=3, key_dim=6).train(training)
+    match = pool(torch.zeros(0, 6))
+    assert match.prompts.shape == (0, 1, 2, 3)
+    assert match.similarity.shape == match.groups.shape == (0, 2)
+    (match.prompts.sum() + match.similarity.sum()).backward()
+    assert not pool.prompts.grad.any()
+    assert pool.usage.sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes_of_query_and_pool(dtype):
+    """All pairs of dtypes select the groups of the rounded values."""
+    query = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for pool_dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        pool = PromptPool(4, layers=1, length=2, dim=3, key_dim=6).to(pool_dtype)
+        match = pool(query)
+        _, similarity, groups = brute_force(query, pool.keys.detach(), pool.prompts.detach(), 2)
+        assert match.prompts.dtype == dtype
+        assert torch.equal(match.groups, groups)
+        torch.testing.assert_close(match.similarity.double(), similarity, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"seed": -1}, {"seed": "0"}, {"iterations": 1.5}])
+def test_init_keys_with_invalid_options(options):
+    (name,) = options
+    with pytest.raises(ConfigError, match=f"{name}=.* must be an integer of at least 0"):
+        PromptPool(4, 1, 1, 6).init_keys(torch.randn(9, 6), **options)
+
+
+@pytest.mark.parametrize("prompts", [torch.zeros(2, 3, 5, dtype=torch.long), np.zeros((2, 3, 5)), None])
+def test_init_prompts_of_another_type(prompts):
+    with pytest.raises(InputError, match=r"prompts must be floating point of shape \(2, 3, 5\)"):
+        PromptPool(4, layers=2, length=3, dim=5).init_prompts(prompts)

@@ -1,4 +1,4 @@
-"""What a user's type checker sees: every public name, and no `Any` behind a call."""
+"""Types of the public API in a user's type checker: every name, and no `Any` from a call."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from lpt_peft import (
 )
 
 
-class Mine(LongTailPromptAdapter):
+class OwnAdapter(LongTailPromptAdapter):
     pass
 
 
@@ -87,13 +87,13 @@ def adapter_calls(vit: nn.Module, images: Tensor, labels: Tensor) -> None:
 
 
 def files(vit: nn.Module) -> None:
-    adapter = Mine.from_pretrained("folder", vit, check_backbone="warn")
-    assert_type(adapter, Mine)
+    adapter = OwnAdapter.from_pretrained("folder", vit, check_backbone="warn")
+    assert_type(adapter, OwnAdapter)
     adapter.save_pretrained("folder", is_main_process=False, save_function=torch.save, label_names=["a"])
     adapter.save_pretrained("folder", label_nmaes=["a"])  # error
     adapter.load_prompts("folder", part="shared")
     adapter.load_prompts("folder", part="some")  # error
-    Mine.from_pretrained("folder", vit, check_backbone="maybe")  # error
+    OwnAdapter.from_pretrained("folder", vit, check_backbone="maybe")  # error
     assert_type(adapter.push_to_hub("me/prompts", private=True), CommitInfo)
 
 
@@ -146,7 +146,7 @@ def draws(labels: list[int]) -> None:
 
 
 def check(script: str, folder: Path) -> str:
-    """What mypy --strict says of a user's script."""
+    """Run mypy --strict on a user's script."""
     for name, text in {**STUBS, "user.py": script, "mypy.ini": CONFIG}.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)

@@ -34,6 +34,7 @@ from lpt_peft.cli.common.run_settings import RunSettings
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.recipe import PhaseSettings, TrainSettings, make_accelerator
 from lpt_peft.recipe.loading.batches import batches, steps_per_epoch
+from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.training.loop import Loop
 from lpt_peft.recipe.training.phase import PhaseRun
 
@@ -103,7 +104,7 @@ class Benchmark:
             criterion=None,
             accelerator=make_accelerator(training),
             history=[],
-            progress=False,
+            reporter=Reporter(False, True),
         )
         self._batches = list(batches(self.images, self.images.labels, training, "shared", epochs=1))
 

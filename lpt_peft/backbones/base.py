@@ -1,6 +1,6 @@
-"""Backbone: what the adapter must know of a ViT, and nothing more.
+"""Backbone: the interface between the adapter and a ViT of any library.
 
-One implementation per ecosystem, in a file or a folder. Not here: how a block takes prompts
+Each library has an implementation in its own file or folder. Not here: how a block takes prompts
 (`lpt_peft.prompting`) and what is trained (`lpt_peft.prompts`).
 """
 
@@ -18,17 +18,17 @@ from lpt_peft.errors import BackboneError
 
 
 class Stream(NamedTuple):
-    """What flows through the blocks."""
+    """Tokens and per-block context passed between blocks."""
 
     tokens: Tensor
     """(B, N, d), floating point."""
     context: Mapping[str, Any]
-    """What every block is given besides the tokens (mask, rotary embedding); opaque to the adapter."""
+    """Further arguments of the blocks (mask, rotary embedding); the adapter does not read them."""
 
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """Which model this is, as far as the model itself tells; the fingerprint proves it."""
+    """Description of a model for prompt files; the fingerprint identifies its weights."""
 
     library: str
     library_version: str
@@ -44,16 +44,15 @@ class BackboneInfo:
 
 
 class Backbone(Protocol):
-    """A ViT as the adapter drives it: embed, run blocks with prompts, pool.
+    """Driver of a ViT: embed, run blocks with prompts, pool.
 
     Attributes:
-        model: The user's very object.
+        model: The user's model object.
         blocks: Its `L` transformer blocks, in order.
         dim: Width `d` of the tokens.
-        feature_dim: Width of what `pool` returns.
-        num_classes: Classes of the model's own head; 0 where it has none.
-        runs_own_forward: Whether `embed` and `pool` run the model's own forward, and with it what was put around that,
-            such as accelerate's offloading.
+        feature_dim: Width of the output of `pool`.
+        num_classes: Number of classes of the model's classifier; 0 if it has none.
+        runs_own_forward: Whether `embed` and `pool` run the model's own forward, which accelerate's offloading needs.
     """
 
     model: nn.Module
@@ -64,51 +63,60 @@ class Backbone(Protocol):
     runs_own_forward: bool
 
     def attach(self) -> None:
-        """Let every block take prompts, check one of each class, or leave all as it was and raise.
+        """Let all blocks take prompts and check one block of each kind; an error leaves the model unchanged.
 
         Raises:
             BackboneError: A block cannot take prompts; the message names its class.
         """
 
     def detach(self) -> None:
-        """Give every module its original class back."""
+        """Restore the original class of every module."""
 
     def embed(self, *args: Any, **kwargs: Any) -> Stream:
-        """The model's own forward arguments to the tokens that enter block 1."""
+        """Compute the tokens that enter block 1 from the arguments of the model's forward."""
 
     def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Blocks `start`, `start + 1`, ... one for each prompt, (n, d) or (B, n, d) floating point."""
+        """Run blocks `start`, `start + 1`, ..., one per prompt (n, d) or (B, n, d), floating point."""
 
     def pool(self, stream: Stream) -> Tensor:
-        """Tokens after the last block to the pooled, normalised feature (B, feature_dim), without dropout."""
+        """Compute the pooled, normalized feature (B, feature_dim) from the tokens after the last block."""
 
     def info(self) -> BackboneInfo:
-        """What the prompt file says of the backbone."""
+        """Return the description of the model for prompt files."""
 
     def preprocess(self) -> dict[str, Any]:
-        """input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode of the model's data configuration."""
+        """Return input_size (C, H, W), mean, std, interpolation, crop_pct and crop_mode of the model's images."""
 
     def frozen_tensors(self) -> Iterable[Tensor]:
-        """Parameters and persistent buffers without the classification head: what the fingerprint covers."""
+        """Return the tensors of the fingerprint: parameters and persistent buffers without the classifier."""
+
+
+def not_floating(images: Tensor) -> str:
+    """Return the message for images of an integer dtype."""
+    return (
+        f"Images are {str(images.dtype).removeprefix('torch.')}; they must be floating point and normalized as in "
+        "training. Convert them, for example by torchvision.transforms.v2.ToDtype(torch.float32, scale=True) and "
+        "Normalize."
+    )
 
 
 def refuse_offloaded(model: nn.Module) -> None:
-    """Refuse a model whose weights accelerate brings in only while the model's own forward runs.
+    """Refuse a model whose weights accelerate loads only while the model's own forward runs.
 
     Raises:
-        BackboneError: It is one.
+        BackboneError: The model has hooks of accelerate.
     """
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise BackboneError(
-            f"This {type(model).__name__} is offloaded by accelerate (cpu_offload, device_map), which acts around the "
-            "model's own forward, and that is not what runs here. Take the hooks away "
+            f"This {type(model).__name__} is offloaded by accelerate (cpu_offload, device_map), whose hooks run around "
+            "the model's own forward, which the adapter does not call. Remove the hooks "
             "(accelerate.hooks.remove_hook_from_submodules(model)) and move the model with to(); or use a transformers "
             "model, which can be offloaded."
         )
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """Where a model computes: the device of its tensors, or of accelerate's hooks where these bring the tensors in."""
+    """Return the device on which a model computes, also if accelerate offloads it."""
     device = next(model.parameters()).device
     if device.type == "meta":
         hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
@@ -118,13 +126,13 @@ def execution_device(model: nn.Module) -> torch.device:
 
 
 def warn_of_multihead_lora(blocks: Iterable[nn.Module]) -> None:
-    """Say what PEFT's LoRA around an nn.MultiheadAttention does to the fingerprint in prompt files."""
+    """Warn that PEFT's LoRA on an nn.MultiheadAttention changes the fingerprint in prompt files."""
     parts = (part for block in blocks for part in block.modules())
     if any(isinstance(getattr(part, "base_layer", None), nn.MultiheadAttention) for part in parts):
         warnings.warn(
-            "PEFT's LoRA on nn.MultiheadAttention adds its update to the weights and takes it away again at every "
-            "forward, which moves their last bits: prompts are right, but a prompt file may not recognise its backbone "
-            'again. Merge the LoRA before wrap (merge_and_unload()), or load with check_backbone="warn".',
+            "PEFT's LoRA on nn.MultiheadAttention adds its update to the weights and subtracts it again in every "
+            "forward, which changes their last bits: prompts work, but a prompt file may not recognize its backbone. "
+            'Merge the LoRA before wrap (merge_and_unload()), or load with check_backbone="warn".',
             UserWarning,
             stacklevel=2,
         )

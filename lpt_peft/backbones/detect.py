@@ -21,6 +21,7 @@ _LIBRARIES = {
 # Wrappers around a ViT, by class name, and what to do instead.
 _WRAPPERS = {
     "LongTailPromptAdapter": "it already has prompts; give wrap() the ViT, or unwrap() this adapter first",
+    "ActivationWrapper": "wrap the model inside (._checkpoint_wrapped_module), then checkpoint the adapter's blocks",
     "ScriptModule": "its forward is fixed; wrap the Python model, then torch.compile or torch.export the adapter",
     "OptimizedModule": "its forward is fixed; wrap the model inside (._orig_mod), then torch.compile the adapter",
     "DataParallel": "it copies the model for each call; wrap the model inside (.module), then put "
@@ -45,8 +46,24 @@ def find_backbone(model: nn.Module) -> Backbone:
         if (name := _LIBRARIES.get(cls.__module__.partition(".")[0])) is not None:
             backbone: Backbone = import_module(name).open_backbone(model)
             return backbone
+    hint = _content(model)
     raise BackboneError(
         f"{type(model).__name__} of {type(model).__module__} is not a ViT that lpt_peft supports. Supported: plain "
         'ViTs of timm (timm.create_model("vit_base_patch16_224")), transformers (ViTModel, Dinov2Model, '
-        "CLIPVisionModel), torchvision and open_clip, and PEFT models of these."
+        f"CLIPVisionModel), torchvision and open_clip, and PEFT models of these.{hint}"
     )
+
+
+def _content(model: nn.Module) -> str:
+    """A hint for custom modules: the ViT or adapter that they contain."""
+    for name, module in model.named_modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}
+        if "LongTailPromptAdapter" in kinds:
+            return f' It contains an adapter, model.get_submodule("{name}"), which already has prompts.'
+        if name and type(module).__module__.partition(".")[0] in _LIBRARIES:
+            try:
+                find_backbone(module)
+            except BackboneError:
+                continue
+            return f' It contains a {type(module).__name__}: wrap model.get_submodule("{name}").'
+    return ""

@@ -1,6 +1,6 @@
-"""Fingerprint of frozen weights: tells whether prompts meet the backbone they were learnt on.
+"""Fingerprint of frozen weights, which shows whether prompts were trained on a backbone.
 
-A pretrained tag proves nothing (timm sets it with `pretrained=False` too); the bytes do.
+A pretrained tag does not: timm sets it with `pretrained=False` as well.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ ALGORITHM = "sha256-tensors-v1"
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """sha256 over the sorted sha256 of each tensor's (dtype, shape, little-endian bytes), as hex.
+    """Hash tensors: sha256 of the sorted sha256 of each tensor's (dtype, shape, little-endian bytes), as hex.
 
-    A tensor hashes as the ASCII text `dtype|d0,d1,...|` (torch's name of the dtype, without `torch.`)
-    and its contiguous bytes; the hex digests are sorted and joined without a separator. Names are left
-    out, so wrapping and renaming do not matter.
+    The input for a tensor is the ASCII text `dtype|d0,d1,...|` (torch's name of the dtype, without `torch.`) and its
+    contiguous bytes; the hex digests are sorted and joined without a separator. Names are not part of it, so wrapping
+    and renaming do not change the result.
 
     Example:
         >>> fingerprint([torch.zeros(2)]) == fingerprint([torch.zeros(2, requires_grad=True)])
@@ -36,9 +36,9 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 
 def versions(tensors: Iterable[Tensor]) -> tuple[tuple[object, ...], ...] | None:
-    """Marks that differ when a tensor was changed in place or replaced; None where that cannot be told.
+    """Return marks that differ when a tensor is changed in place or replaced; None if changes cannot be detected.
 
-    Changes through `.data` leave no mark. Sharded tensors have none: processes could come to different answers.
+    Changes through `.data` are not detected. Sharded tensors give None, because processes could disagree.
     """
     marks = []
     for tensor in tensors:
@@ -51,13 +51,13 @@ def versions(tensors: Iterable[Tensor]) -> tuple[tuple[object, ...], ...] | None
 def _digest(tensor: Tensor) -> str:
     if tensor.is_meta:
         raise StateError(
-            "The backbone has tensors on the meta device (offloaded, or not loaded yet), so its fingerprint is not "
-            "known. Load its weights first, or take offloading away (accelerate.hooks.remove_hook_from_submodules)."
+            "The backbone has tensors on the meta device (offloaded, or not loaded yet), so it has no fingerprint. "
+            "Load its weights first, or remove offloading (accelerate.hooks.remove_hook_from_submodules)."
         )
     shape = ",".join(str(size) for size in tensor.shape)
     head = f"{str(tensor.dtype).removeprefix('torch.')}|{shape}|"
     flat = gather_full(tensor.detach()).cpu().contiguous().flatten()
-    # A byte view of every dtype, bfloat16 too, without a copy; numpy carries the buffer protocol.
+    # A byte view works for every dtype, including bfloat16, without a copy.
     data = flat.view(torch.uint8).numpy()
     if sys.byteorder == "big":
         data = data.reshape(-1, tensor.element_size())[:, ::-1].copy()

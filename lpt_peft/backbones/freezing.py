@@ -1,7 +1,4 @@
-"""What must stand still in a wrapped ViT, parameters and batch-norm statistics, and how it was before.
-
-Not here: how blocks take prompts (`lpt_peft.prompting`).
-"""
+"""Freezing a wrapped ViT, parameters and batch-norm statistics, and restoring it."""
 
 from __future__ import annotations
 
@@ -11,10 +8,10 @@ from torch import nn
 
 
 class FrozenState:
-    """Remembers what of a ViT was trainable and which batch norms were in train mode, for the way back.
+    """Which parameters of a ViT were trainable, and which batch norms were in train mode.
 
     Args:
-        model: As it is before it is frozen.
+        model: The model before it is frozen.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -22,17 +19,19 @@ class FrozenState:
         self._norm_modes: dict[str, bool] = {}
 
     def freeze(self, model: nn.Module) -> None:
-        """No parameter gets a gradient, and running statistics of batch norms stay as they are."""
-        model.requires_grad_(False)
+        """Freeze all parameters, set their gradients to None, and put batch norms in eval mode."""
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None  # clipping would count an old gradient
         self.sync_mode(model)
 
     def sync_mode(self, model: nn.Module) -> None:
-        """Take note of the modes that batch norms are in now, and put them in eval mode."""
+        """Record the current modes of batch norms and put them in eval mode."""
         self._norm_modes = _batch_norm_modes(model)
         _set_batch_norms(model, dict.fromkeys(self._norm_modes, False))
 
     def restore(self, model: nn.Module) -> None:
-        """As it was before, in the mode set last; where layers were put in since (LoRA), their owner's choice stays."""
+        """Restore `requires_grad` and batch-norm modes; skips `requires_grad` if layers were added."""
         _set_batch_norms(model, self._norm_modes)
         parameters = dict(model.named_parameters())
         if parameters.keys() == self._was_trainable.keys():

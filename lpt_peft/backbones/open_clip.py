@@ -1,9 +1,8 @@
-"""open_clip's visual towers as Backbones: the native VisionTransformer, and timm's ViTs inside a TimmModel.
+"""Backbones for open_clip's visual towers: the native VisionTransformer, and timm's ViTs inside a TimmModel.
 
-The model is a whole CLIP, CustomTextCLIP or CoCa, or a bare tower. Only the visual tower is driven: the text
-tower, whose blocks are of the same classes, is left alone. The feature is what the visual tower answers, behind
-its projection, not normalised. Not here: how a block takes prompts (`lpt_peft.prompting`), and timm's ViTs
-(`timm/families.py`).
+The model is a CLIP, CustomTextCLIP, CoCa or a visual tower. Prompts enter the visual tower only, although blocks of the
+text tower have the same classes. The feature is the output of the visual tower after its projection, not normalized.
+Not here: timm's ViTs (`lpt_peft/backbones/timm`).
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.errors import BackboneError
 from lpt_peft.prompting import attach_blocks, batched, detach_blocks, run_block
 
-_CROP_MODE = {"shortest": "center", "longest": "border", "squash": "squash"}  # open_clip's word -> timm's
-_NEAREST = 'a CLIP whose visual tower is a plain ViT, for example open_clip.create_model("ViT-B-32")'
+_CROP_MODE = {"shortest": "center", "longest": "border", "squash": "squash"}  # open_clip's name -> timm's
+_ALTERNATIVE = 'a CLIP whose visual tower is a plain ViT, for example open_clip.create_model("ViT-B-32")'
 
 
 def open_backbone(model: nn.Module) -> NativeTower | TimmTower:
-    """The driver for a model with a visual tower, or for a bare visual tower.
+    """Return the driver for a model with a visual tower, or for a visual tower.
 
     Raises:
-        BackboneError: The tower is not a plain ViT; the message says why, and what works.
+        BackboneError: The tower is not a plain ViT; the message gives the reason and alternatives.
     """
     tower: Any = getattr(model, "visual", model)
     refuse_offloaded(tower)
@@ -43,27 +42,29 @@ def open_backbone(model: nn.Module) -> NativeTower | TimmTower:
         _refuse_override(tower, TimmModel)
         return TimmTower(model, tower)
     if not isinstance(tower, VisionTransformer):
-        why = "it is not a visual tower that turns images into one chain of tokens"
+        why = "it is not a visual tower that turns images into a sequence of tokens"
         if isinstance(tower, ModifiedResNet):
-            why = "it is a convolutional network, whose one attention only pools, so no block has keys and values"
-        raise BackboneError(f"open_clip's {type(tower).__name__} cannot take prompts: {why}. What works: {_NEAREST}.")
+            why = "it is a convolutional network, whose only attention pools, so no block has keys and values"
+        raise BackboneError(
+            f"open_clip's {type(tower).__name__} cannot take prompts: {why}. Supported: {_ALTERNATIVE}."
+        )
     _refuse_override(tower, VisionTransformer)
     _refuse_override(tower.transformer, Transformer, CustomTransformer)
     return NativeTower(model, tower)
 
 
 class _Tower:
-    """What both towers do alike: all that concerns the tower as a whole."""
+    """Code that both kinds of tower share."""
 
     runs_own_forward = False
-    num_classes = 0  # an image encoder: wrap() must be told
+    num_classes = 0  # an image encoder: wrap() needs num_classes=
 
     def __init__(self, model: nn.Module, tower: Any) -> None:
         self.model = model
         self.tower = tower
 
     def preprocess(self) -> dict[str, Any]:
-        """What open_clip recorded on the tower, or its defaults, with the image size of this tower."""
+        """Return what open_clip recorded on the tower, or its defaults, with the image size of this tower."""
         config = {**asdict(PreprocessCfg()), **get_model_preprocess_cfg(self.tower)}
         return {
             "input_size": [3, *self.tower.image_size],
@@ -75,7 +76,7 @@ class _Tower:
         }
 
     def frozen_tensors(self) -> Iterable[Tensor]:
-        """The state dict of the visual tower; the text tower has no part in the feature."""
+        """Return the state dict of the visual tower; the text tower does not affect the feature."""
         return list(plain_tensors(self.tower.state_dict().values()))
 
 
@@ -94,42 +95,42 @@ class NativeTower(_Tower):
         return tuple(self.tower.transformer.resblocks)
 
     def attach(self) -> None:
-        """Swap the classes of blocks and attentions, then check one block of each kind."""
+        """Let all blocks take prompts and check one block of each kind."""
         attach_blocks(self.blocks, self.dim, hint="Build the tower with open_clip's own blocks.")
         warn_of_multihead_lora(self.blocks)
 
     def detach(self) -> None:
-        """Give every block and attention its original class back."""
+        """Restore the original class of every module."""
         detach_blocks(self.blocks)
 
     def embed(self, image: Tensor) -> Stream:
-        """Images (B, 3, H, W) float to the tokens that enter block 1; patches are dropped as the tower is set."""
+        """Compute tokens from images (B, 3, H, W), with the tower's patch dropout."""
         return Stream(self.tower._embeds(image), {})
 
     def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Blocks from `start` on, one for each prompt (n, d) or (B, n, d); `stream` is always batch first."""
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d); `stream` is always batch first."""
         transformer = self.tower.transformer
-        turned = not getattr(transformer, "batch_first", True)
-        tokens = stream.tokens.transpose(0, 1) if turned else stream.tokens
+        transposed = not getattr(transformer, "batch_first", True)
+        tokens = stream.tokens.transpose(0, 1) if transposed else stream.tokens
         for layer, prompt in enumerate(prompts, start):
             prompt = batched(prompt)  # noqa: PLW2901
             tokens = run_block(
                 transformer.resblocks[layer],
                 tokens,
-                prompt.transpose(0, 1) if turned else prompt,
+                prompt.transpose(0, 1) if transposed else prompt,
                 checkpointing=transformer.grad_checkpointing,
             )
-        return Stream(tokens.transpose(0, 1) if turned else tokens, stream.context)
+        return Stream(tokens.transpose(0, 1) if transposed else tokens, stream.context)
 
     def pool(self, stream: Stream) -> Tensor:
-        """The tower's output (B, feature_dim); its first token, CLS or first query, where it pools nothing."""
+        """Compute the tower's output (B, feature_dim); its first token (CLS or first query) if it does not pool."""
         pooled, _ = self.tower._pool(stream.tokens)
         if self.tower.proj is not None:
             pooled = pooled @ self.tower.proj
         return pooled if pooled.ndim == 2 else pooled[:, 0]
 
     def info(self) -> BackboneInfo:
-        """What the sizes tell; open_clip records neither the name of a configuration nor the weights' tag."""
+        """Return the sizes; open_clip records neither the name of the model nor the tag of its weights."""
         tower = self.tower
         block: Any = self.blocks[0]
         return BackboneInfo(
@@ -149,18 +150,18 @@ class NativeTower(_Tower):
 
 
 class TimmTower(_Tower):
-    """`lpt_peft.backbones.base.Backbone` for a TimmModel: timm's driver, and the projection behind it."""
+    """`lpt_peft.backbones.base.Backbone` for a TimmModel: timm's driver and the projection after it."""
 
     def __init__(self, model: nn.Module, tower: Any) -> None:
         super().__init__(model, tower)
         try:
             self.trunk = find_backbone(tower.trunk)
         except BackboneError as error:
-            raise BackboneError(f"This open_clip tower holds a timm model. {error} Or {_NEAREST}.") from error
+            raise BackboneError(f"This open_clip tower holds a timm model. {error} Or {_ALTERNATIVE}.") from error
         if tower.trunk.num_classes and not isinstance(tower.trunk.get_classifier(), nn.Module):
             raise BackboneError(
-                f"The {type(tower.trunk).__name__} in this open_clip tower projects two tokens by two heads, so their "
-                f'mean does not tell its feature. What works: TimmModel(..., proj="linear"), or {_NEAREST}.'
+                f"The {type(tower.trunk).__name__} in this open_clip tower projects two tokens by two heads, so its "
+                f'feature is not the mean of both. Supported: TimmModel(..., proj="linear"), or {_ALTERNATIVE}.'
             )
         self.dim = self.trunk.dim
         linear = [part for module in self._projection() for part in module.modules() if isinstance(part, nn.Linear)]
@@ -173,34 +174,34 @@ class TimmTower(_Tower):
 
     @property
     def pooling(self) -> str:
-        """How the trunk pools its tokens."""
+        """Kind of pooling of the trunk."""
         return getattr(self.trunk, "pooling", "")
 
     def attach(self) -> None:
-        """Let the trunk's blocks take prompts."""
+        """Let all blocks of the trunk take prompts."""
         self.trunk.attach()
 
     def detach(self) -> None:
-        """Give every module of the trunk its original class back."""
+        """Restore the original class of every module of the trunk."""
         self.trunk.detach()
 
     def embed(self, *args: Any, **kwargs: Any) -> Stream:
-        """Images (B, 3, H, W) float to the tokens that enter block 1."""
+        """Compute tokens from images (B, 3, H, W)."""
         return self.trunk.embed(*args, **kwargs)
 
     def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Blocks from `start` on, one for each prompt (n, d) or (B, n, d)."""
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d)."""
         return self.trunk.run(stream, start, prompts)
 
     def pool(self, stream: Stream) -> Tensor:
-        """The tower's output (B, feature_dim), without dropout."""
+        """Compute the tower's output (B, feature_dim), without dropout."""
         feature = self.trunk.pool(stream)
         for module in self._projection():
             feature = module(feature)
         return feature
 
     def info(self) -> BackboneInfo:
-        """The trunk's architecture as timm recorded it; the weights' tag is not recorded."""
+        """Return what timm recorded of the trunk; the tag of the weights is not recorded."""
         trunk = self.trunk.info()
         return BackboneInfo(
             library="open_clip",
@@ -214,18 +215,18 @@ class TimmTower(_Tower):
         )
 
     def _projection(self) -> list[nn.Module]:
-        """What stands between the trunk's pooled feature and the tower's output, dropout left out."""
+        """Modules between the trunk's pooled feature and the tower's output, without dropout."""
         trunk = self.tower.trunk
         parts = [*([trunk.get_classifier()] if trunk.num_classes else []), *self.tower.head]
-        parts = [part for whole in parts for part in (whole.children() if isinstance(whole, Mlp) else [whole])]
+        parts = [part for module in parts for part in (module.children() if isinstance(module, Mlp) else [module])]
         return [part for part in parts if not isinstance(part, nn.Dropout)]
 
 
 def _refuse_override(module: nn.Module, *known: type[nn.Module]) -> None:
-    """The steps of `forward` are restated here: they must be those of one of the known classes."""
+    """Refuse a forward that differs from those of the known classes, whose steps the driver follows."""
     if type(module).forward not in [cls.forward for cls in known]:
         name = known[0].__name__
         raise BackboneError(
-            f"{type(module).__name__} overrides {name}.forward, so its way from image to feature is not known here. "
-            f"What works: open_clip's {name} itself and subclasses that keep that method."
+            f"{type(module).__name__} overrides {name}.forward, so the steps from image to feature are unknown. "
+            f"Supported: open_clip's {name} and subclasses that keep that method."
         )

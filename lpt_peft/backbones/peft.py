@@ -1,6 +1,6 @@
-"""A ViT inside PEFT's wrapper: the driver of the ViT within, whose LoRA layers come along.
+"""A ViT inside PEFT's wrapper: the driver of the inner ViT, including its LoRA layers.
 
-Not here: LoRA put on after `wrap`, which needs nothing: the blocks call their layers, whatever these are.
+LoRA that is added after `wrap` needs no code: blocks call their layers, whatever their class.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from lpt_peft.backbones.base import Backbone
 
 
 def open_backbone(model: Any) -> Backbone:
-    """The driver for what `get_peft_model` returned.
+    """Return the driver for a model returned by `get_peft_model`.
 
     Raises:
-        BackboneError: The model inside cannot take prompts.
+        BackboneError: The inner model cannot take prompts.
     """
-    from lpt_peft.backbones.detect import find_backbone  # noqa: PLC0415 - the model inside may be of any ecosystem
+    from lpt_peft.backbones.detect import find_backbone  # noqa: PLC0415 - circular: detect imports this module
 
     mixed = not hasattr(model, "get_base_model")  # a PeftMixedModel
     backbone = find_backbone(model.base_model.model if mixed else model.get_base_model())

@@ -1,7 +1,6 @@
-"""torchvision's VisionTransformer as a Backbone: `vit_b_16` to `vit_h_14`, with a patch or a convolutional stem.
+"""Backbone for torchvision's VisionTransformer: `vit_b_16` to `vit_h_14`, with a patch or a convolutional stem.
 
-torchvision checkpoints no activations, so neither does `run`. Not here: how a block takes prompts
-(`lpt_peft.prompting`).
+There is no activation checkpointing, because torchvision has none.
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ _NAMES = {
 
 
 def open_backbone(model: nn.Module) -> TorchvisionBackbone:
-    """The driver for a torchvision model.
+    """Return the driver for a torchvision model.
 
     Raises:
-        BackboneError: The model is not a plain ViT; the message says why, and what works.
+        BackboneError: The model is not a plain ViT; the message gives the reason and alternatives.
     """
     if not isinstance(model, VisionTransformer):
         raise BackboneError(
-            f"torchvision's {type(model).__name__} cannot take prompts: {_reason(model)}. What works: torchvision's "
+            f"torchvision's {type(model).__name__} cannot take prompts: {_reason(model)}. Supported: torchvision's "
             'VisionTransformer, for example torchvision.models.vit_b_16(weights="DEFAULT").'
         )
     refuse_offloaded(model)
     for module, known in ((model, VisionTransformer), (model.encoder, Encoder)):
         if type(module).forward is not known.forward:
             raise BackboneError(
-                f"{type(module).__name__} overrides {known.__name__}.forward, so its way from image to feature is not "
-                f"known here. What works: {known.__name__} itself and subclasses that keep that method."
+                f"{type(module).__name__} overrides {known.__name__}.forward, so the steps from image to feature are "
+                f"unknown. Supported: {known.__name__} and subclasses that keep that method."
             )
     return TorchvisionBackbone(model)
 
@@ -53,7 +52,7 @@ def open_backbone(model: nn.Module) -> TorchvisionBackbone:
 class TorchvisionBackbone:
     """`lpt_peft.backbones.base.Backbone` for torchvision.
 
-    The feature is what enters `heads`, (B, d): the class token behind the last norm.
+    The feature is the input of `heads`, (B, d): the class token after the last norm.
     """
 
     runs_own_forward = False
@@ -62,7 +61,7 @@ class TorchvisionBackbone:
         self.model = model
         self.dim: int = model.hidden_dim
         self.feature_dim: int = model.hidden_dim
-        # The heads may have been replaced since the model was built; `model.num_classes` would not tell.
+        # Not `model.num_classes`: the heads may have been replaced.
         linear = [module for module in model.heads.modules() if isinstance(module, nn.Linear)]
         self.num_classes: int = linear[-1].out_features if linear else 0
 
@@ -72,35 +71,35 @@ class TorchvisionBackbone:
         return tuple(self.model.encoder.layers)
 
     def attach(self) -> None:
-        """Swap the classes of blocks and attentions, then check one block of each kind."""
+        """Let all blocks take prompts and check one block of each kind."""
         attach_blocks(self.blocks, self.dim, hint="Build it with torchvision's EncoderBlock in encoder.layers.")
         warn_of_multihead_lora(self.blocks)
 
     def detach(self) -> None:
-        """Give every block its original class back."""
+        """Restore the original class of every module."""
         detach_blocks(self.blocks)
 
     def embed(self, x: Tensor) -> Stream:
-        """Images (B, 3, H, W) float, of the model's `image_size`, to the tokens that enter block 1."""
+        """Compute tokens from images (B, 3, H, W) of the model's `image_size`."""
         vit = self.model
         patches = vit._process_input(x)
         tokens = torch.cat([vit.class_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         return Stream(vit.encoder.dropout(tokens + vit.encoder.pos_embedding), {})
 
     def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Blocks from `start` on, one for each prompt (n, d) or (B, n, d)."""
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d)."""
         tokens = stream.tokens
         for layer, prompt in enumerate(prompts, start):
             tokens = run_block(self.model.encoder.layers[layer], tokens, prompt, checkpointing=False)
         return Stream(tokens, stream.context)
 
     def pool(self, stream: Stream) -> Tensor:
-        """The class token behind the last norm, (B, d)."""
+        """Return the class token after the last norm, (B, d)."""
         tokens: Tensor = self.model.encoder.ln(stream.tokens)
         return tokens[:, 0]
 
     def info(self) -> BackboneInfo:
-        """What the sizes tell; torchvision does not record which weights were loaded."""
+        """Return the sizes; torchvision does not record which weights were loaded."""
         vit, depth, heads = self.model, len(self.blocks), self.model.encoder.layers[0].num_heads
         sizes = {
             "patch_size": vit.patch_size,
@@ -115,7 +114,7 @@ class TorchvisionBackbone:
             library="torchvision",
             library_version=torchvision.__version__,
             architecture=name or type(vit).__name__,
-            # What the named builder, or else the class, takes to make these sizes.
+            # Arguments of the named builder, or of the class, for these sizes.
             model_args={"image_size": vit.image_size, **({} if name else sizes)},
             embed_dim=self.dim,
             depth=depth,
@@ -124,9 +123,9 @@ class TorchvisionBackbone:
         )
 
     def preprocess(self) -> dict[str, Any]:
-        """ImageNet evaluation as most of torchvision's weights want it, for the image size of this model.
+        """Return the ImageNet evaluation of most of torchvision's weights, for the image size of this model.
 
-        The model does not record its weights; some (SWAG) resize without cropping, by bicubic interpolation.
+        The model does not record its weights; SWAG weights resize without cropping, by bicubic interpolation.
         """
         return {
             "input_size": [3, self.model.image_size, self.model.image_size],
@@ -138,7 +137,7 @@ class TorchvisionBackbone:
         }
 
     def frozen_tensors(self) -> Iterable[Tensor]:
-        """The state dict without `heads`."""
+        """Return the state dict without `heads`."""
         state = self.model.state_dict()
         return list(plain_tensors(value for name, value in state.items() if not name.startswith("heads.")))
 
@@ -148,6 +147,6 @@ def _reason(model: nn.Module) -> str:
     if not any("attention" in name for name in names):
         return "it has no attention over tokens, so there are no keys and values to add a prompt to"
     return (
-        "it is not one plain chain of attention over all tokens: they lie in windows, shrink between stages, or are "
+        "it is not a single chain of attention over all tokens: they lie in windows, shrink between stages, or are "
         "detections, and a prompt has no place there"
     )

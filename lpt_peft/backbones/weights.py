@@ -1,4 +1,4 @@
-"""The frozen weights of a ViT: their fingerprint, and their cast to another dtype."""
+"""Fingerprint of a ViT's frozen weights, cached, and their cast to another dtype."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class FrozenWeights:
-    """Computes the fingerprint of a ViT's weights once, and keeps it when they are cast.
+    """Caches the fingerprint of a ViT's weights, which a cast does not change.
 
     Args:
-        backbone: How the adapter drives the ViT.
+        backbone: Driver of the ViT.
 
     Example:
         >>> import timm
@@ -38,26 +38,26 @@ class FrozenWeights:
         self._cast: tuple[str, str] | None = None  # fingerprints of the cast weights and of those before
 
     def fingerprint(self) -> str:
-        """`sha256-tensors-v1`, of the weights before `cast`; computed anew when a tensor has changed."""
+        """Return the fingerprint of the weights before `cast`; computed again when a tensor has changed."""
         seen = versions(list(self._backbone.frozen_tensors()))
         if self._known is None or seen is None or self._known[0] != seen:
             self._known = seen, self.compute_fingerprint()
         return self._known[1]
 
     def compute_fingerprint(self) -> str:
-        """`fingerprint` from the weights as they are now: it also notices changes through `.data`."""
+        """Compute the fingerprint without the cache, which does not detect changes through `.data`."""
         found = fingerprint(self._backbone.frozen_tensors())
         return self._cast[1] if self._cast is not None and self._cast[0] == found else found
 
     @torch.no_grad()
     def cast(self, dtype: torch.dtype) -> None:
-        """Cast parameters that need no gradient, and buffers, in place; trained ones such as LoRA's keep their dtype.
+        """Cast frozen parameters and buffers in place; trainable parameters such as LoRA's keep their dtype.
 
         Args:
             dtype: torch.float32, torch.bfloat16 or torch.float16.
 
         Raises:
-            ConfigError: The dtype is another.
+            ConfigError: Another dtype is given.
         """
         if dtype not in _DTYPES:
             raise ConfigError(f"dtype={dtype} must be torch.float32, torch.bfloat16 or torch.float16.")
@@ -72,12 +72,12 @@ class FrozenWeights:
         self._cast, self._known = (fingerprint(self._backbone.frozen_tensors()), original), None
 
     def cast_inputs(self, arguments: Any) -> Any:
-        """Cast floating point tensors among a forward's arguments, however nested, if the weights were cast."""
+        """Cast floating point tensors in the (nested) arguments of a forward, if the weights were cast."""
         if self._cast is None:
             return arguments
         weights = [p for p in self._backbone.model.parameters() if p.is_floating_point()]
         frozen = (parameter for parameter in weights if not parameter.requires_grad)
-        dtype = next(frozen, weights[0]).dtype  # not what they were cast to: `adapter.float()` may have followed
+        dtype = next(frozen, weights[0]).dtype  # the current dtype: `adapter.float()` may have been called since
         return tree_map_only(
             Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, arguments
         )

@@ -1,7 +1,7 @@
-"""config.json of a prompt file: build it from an adapter, parse it strictly, check it whole (format version 1).
+"""Configuration in the header of a prompt file, format version 2: its schema, and conversion from and to content.
 
-The key sets are closed: an unknown key might change the meaning of the rest. Not here: JSON itself
-(`strict_json.py`), the other file (`tensors.py`), and what the values mean to a backbone (`pretrained.py`).
+The key sets are closed, because an unknown key might change the meaning of the rest. Not here: JSON itself
+(`lpt_peft._json`), the safetensors header around the configuration (`tensors.py`).
 """
 
 from __future__ import annotations
@@ -11,121 +11,114 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from torch import Tensor
+
+from lpt_peft._json import (
+    BrokenRule,
+    boolean,
+    dumps,
+    integer,
+    list_of,
+    mapping_of,
+    nullable,
+    number,
+    object_of,
+    one_of,
+    parse,
+    positive,
+    primitive,
+    require,
+    sha256,
+    text,
+)
 from lpt_peft._version import __version__
-from lpt_peft.adapter import PHASES, LongTailPromptAdapter
 from lpt_peft.backbones import BackboneInfo
 from lpt_peft.backbones.fingerprint import ALGORITHM
 from lpt_peft.backbones.loading import NORM_EPS
-from lpt_peft.checkpoint.rules import (
-    BrokenRule,
-    items,
-    nullable,
-    number,
-    one_of,
-    positive,
-    primitive,
-    record,
-    require,
-    sha256,
-    table,
-    text,
-    whole,
-)
-from lpt_peft.checkpoint.strict_json import dumps, loads, parse
-from lpt_peft.config import MAX_CLASSES, PromptConfig, PromptMetadata
+from lpt_peft.checkpoint.content import USAGE, PromptContent
+from lpt_peft.config import MAX_CLASSES, PHASES, PromptConfig, PromptMetadata
 from lpt_peft.errors import ConfigError, PromptFileFormatError, PromptFileTensorError, PromptFileVersionError
 
 FORMAT = "lpt_peft-prompts"
-FORMAT_VERSION = 1
-MAX_CONFIG_BYTES = 2**20
-MAX_HEADER_BYTES = 2**20
+FORMAT_VERSION = 2
 MAX_TRAINING_BYTES = 2**16
 MAX_TENSOR_BYTES = 2**34  # 16 GiB: a million classes of width 4096 in float32
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 
-_SIZE = whole(1, 10**6)
+_SIZE = integer(1, 10**6)
 _BACKBONE = {
     **dict.fromkeys(("library", "library_version", "architecture"), text),
     **dict.fromkeys(("pretrained_tag", "hub_id", "hub_revision"), nullable(text)),
     **dict.fromkeys(("embed_dim", "depth", "num_heads"), _SIZE),
-    "num_parameters": whole(0),
-    "model_args": table(primitive, most=64),
+    "num_parameters": integer(0),
+    "model_args": mapping_of(primitive, most=64),
     "fingerprint": sha256,
     "fingerprint_algorithm": one_of(ALGORITHM),
 }
 _PREPROCESS = {
-    "input_size": items(_SIZE, 3, 3),
-    "mean": items(number, 1, 64),
-    "std": items(positive, 1, 64),
+    "input_size": list_of(_SIZE, 3, 3),
+    "mean": list_of(number, 1, 64),
+    "std": list_of(positive, 1, 64),
     "interpolation": text,
     "crop_pct": positive,
     "crop_mode": text,
 }
+_PREPROCESS_OPTIONAL = {"exif": boolean, "background": list_of(integer(0, 255), 3, 3)}
 _PROMPT_SIZES = ("prompt_length", "shared_layers", "pool_size", "top_k", "dim", "depth")
+_HEAD = {
+    "num_classes": integer(1, MAX_CLASSES),
+    "logit_scale": positive,
+    "label_names": nullable(list_of(text, 1, MAX_CLASSES)),
+}
 _CONTENT = {
     "format": one_of(FORMAT),
-    "format_version": whole(FORMAT_VERSION, FORMAT_VERSION),
+    "format_version": integer(FORMAT_VERSION, FORMAT_VERSION),
     "library_version": text,
-    "prompt": record({**dict.fromkeys(_PROMPT_SIZES, whole(0, 10**6)), "phase": one_of(*PHASES)}),
-    "head": record(
-        {
-            "num_classes": whole(1, MAX_CLASSES),
-            "logit_scale": positive,
-            "label_names": nullable(items(text, 1, MAX_CLASSES)),
-        }
-    ),
-    "class_counts": nullable(items(whole(0), 1, MAX_CLASSES)),
-    "preprocess": record(_PREPROCESS),
-    "backbone": record(_BACKBONE),
-    "tensors": table(record({"dtype": one_of(*DTYPE_BYTES), "shape": items(_SIZE, 1, 8)}), most=64),
-    "training": table(lambda value, path: None, most=MAX_TRAINING_BYTES),
+    "prompt": object_of({**dict.fromkeys(_PROMPT_SIZES, integer(0, 10**6)), "phase": one_of(*PHASES)}),
+    "head": object_of(_HEAD, {"temperature": positive}),
+    "class_counts": nullable(list_of(integer(0), 1, MAX_CLASSES)),
+    "preprocess": object_of(_PREPROCESS, _PREPROCESS_OPTIONAL),
+    "backbone": object_of(_BACKBONE, {"dtype": one_of("float32", "float16", "bfloat16")}),
+    "tensors": mapping_of(object_of({"dtype": one_of(*DTYPE_BYTES), "shape": list_of(_SIZE, 1, 8)}), most=64),
+    "training": mapping_of(lambda value, path: None, most=MAX_TRAINING_BYTES),
 }
-_CONTENT_RULE = record(_CONTENT)
-_CONFIG_RULE = record({**_CONTENT, "weights": record({"size": whole(8), "sha256": sha256})})
+_CONTENT_RULE = object_of(_CONTENT)
+_CONFIG_RULE = object_of({**_CONTENT, "data_sha256": sha256})
 
 
-def build_content(
-    adapter: LongTailPromptAdapter,
-    tensors: Mapping[str, Mapping[str, Any]],
-    metadata: PromptMetadata,
-    backbone: BackboneInfo,
-) -> dict[str, Any]:
-    """All of config.json but `weights`, as plain JSON values.
+def content_to_config(content: PromptContent, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Convert content to the configuration without `data_sha256`, as plain JSON values.
 
     Args:
-        adapter: Whose prompts these are.
-        tensors: Name to dtype and shape, as in the file.
-        metadata: What the adapter itself does not need.
-        backbone: Which model the adapter is on.
+        content: Its tensors are not read.
+        tensors: dtype and shape of each tensor, as in the header.
 
     Raises:
-        BrokenRule: A value, or all of them together, does not fit the format.
+        BrokenRule: A value, or several values together, do not fit the format.
     """
-    sizes = adapter.prompt_config.to_dict()
-    content = {
+    sizes, metadata, backbone = content.config.to_dict(), content.metadata, asdict(content.backbone)
+    head = {name: sizes[name] for name in ("num_classes", "logit_scale")}
+    optional = {"temperature": metadata.temperature}
+    config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "library_version": __version__,
-        "prompt": {**{name: sizes[name] for name in _PROMPT_SIZES}, "phase": adapter.phase},
-        "head": {
-            "num_classes": adapter.prompt_config.num_classes,
-            "logit_scale": adapter.prompt_config.logit_scale,
-            "label_names": metadata.label_names,
-        },
+        "library_version": content.library_version,
+        "prompt": {**{name: sizes[name] for name in _PROMPT_SIZES}, "phase": content.phase},
+        "head": {**head, "label_names": metadata.label_names, **_given(optional)},
         "class_counts": metadata.class_counts,
-        "preprocess": adapter.backbone.preprocess(),
+        "preprocess": content.preprocess,
         "backbone": {
-            **asdict(backbone),
-            # Not adapter.fingerprint, which changes through `.data` (PEFT merges so) would leave as it was.
-            "fingerprint": adapter.frozen_weights.compute_fingerprint(),
+            **backbone,
+            "fingerprint": content.fingerprint,
             "fingerprint_algorithm": ALGORITHM,
+            **_given({"dtype": metadata.backbone_dtype}),
         },
         "tensors": tensors,
         "training": metadata.training,
     }
     try:
-        # Through JSON and back: checked is what a reader will see, with lists for tuples and text for keys.
-        checked: dict[str, Any] = parse(dumps(content).encode("utf-8"))
+        # Through JSON and back: the rules then see what a reader sees, with lists for tuples and text for keys.
+        checked: dict[str, Any] = parse(dumps(config).encode("utf-8"))
     except (TypeError, ValueError, RecursionError) as error:
         raise BrokenRule(f"training, label_names and class_counts must be plain JSON: {error}") from error
     _CONTENT_RULE(checked, "")
@@ -133,41 +126,72 @@ def build_content(
     return checked
 
 
-def parse_config(data: bytes) -> dict[str, Any]:
-    """The bytes of config.json to its checked content.
+def config_to_content(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PromptContent:
+    """Convert a checked configuration and the tensors of the file to content."""
+    backbone, head = dict(config["backbone"]), config["head"]
+    fingerprint = backbone.pop("fingerprint")
+    del backbone["fingerprint_algorithm"]
+    dtype = backbone.pop("dtype", None)
+    counts, names = config["class_counts"], head["label_names"]
+    return PromptContent(
+        config=prompt_config(config),
+        phase=config["prompt"]["phase"],
+        tensors=tensors,
+        metadata=PromptMetadata(
+            class_counts=None if counts is None else tuple(counts),
+            label_names=None if names is None else tuple(names),
+            training=config["training"],
+            preprocess=config["preprocess"],
+            temperature=head.get("temperature"),
+            backbone_dtype=dtype,
+        ),
+        backbone=BackboneInfo(**backbone),
+        preprocess=config["preprocess"],
+        fingerprint=fingerprint,
+        library_version=config["library_version"],
+    )
+
+
+def check_version(config: Mapping[str, Any]) -> None:
+    """Check that a configuration is of a prompt file of this format version.
 
     Raises:
-        PromptFileFormatError: Larger than 1 MiB, not strict JSON, or a key or value breaks the format.
-        PromptFileVersionError: Written by a later format version.
-        PromptFileTensorError: The tensors it lists are not those that its own sizes need.
+        PromptFileFormatError: It is of another kind of file.
+        PromptFileVersionError: It has another format version.
     """
-    if len(data) > MAX_CONFIG_BYTES:
-        raise PromptFileFormatError(f"config.json has {len(data)} bytes, at most {MAX_CONFIG_BYTES} are read.")
-    config = loads(data, "config.json")
     if config.get("format") != FORMAT:
-        raise PromptFileFormatError(f'config.json is not of a prompt file: it has no "format": "{FORMAT}".')
+        raise PromptFileFormatError(f'This is not a prompt file: its configuration has no "format": "{FORMAT}".')
     version = config.get("format_version")
-    if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT_VERSION:
-        raise PromptFileVersionError(
-            f"This prompt file has format version {version}; lpt_peft {__version__} reads {FORMAT_VERSION}. "
-            "Upgrade lpt_peft: pip install -U lpt_peft."
-        )
+    if not isinstance(version, int) or isinstance(version, bool) or version == FORMAT_VERSION:
+        return
+    cure = "Upgrade lpt_peft: pip install -U lpt_peft" if version > FORMAT_VERSION else "Save the prompts again"
+    raise PromptFileVersionError(
+        f"This prompt file has format version {version}; lpt_peft {__version__} reads {FORMAT_VERSION}. {cure}."
+    )
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check the configuration of a file: every key, and what they mean together.
+
+    Raises:
+        PromptFileFormatError: A key or value breaks the format.
+        PromptFileTensorError: The tensors that it lists are not those that its own sizes require.
+    """
     try:
         _CONFIG_RULE(config, "")
         _check_together(config)
     except BrokenRule as error:
-        raise PromptFileFormatError(f"config.json breaks the format: {error}. Save or fetch the file anew.") from error
+        raise PromptFileFormatError(
+            f"The configuration of the prompt file breaks the format: {error}. Save or fetch the file again."
+        ) from error
     _check_tensors(config)
-    return config
 
 
 def prompt_config(config: Mapping[str, Any]) -> PromptConfig:
-    """The sizes that a config.json declares.
-
-    The width of the pooled feature has no key of its own: it is that of the class vectors.
+    """Sizes of prompts and head in a configuration; the width of the features is that of the class vectors.
 
     Raises:
-        ConfigError: A size is out of its range.
+        ConfigError: A size is out of range.
     """
     sizes = {name: config["prompt"][name] for name in _PROMPT_SIZES}
     head_shape = config["tensors"].get("head.weight", {}).get("shape", [None])
@@ -180,12 +204,15 @@ def prompt_config(config: Mapping[str, Any]) -> PromptConfig:
 
 
 def tensor_bytes(config: Mapping[str, Any]) -> int:
-    """Bytes of all tensors that a config.json lists, without the header."""
+    """Bytes of all tensors in a configuration, without the header."""
     return sum(DTYPE_BYTES[spec["dtype"]] * math.prod(spec["shape"]) for spec in config["tensors"].values())
 
 
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _check_together(config: Mapping[str, Any]) -> None:
-    """The rules that concern several keys at once."""
     try:
         sizes = prompt_config(config)
     except ConfigError as error:
@@ -206,24 +233,22 @@ def _check_together(config: Mapping[str, Any]) -> None:
 
 
 def _check_tensors(config: Mapping[str, Any]) -> None:
-    """The listed tensors are those that the sizes need, and not absurdly large."""
-    declared = {name: tuple(spec["shape"]) for name, spec in config["tensors"].items()}
-    needed = prompt_config(config).tensor_shapes
-    if declared.keys() != needed.keys():
-        missing, extra = sorted(needed.keys() - declared.keys()), sorted(declared.keys() - needed.keys())
+    sizes = prompt_config(config)
+    needed, listed = sizes.tensor_shapes, config["tensors"]
+    shapes = {**needed, **({USAGE: (sizes.pool_size,)} if USAGE in listed else {})}
+    if listed.keys() != shapes.keys():
+        missing, extra = sorted(shapes.keys() - listed.keys()), sorted(listed.keys() - shapes.keys())
         raise PromptFileTensorError(
-            f"config.json must list the tensors {list(needed)}; missing {missing}, unknown {extra[:8]}."
+            f"A prompt file must list the tensors {list(needed)}; missing {missing}, unknown {extra[:8]}."
         )
-    for name, shape in needed.items():
-        if declared[name] != shape:
+    for name, shape in shapes.items():
+        found, dtype = tuple(listed[name]["shape"]), listed[name]["dtype"]
+        if found != shape:
             raise PromptFileTensorError(
-                f"config.json lists {name} with shape {declared[name]}; its prompt and head sizes need {shape}."
+                f"The configuration lists {name} with shape {found}; its prompt and head sizes need {shape}."
             )
-    content, size = tensor_bytes(config), config["weights"]["size"]
-    if content > MAX_TENSOR_BYTES:
-        raise PromptFileTensorError(f"The tensors take {content} bytes, at most {MAX_TENSOR_BYTES} are read.")
-    if not content + 8 < size <= content + 8 + MAX_HEADER_BYTES:
-        raise PromptFileTensorError(
-            f"config.json gives prompts.safetensors {size} bytes; its tensors take {content} and the header at most "
-            f"{MAX_HEADER_BYTES} more."
-        )
+        if (dtype == "I64") != (name == USAGE):
+            kinds = "I64" if name == USAGE else "F32, F16 or BF16"
+            raise PromptFileTensorError(f"The configuration lists {name} as {dtype}; it must be {kinds}.")
+    if (size := tensor_bytes(config)) > MAX_TENSOR_BYTES:
+        raise PromptFileTensorError(f"The tensors take {size} bytes, at most {MAX_TENSOR_BYTES} are read.")

@@ -1,4 +1,4 @@
-"""`lpt-peft convert CHECKPOINT FOLDER`: a checkpoint of the paper's own program to a prompt file."""
+"""`lpt-peft convert CHECKPOINT FOLDER`: convert a checkpoint of the paper's program to a prompt file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lpt_peft.cli.common.options import Json
 from lpt_peft.errors import ConfigError, HubError
 
 if TYPE_CHECKING:
-    from lpt_peft.checkpoint.convert_official import Published
+    from lpt_peft.checkpoint.convert_official import OfficialCheckpoint
 
 
 def convert(
@@ -25,42 +25,42 @@ def convert(
     num_heads: int | None = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a published checkpoint and say whether the backbone inside it is the pretrained one.
+    """Convert a checkpoint of the paper's program, and report whether its backbone is the pretrained model.
 
     Args:
         checkpoint: The .pth file; it is loaded without running code.
-        folder: For config.json and prompts.safetensors; made if need be.
+        folder: Folder of the prompt file; created if missing.
         tag: timm's tag of the pretrained weights to compare with; they are downloaded.
         compare: With --no-compare nothing is downloaded, and the prompt file names no pretrained weights.
-        num_heads: Heads of the backbone, where it is not one for each 64 of its width.
+        num_heads: Heads of the backbone, if not its width divided by 64.
         as_json: Print one JSON object.
     """
     from lpt_peft.backbones.loading import build
-    from lpt_peft.checkpoint.convert_official import EPS, read_published, write_published
+    from lpt_peft.checkpoint.convert_official import EPS, read_official, write_official
     from lpt_peft.hub.errors import hub_errors
 
-    published = read_published(checkpoint, num_heads=num_heads)
+    official = read_official(checkpoint, num_heads=num_heads)
     pretrained, why = None, "nothing was compared"
     if compare:
         try:
-            with hub_errors("Downloading the backbone", f"{published.architecture}.{tag}", None):
-                pretrained = build(_info(published, tag))
+            with hub_errors("Downloading the backbone", f"{official.architecture}.{tag}", None):
+                pretrained = build(_info(official, tag))
         except (ConfigError, HubError) as error:
             why = str(error)
-    same = write_published(published, folder, source=checkpoint.name, pretrained=pretrained)
-    name = f"{published.architecture}.{tag}"
+    same = write_official(official, folder, source=checkpoint.name, pretrained=pretrained)
+    name = f"{official.architecture}.{tag}"
     if as_json:
-        answer = {"folder": str(folder), "architecture": published.architecture, "pretrained": same, "compared": name}
+        answer = {"folder": str(folder), "architecture": official.architecture, "pretrained": same, "compared": name}
         print(json.dumps(answer | ({"reason": why} if same is None else {})))
         return
-    print(f"{folder}: prompts of {checkpoint.name} for {published.architecture}, LayerNorm eps {EPS:g}")
+    print(f"{folder}: prompts of {checkpoint.name} for {official.architecture}, LayerNorm eps {EPS:g}")
     if same is None:
-        print(f"Not known whether the backbone inside is the pretrained {name}: {why}")
+        print(f"Unknown whether its backbone is the pretrained {name}: {why}")
     elif same:
-        print(f"The backbone inside is the pretrained {name}: from_pretrained({str(folder)!r}) builds it.")
+        print(f"Its backbone is the pretrained {name}: from_pretrained({str(folder)!r}) builds it.")
     else:
-        print(f"The backbone inside is NOT the pretrained {name}: the prompts work on the one inside alone.")
+        print(f"Its backbone is NOT the pretrained {name}: the prompts work only on the backbone in the checkpoint.")
 
 
-def _info(published: Published, tag: str) -> dict[str, object]:
-    return {"library": "timm", "architecture": published.architecture, "pretrained_tag": tag, "model_args": {}}
+def _info(official: OfficialCheckpoint, tag: str) -> dict[str, object]:
+    return {"library": "timm", "architecture": official.architecture, "pretrained_tag": tag, "model_args": {}}

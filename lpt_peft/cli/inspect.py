@@ -1,15 +1,18 @@
-"""`lpt-peft inspect SOURCE`: what a prompt file holds, after all the checks of reading it."""
+"""`lpt-peft inspect SOURCE`: check a prompt file and print its contents."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from lpt_peft._text import printable
 from lpt_peft.cli.common.options import Json
+
+if TYPE_CHECKING:
+    from lpt_peft.checkpoint import PromptContent
 
 
 def inspect(
@@ -19,46 +22,73 @@ def inspect(
     subfolder: str | None = None,
     as_json: Json = False,
 ) -> None:
-    """Check a prompt file and say what it holds; no backbone is needed.
+    """Check a prompt file and print its contents; no backbone is needed.
 
     Args:
         source: A folder, or owner/name on the Hugging Face Hub.
         revision: Branch, tag or commit of the repository.
-        subfolder: Where in the folder or repository.
-        as_json: Print the content of config.json.
+        subfolder: Folder inside the folder or repository.
+        as_json: Print the configuration in the header of prompts.safetensors.
     """
-    from lpt_peft.hub import read_prompts
+    from lpt_peft.checkpoint import encode
+    from lpt_peft.checkpoint.files import compare_copy
 
-    config = read_prompts(source, revision=revision, subfolder=subfolder).config
-    print(json.dumps(config, indent=2) if as_json else _text(source, config))
+    content, copy = _read(source, revision, subfolder)
+    config = encode(content).config
+    if as_json:
+        print(json.dumps(config, indent=2))
+        return
+    print(describe(source, content))
+    if (difference := compare_copy(copy, config)) is not None:
+        print(printable(f"config.json {difference}; it is only a copy, and prompts.safetensors is what loads."))
 
 
-def _text(source: str, config: Mapping[str, Any]) -> str:
-    prompt, head, backbone = config["prompt"], config["head"], config["backbone"]
-    preprocess, counts, names = config["preprocess"], config["class_counts"], head["label_names"]
+def _read(source: str, revision: str | None, subfolder: str | None) -> tuple[PromptContent, bytes | None]:
+    """The content, and the bytes of config.json beside it."""
+    from lpt_peft.checkpoint import decode
+    from lpt_peft.checkpoint.files import read_copy
+    from lpt_peft.hub import HubLocation, is_repository, pull, pull_copy, read_prompts
+
+    if not is_repository(source):
+        content = read_prompts(source, revision=revision, subfolder=subfolder)
+        return content, read_copy(Path(source, subfolder or ""))
+    pulled = pull(HubLocation(repo_id=source, revision=revision, subfolder=subfolder))
+    return decode(pulled.weights), pull_copy(HubLocation(repo_id=source, revision=pulled.commit, subfolder=subfolder))
+
+
+def describe(source: str, content: PromptContent) -> str:
+    """Several lines of text about a prompt file."""
+    config, metadata, backbone, preprocess = content.config, content.metadata, content.backbone, content.preprocess
     tensors = [
-        f"  {name:16}{tensor['dtype']:5}{' x '.join(map(str, tensor['shape']))}"
-        for name, tensor in config["tensors"].items()
+        f"  {name:16}{str(tensor.dtype).removeprefix('torch.'):9}{' x '.join(map(str, tensor.shape))}"
+        for name, tensor in sorted(content.tensors.items())
     ]
     lines = [
-        f"{source}: prompt file, format {config['format_version']}, written by lpt_peft {config['library_version']}",
-        f"  prompts         phase {prompt['phase']}: {prompt['prompt_length']} tokens in each of {prompt['depth']} "
-        f"blocks; {prompt['pool_size']} groups after block {prompt['shared_layers']}, {prompt['top_k']} for an image",
-        f"  head            {head['num_classes']} classes, logit scale {head['logit_scale']:g}",
-        f"  classes         {_some(names) if names else 'not named'}",
-        f"  class counts    {_some(counts) if counts else 'not told'}",
-        f"  backbone        {backbone['architecture']} ({backbone['library']} {backbone['library_version']}), tag "
-        f"{backbone['pretrained_tag']}, {backbone['num_parameters']:,} parameters",
-        f"  fingerprint     {backbone['fingerprint']}",
-        f"  preprocess      {' x '.join(map(str, preprocess['input_size']))}, mean {preprocess['mean']}, "
-        f"std {preprocess['std']}",
+        f"{source}: prompt file, format 2, written by lpt_peft {content.library_version}",
+        f"  prompts         phase {content.phase}: {config.prompt_length} tokens in each of {config.depth} blocks; "
+        f"{config.pool_size} groups after block {config.shared_layers}, {config.top_k} for an image",
+        f"  head            {config.num_classes} classes, logit scale {config.logit_scale:g}, temperature "
+        f"{_or_unknown(metadata.temperature)}",
+        f"  classes         {_first(metadata.label_names)}",
+        f"  class counts    {_first(metadata.class_counts)}",
+        f"  backbone        {backbone.architecture} ({backbone.library} {backbone.library_version}), tag "
+        f"{backbone.pretrained_tag}, {backbone.num_parameters:,} parameters, dtype "
+        f"{_or_unknown(metadata.backbone_dtype)}",
+        f"  fingerprint     {content.fingerprint}",
+        f"  preprocess      {', '.join(f'{name} {value}' for name, value in sorted(preprocess.items()))}",
         *tensors,
-        f"  training        {json.dumps(config['training'], ensure_ascii=False)}",
+        f"  training        {json.dumps(metadata.training, ensure_ascii=False)}",
         "All checks passed: names, shapes, sizes, sha256, every value finite.",
     ]
     return "\n".join(printable(line, 100_000) for line in lines)
 
 
-def _some(values: list[Any]) -> str:
-    shown = ", ".join(map(str, values[:10]))
-    return shown if len(values) <= 10 else f"{shown}, ... ({len(values)} in all)"
+def _or_unknown(value: object) -> object:
+    return "unknown" if value is None else value
+
+
+def _first(values: tuple[Any, ...] | None) -> str:
+    if not values:
+        return "unknown"
+    first = ", ".join(map(str, values[:10]))
+    return first if len(values) <= 10 else f"{first}, ... ({len(values)} in all)"

@@ -1,4 +1,4 @@
-"""`lpt-peft pull REPO FOLDER`: a prompt file from the Hugging Face Hub into a folder."""
+"""`lpt-peft pull REPO FOLDER`: fetch a prompt file from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def pull(
     offline: bool = False,
     as_json: Json = False,
 ) -> None:
-    """Fetch the two files of a prompt file, check them as a reader does, and write them.
+    """Fetch a prompt file, check it and write it to a folder.
 
     Args:
         repo: owner/name.
-        folder: Made if need be; nothing in it but the two files is touched.
+        folder: Created if missing; its other files are not touched.
         revision: Branch, tag or commit.
-        subfolder: Where in the repository.
-        offline: Take what the cache holds, do not ask the Hub.
+        subfolder: Folder inside the repository.
+        offline: Load from the cache without a request to the Hub.
         as_json: Print one JSON object.
     """
-    from lpt_peft.checkpoint import write_prompt_file
-    from lpt_peft.hub import Place
-    from lpt_peft.hub import pull as pull_files
+    from lpt_peft.checkpoint import decode, write_prompt_file
+    from lpt_peft.hub import HubLocation
+    from lpt_peft.hub import pull as pull_file
 
-    pulled = pull_files(Place(repo_id=repo, revision=revision, subfolder=subfolder, local_files_only=offline))
-    write_prompt_file(folder, pulled.config, pulled.weights)
+    location = HubLocation(repo_id=repo, revision=revision, subfolder=subfolder, local_files_only=offline)
+    pulled = pull_file(location)
+    write_prompt_file(folder, decode(pulled.weights))
     if as_json:
         print(json.dumps({"commit": pulled.commit, "folder": str(folder)}))
     else:
-        size = len(pulled.config) + len(pulled.weights)
-        print(f"{folder}: config.json and prompts.safetensors of {repo} at {pulled.commit}, {size:,} bytes")
+        print(f"{folder}: prompt file of {repo} at {pulled.commit}, {len(pulled.weights):,} bytes")

@@ -1,4 +1,4 @@
-"""`lpt-peft push FOLDER REPO`: a prompt file to the Hugging Face Hub."""
+"""`lpt-peft push FOLDER REPO`: push a prompt file to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -24,27 +24,25 @@ def push(
     dataset: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     as_json: Json = False,
 ) -> None:
-    """Push a prompt file, and a model card where the repository has none. Log in first: hf auth login, or HF_TOKEN.
+    """Push a prompt file, and a model card if the repository has none. Log in first: hf auth login, or HF_TOKEN.
 
     Args:
-        folder: With config.json and prompts.safetensors; nothing else in it is sent.
-        repo: owner/name; made if need be.
-        revision: Branch, made if need be.
-        subfolder: Where in the repository.
-        private: If the repository is made, let nobody else see it.
+        folder: Folder with prompts.safetensors; nothing else in it is sent.
+        repo: owner/name; created if missing.
+        revision: Branch, created if missing.
+        subfolder: Folder inside the repository.
+        private: If the repository is created, hide it from others.
         create_pr: Open a pull request instead of committing.
         message: First line of the commit.
-        license: For the model card; none is made up.
+        license: License for the model card.
         dataset: Hub id of the training data, for the model card; may be given several times.
         as_json: Print one JSON object.
     """
-    from lpt_peft.checkpoint import read_pair
-    from lpt_peft.hub import push_files
+    from lpt_peft.checkpoint import read_prompt_file
+    from lpt_peft.hub import push as push_content
 
-    config, weights = read_pair(folder)
-    info = push_files(
-        config,
-        weights,
+    info = push_content(
+        read_prompt_file(folder),
         repo,
         revision=revision,
         subfolder=subfolder,

@@ -7,7 +7,6 @@ Not here: the training (`lpt_peft.recipe`), the settings (`common/run_settings.p
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +106,6 @@ def run_training(
             about={"start_from": run.start_from} | {f"images.{name}": v for name, v in settings["images"].items()},
             accelerator=accelerator,
             resume=resume,
-            progress=sys.stderr.isatty(),
         )
     finally:
         accelerator.end_training()
@@ -136,8 +134,7 @@ def _initial_settings(words: Sequence[str]) -> RunSettings | Any:
     start = RunSettings(backbone=tyro.MISSING)
     if given.preset:
         known = preset(given.preset)
-        for line in f"Preset {given.preset}. {known}".splitlines():
-            notice(line)
+        notice(f"preset {given.preset}. {known}")
         images = replace(start.images, crop_pct=known.crop_pct)
         start = replace(start, training=known.settings, shot_rule=known.shot_rule, images=images)  # type: ignore[arg-type]
     return start

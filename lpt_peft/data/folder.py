@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lpt_peft.data.checks import ClassNames, checked_names
 from lpt_peft.data.files.walk import CLOSED, OUTSIDE, ClassFolders
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ImageFiles
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def image_folder(
     root: str | os.PathLike[str],
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     *,
     ignore: Iterable[str | os.PathLike[str]] = (),
     **options: Unpack[Options],
@@ -34,8 +35,9 @@ def image_folder(
 
     Args:
         root: The folder of class folders.
-        class_names: (C,) names of the folders in label order; None uses the existing folders, sorted. For a validation
-            split pass those of the training set, with `allow_empty=True` if classes may be missing.
+        class_names: (C,) names of the folders in label order, or a mapping as in `LabelledImages`; None uses the
+            existing folders, sorted. For a validation split pass those of the training set, with `allow_empty=True` if
+            classes may be missing.
         ignore: Files and folders to leave out, such as the output of a run inside the data; absolute, or relative to
             `root`.
         **options: Options of `LabelledImages`.
@@ -80,7 +82,7 @@ def _reasons(found: ClassFolders) -> str:
 
 
 def _labels(
-    root: str | os.PathLike[str], found: ClassFolders, class_names: Sequence[str] | None
+    root: str | os.PathLike[str], found: ClassFolders, class_names: ClassNames | None
 ) -> tuple[list[str], np.ndarray, list[str]]:
     """Class names, labels (N,) and notes; folders are matched with `class_names` in the same Unicode form."""
     for same in _groups(found.class_names, _nfc):
@@ -96,7 +98,7 @@ def _labels(
         notes.append(f"images may be missing: {len(found.left_out[CLOSED])} folders cannot be opened")
     if class_names is None:
         return found.class_names, found.labels, notes
-    names = [str(name) for name in class_names]
+    names = checked_names(class_names)
     label_of = {_nfc(name): label for label, name in enumerate(names)}
     label_of |= {name: label for label, name in enumerate(names)}
     unknown = [name for name in found.class_names if name not in label_of and _nfc(name) not in label_of]

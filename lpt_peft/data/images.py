@@ -12,13 +12,14 @@ from typing import Any, Literal, TypedDict
 
 from torch.utils.data import Dataset
 
-from lpt_peft.data.checks import checked_classes
+from lpt_peft._numbers import checked_integer
+from lpt_peft.data.checks import ClassNames, checked_classes
 from lpt_peft.data.files.reading import WHITE, Color, Reading
 from lpt_peft.data.inspection.summary import DataSummary
 from lpt_peft.data.sources import Images, SubsetSource
 from lpt_peft.data.unreadable import ClassOrder, UnreadableImages
 from lpt_peft.errors import ConfigError, InputError
-from lpt_peft.samplers.checks import Labels, checked_integer
+from lpt_peft.samplers.checks import Labels
 
 Unreadable = Literal["error", "skip"]
 Verify = Literal["no", "exists", "decode"]
@@ -50,7 +51,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
     Args:
         images: Image source.
         labels: Class of every image, (N,) integers from 0 to `C - 1`.
-        class_names: (C,); None uses the numbers as names, and the largest label plus one as `C`.
+        class_names: (C,) in label order, or a mapping from label to name or from name to label; None uses the numbers
+            as names, and the largest label plus one as `C`.
         transform: Called with the image; see `lpt_peft.data.transforms`. None returns RGB images.
         unreadable: "error" or "skip".
         verify: "no"; "exists" checks that every file exists; "decode" reads every image once, which takes as long as an
@@ -89,7 +91,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         self,
         images: Images,
         labels: Labels,
-        class_names: Sequence[str] | None = None,
+        class_names: ClassNames | None = None,
         *,
         transform: Callable[[Any], Any] | None = None,
         unreadable: Unreadable = "error",

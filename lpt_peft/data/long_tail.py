@@ -8,8 +8,9 @@ from typing import Literal
 
 import numpy as np
 
+from lpt_peft._numbers import checked_integer
 from lpt_peft.errors import ConfigError, InputError
-from lpt_peft.samplers.checks import Labels, checked_integer, checked_labels
+from lpt_peft.samplers.checks import Labels, checked_labels
 
 Kind = Literal["exp", "step"]
 

@@ -115,7 +115,10 @@ class ItemImages:
 
     def read(self, index: int) -> Any:
         """Return an image in its own mode; files are decoded."""
-        image = self._items[index][self._key]
+        item = self._items[index]
+        if isinstance(item, dict) and self._key not in item:
+            raise KeyError(f"the item is a dictionary with the keys {list(item)}; pass image_key=")
+        image = item[self._key]
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")
         if image is None:

@@ -16,8 +16,7 @@ from torchvision.utils import save_image
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.backbones.bundled.glyph_vit import glyph_config, glyph_vit
-from lpt_peft.checkpoint import read_pair
-from lpt_peft.checkpoint.files import write_pair
+from lpt_peft.checkpoint import read_prompt_file, write_prompt_file
 from lpt_peft.data.digits import NUM_CLASSES, DigitsLT, digits_counts
 from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.demo.figure import draw
@@ -74,7 +73,7 @@ def run_demo(
                 table.append(RowResult(row.name, _trained_parameters(model, row)))
                 if isinstance(model, LongTailPromptAdapter):
                     lpt = model  # the last row's adapter is kept
-                    write_pair(output / PROMPTS, *read_pair(folder / PROMPTS))
+                    write_prompt_file(output / PROMPTS, read_prompt_file(folder / PROMPTS))
                     table[-1].file_bytes = _check_prompt_file(model, output / PROMPTS, test_set)
             table[-1].results.append(result)
     assert lpt is not None  # noqa: S101 - the last row has prompts; narrows the type
@@ -144,7 +143,7 @@ def _trained_parameters(model: nn.Module, row: Row) -> int:
 
 def _check_prompt_file(adapter: LongTailPromptAdapter, folder: Path, test_set: DigitsLT) -> int:
     """Load the prompt file on a new backbone, compare the predictions, and return the size of the file in bytes."""
-    loaded = LongTailPromptAdapter.from_pretrained(folder, glyph_vit())
+    loaded = LongTailPromptAdapter.from_pretrained(folder, glyph_vit().to(adapter.head.weight.device))
     expected, actual = (predict(model, test_set, num_workers=0)[0].logits for model in (adapter, loaded))
     if not torch.equal(expected, actual):
         raise DemoError(

@@ -1,24 +1,25 @@
-"""Prompt files on the Hugging Face Hub: `push_to_hub` and `from_pretrained` of an adapter, and the parts they are of.
+"""Transfer of prompt files from and to the Hugging Face Hub, and their model card.
 
-Only prompts travel: a repository holds the two files of a prompt file and a model card, about 4 MB for ViT-B. Nothing
-but this package talks to the Hub. Not here: format and checks (`lpt_peft.checkpoint`).
+Only prompts are transferred: a repository holds a prompt file and a model card, about 4 MB for ViT-B. No other package
+of the library talks to the Hub. Not here: format and checks (`lpt_peft.checkpoint`).
 """
 
 from lpt_peft.hub.card import CardOptions, model_card
-from lpt_peft.hub.load import from_pretrained, is_repository, read_prompts, swap_from
-from lpt_peft.hub.pull import Place, Pulled, pull
-from lpt_peft.hub.push import push_files, push_to_hub
+from lpt_peft.hub.errors import hub_errors
+from lpt_peft.hub.location import HubLocation, check_subfolder
+from lpt_peft.hub.pull import Pulled, is_repository, pull, pull_copy, read_prompts
+from lpt_peft.hub.push import push
 
 __all__ = [
     "CardOptions",
-    "Place",
+    "HubLocation",
     "Pulled",
-    "from_pretrained",
+    "check_subfolder",
+    "hub_errors",
     "is_repository",
     "model_card",
     "pull",
-    "push_files",
-    "push_to_hub",
+    "pull_copy",
+    "push",
     "read_prompts",
-    "swap_from",
 ]

@@ -1,7 +1,7 @@
-"""Fetch the two files of a prompt file from the Hugging Face Hub, of one commit, through the client's own cache.
+"""Reading of prompt files from a folder or from the Hugging Face Hub, through the client's cache.
 
-Sizes are looked at before anything is downloaded, and what arrived is compared with the hash that the Hub names (no
-version of the client does this for plain downloads). Not here: what the bytes mean (`lpt_peft.checkpoint`).
+The size is checked before anything is downloaded, and the download is compared with the hash that the Hub states, which
+no version of the client does for plain downloads. Not here: what the bytes mean (`lpt_peft.checkpoint`).
 """
 
 from __future__ import annotations
@@ -15,87 +15,104 @@ from pathlib import Path
 from huggingface_hub import HfFileMetadata, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
 from lpt_peft._version import __version__
-from lpt_peft.checkpoint import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, check_size, parse_config
-from lpt_peft.checkpoint.files import open_regular
+from lpt_peft.checkpoint import CONFIG_NAME, MAX_FILE_BYTES, WEIGHTS_NAME, PromptContent, decode, read_prompt_file
+from lpt_peft.checkpoint.files import MAX_COPY_BYTES, open_regular
 from lpt_peft.errors import (
     ConfigError,
     HubError,
     HubIntegrityError,
+    HubNotFoundError,
     HubUnavailableError,
     PromptFileFormatError,
 )
-from lpt_peft.hub.errors import Token, check_token, hub_errors
+from lpt_peft.hub.errors import Token, hub_errors
+from lpt_peft.hub.location import HubLocation, check_subfolder
 
-_ATTEMPTS = 3
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """The bytes of both files, of one commit; config.json is checked, the other file is not yet."""
+    """Bytes of `prompts.safetensors`, not checked yet, and the commit that they belong to."""
 
-    config: bytes
     weights: bytes
     commit: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a prompt file is on the Hub and how to get at it; the fields are huggingface_hub's own arguments."""
+def read_prompts(
+    source: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: Token = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> PromptContent:
+    """Read a prompt file from a folder or from a repository of the Hub.
 
-    repo_id: str
-    revision: str | None = None
-    subfolder: str | None = None
-    token: Token = None
-    cache_dir: str | PathLike[str] | None = None
-    local_files_only: bool = False
-    force_download: bool = False
-
-    def __post_init__(self) -> None:
-        check_token(self.token)
-        check_subfolder(self.subfolder)
-        if self.local_files_only and self.force_download:
-            raise ConfigError("force_download=True asks the Hub, local_files_only=True forbids it: give one of them.")
-
-
-def check_subfolder(subfolder: str | None) -> None:
-    """A path inside the repository, or none.
-
-    Raises:
-        ConfigError: It is absolute or leaves the repository.
-    """
-    if subfolder is not None and not all(re.fullmatch(r"(?!\.{1,2}$)[^/\\\0]+", part) for part in subfolder.split("/")):
-        raise ConfigError(f'subfolder={subfolder!r} must be a path inside the repository, such as "prompts/places".')
-
-
-def pull(place: Place) -> Pulled:
-    """Fetch config.json, then the weights of the same commit.
-
-    Without a connection, what the cache holds of the revision is taken.
+    Args:
+        source: A folder if it exists (a `Path` is always a folder), else "owner/name".
+        revision: Branch, tag or commit; for repositories only.
+        subfolder: Folder inside the folder or repository.
+        token: True or None for the token of the login, False for none, or the token itself.
+        cache_dir: Cache of the client; None is its default.
+        local_files_only: Load from the cache without a request to the Hub.
+        force_download: Download again what the cache holds.
 
     Raises:
-        HubError: The Hub did not give them; the class tells why.
-        PromptFileError: config.json is refused, or a size is beyond what it may be.
+        PromptFileError: The file is refused; see `lpt_peft.checkpoint.decode` for the classes.
+        HubError: The Hub did not deliver it.
+        ConfigError: An argument is out of range.
     """
-    if place.local_files_only:
-        return _from_cache(place)
-    for _ in range(_ATTEMPTS):
-        try:
-            head = _head(place, CONFIG_NAME, place.revision)
-        except HubUnavailableError as error:
-            if place.force_download:
-                raise
-            try:
-                return _from_cache(place)
-            except HubUnavailableError:
-                raise HubUnavailableError(f"{error} Nor is all of it in the local cache.") from error
-        if head.size > MAX_CONFIG_BYTES:
-            raise PromptFileFormatError(f"config.json has {head.size} bytes, at most {MAX_CONFIG_BYTES} are read.")
-        # By the revision's name and not by commit: only so does the cache learn where a branch stood.
-        config, commit = _download(place, CONFIG_NAME, place.revision, head, MAX_CONFIG_BYTES)
-        if commit == head.commit:
-            return Pulled(config, _weights(place, config, commit), commit)
-        # A push came between: what was measured is not what was fetched.
-    raise HubUnavailableError(f"{place.repo_id} changed {_ATTEMPTS} times while it was read. Give revision=, a commit.")
+    if is_repository(source):
+        location = HubLocation(
+            repo_id=str(source),
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        return decode(pull(location).weights)
+    if revision is not None:
+        raise ConfigError(f"revision={revision!r} is for repositories, and {source} is a folder: leave it out.")
+    check_subfolder(subfolder)
+    return read_prompt_file(Path(source, subfolder or ""))
+
+
+def is_repository(source: str | PathLike[str]) -> bool:
+    """Whether a source is a text that names no file or folder here and can name a repository."""
+    if not isinstance(source, str) or _REPO_ID.fullmatch(source) is None:
+        return False
+    try:
+        return not Path(source).exists()
+    except OSError:  # a name too long for a folder
+        return True
+
+
+def pull(location: HubLocation) -> Pulled:
+    """Fetch `prompts.safetensors`; without a connection, from the cache.
+
+    Raises:
+        HubError: The Hub did not deliver it.
+        PromptFileFormatError: It is larger than a prompt file can be.
+    """
+    return Pulled(*_fetch(location, WEIGHTS_NAME, MAX_FILE_BYTES))
+
+
+def pull_copy(location: HubLocation) -> bytes | None:
+    """Fetch `config.json`, the readable copy; None if it is missing.
+
+    Raises:
+        HubError: The Hub did not deliver it.
+        PromptFileFormatError: It is larger than such a copy can be.
+    """
+    try:
+        return _fetch(location, CONFIG_NAME, MAX_COPY_BYTES)[0]
+    except HubNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -105,58 +122,64 @@ class _Head:
     commit: str
 
 
-def _head(place: Place, name: str, revision: str | None) -> _Head:
-    with hub_errors(f"Reading {name} of", place.repo_id, place.token):
+def _fetch(location: HubLocation, name: str, most: int) -> tuple[bytes, str]:
+    """Bytes and commit of a file."""
+    if location.local_files_only:
+        return _download(location, name, None, most)
+    try:
+        head = _head(location, name)
+    except HubUnavailableError as error:
+        if location.force_download:
+            raise
+        try:
+            return _download(location, name, None, most)
+        except HubUnavailableError:
+            raise HubUnavailableError(f"{error} The local cache does not hold it either.") from error
+    if head.size > most:
+        raise PromptFileFormatError(f"{name} has {head.size} bytes, at most {most} are read.")
+    return _download(location, name, head, most)
+
+
+def _head(location: HubLocation, name: str) -> _Head:
+    with hub_errors(f"Reading {name} of", location.repo_id, location.token):
         found: HfFileMetadata = get_hf_file_metadata(
-            hf_hub_url(place.repo_id, name, subfolder=place.subfolder, revision=revision),
-            token=place.token,
+            hf_hub_url(location.repo_id, name, subfolder=location.subfolder, revision=location.revision),
+            token=location.token,
             timeout=constants.HF_HUB_ETAG_TIMEOUT,
             library_name="lpt_peft",
             library_version=__version__,
         )
     if found.size is None or found.commit_hash is None:
-        raise HubError(f"{place.repo_id}: what answers for the Hub tells no size or commit. Is HF_ENDPOINT a Hub?")
+        raise HubError(f"{location.repo_id}: the server states no size or commit of {name}. Is HF_ENDPOINT a Hub?")
     return _Head(found.size, found.etag, found.commit_hash)
 
 
-def _weights(place: Place, config: bytes, commit: str) -> bytes:
-    content = parse_config(config)
-    head = _head(place, WEIGHTS_NAME, commit)
-    check_size(head.size, content)
-    return _download(place, WEIGHTS_NAME, commit, head, head.size)[0]
-
-
-def _from_cache(place: Place) -> Pulled:
-    config, commit = _download(place, CONFIG_NAME, place.revision, None, MAX_CONFIG_BYTES)
-    size = parse_config(config)["weights"]["size"]
-    return Pulled(config, _download(place, WEIGHTS_NAME, commit, None, size)[0], commit)
-
-
-def _download(place: Place, name: str, revision: str | None, head: _Head | None, limit: int) -> tuple[bytes, str]:
-    """A file's bytes, one more than `limit` at most, and commit: from the Hub if `head` tells of it, else the cache."""
-    for force in (place.force_download, True):
-        with hub_errors(f"Downloading {name} of", place.repo_id, place.token):
+def _download(location: HubLocation, name: str, head: _Head | None, most: int) -> tuple[bytes, str]:
+    """Bytes, at most `most` + 1, and commit of a file: from the Hub if `head` is given, else from the cache."""
+    for force in (location.force_download, True):
+        with hub_errors(f"Downloading {name} of", location.repo_id, location.token):
             path = hf_hub_download(
-                place.repo_id,
+                location.repo_id,
                 name,
-                subfolder=place.subfolder,
-                revision=revision,
-                token=place.token,
-                cache_dir=None if place.cache_dir is None else Path(place.cache_dir),
+                subfolder=location.subfolder,
+                revision=location.revision,
+                token=location.token,
+                cache_dir=None if location.cache_dir is None else Path(location.cache_dir),
                 local_files_only=head is None,
                 force_download=force,
                 library_name="lpt_peft",
                 library_version=__version__,
             )
-        commit = _commit(Path(path), place.subfolder)
+        commit = _commit(Path(path), location.subfolder)
         with open_regular(Path(path)) as (stream, _):
-            data = stream.read(limit + 1)
-        if head is None or commit != head.commit or _is(data, head.etag):
+            data = stream.read(most + 1)
+        # After a push between the two requests the hash is that of another commit; the file's own hashes remain.
+        if head is None or commit != head.commit or _has_etag(data, head.etag):
             return data, commit
-        # The client leaves a file be that is no link to its store, even when it downloads anew.
+        # The client keeps a file that is not a link to its store, even with force_download.
         Path(path).unlink(missing_ok=True)
     raise HubIntegrityError(
-        f"{name} of {place.repo_id} arrived damaged twice: its hash is not the one the Hub names. Nothing was loaded; "
+        f"{name} of {location.repo_id} arrived damaged twice: the Hub states another hash. Nothing was loaded; "
         "look for a proxy that changes downloads, then try again."
     )
 
@@ -166,8 +189,8 @@ def _commit(path: Path, subfolder: str | None) -> str:
     return path.parents[len(subfolder.split("/")) if subfolder else 0].name
 
 
-def _is(data: bytes, etag: str | None) -> bool:
-    """The bytes have this ETag: the sha256 of a large file, git's sha1 of others; a mirror's own form says nothing."""
+def _has_etag(data: bytes, etag: str | None) -> bool:
+    """Whether the bytes have this ETag: sha256 of a large file, git's sha1 of others; other forms are not compared."""
     if etag and re.fullmatch(r"[0-9a-f]{64}", etag):
         return hashlib.sha256(data).hexdigest() == etag
     if etag and re.fullmatch(r"[0-9a-f]{40}", etag):

@@ -1,28 +1,29 @@
-"""Put a prompt file on the Hugging Face Hub: one atomic commit of its two files, and a card where there is none.
+"""Pushing of prompt files to the Hugging Face Hub: one atomic commit, with a model card if the repository has none.
 
-Not here: what is in the files (`lpt_peft.checkpoint`) and on the card (`card.py`).
+Not here: what the files contain (`lpt_peft.checkpoint`), the text of the card (`card.py`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import RevisionNotFoundError
 
 from lpt_peft._version import __version__
-from lpt_peft.adapter import LongTailPromptAdapter
-from lpt_peft.checkpoint import CONFIG_NAME, WEIGHTS_NAME, decode, encode
-from lpt_peft.errors import ConfigError
+from lpt_peft.checkpoint import CONFIG_NAME, WEIGHTS_NAME, PromptContent, encode
+from lpt_peft.checkpoint.files import foreign_config, is_own_config
+from lpt_peft.errors import ConfigError, HubConflictError, PromptFileFormatError
 from lpt_peft.hub.card import CARD_NAME, CardOptions, model_card
-from lpt_peft.hub.errors import Token, check_token, hub_errors, within
-from lpt_peft.hub.pull import check_subfolder
+from lpt_peft.hub.errors import Token, call_with_timeout, check_token, hub_errors
+from lpt_peft.hub.location import HubLocation, check_subfolder
+from lpt_peft.hub.pull import pull_copy
 
 
-def push_files(
-    config: bytes,
-    weights: bytes,
+def push(
+    content: PromptContent,
     repo_id: str,
     *,
     revision: str | None = None,
@@ -38,35 +39,36 @@ def push_files(
     base_model: str | None = None,
     timeout: float = 300.0,
 ) -> CommitInfo:
-    """Commit the bytes of a prompt file, which a reader would take, to a repository that is made if need be.
+    """Commit a prompt file to a repository.
 
-    Nothing else in the repository is touched: a README.md that is there stays, other files too. Where nothing would
-    change, there is no commit. If someone pushes between the look and the commit, nothing is overwritten.
+    Nothing else in the repository changes: an existing README.md and other files stay, and a `config.json` of another
+    library is never overwritten. If nothing would change, there is no commit. If somebody else pushes between the
+    listing and the commit, nothing is overwritten.
 
     Args:
-        config: Bytes of config.json.
-        weights: Bytes of prompts.safetensors.
-        repo_id: "owner/name", or "name" under the token's account.
-        revision: Branch, made if need be; None is "main".
-        subfolder: For several prompt files in one repository.
-        token: True or None for the one logged in with, False for none, or the token itself.
-        private: For a repository that is made; one that is there stays as it is.
+        content: What to push.
+        repo_id: "owner/name", or "name" under the token's account; created if missing.
+        revision: Branch, created if missing; None is "main".
+        subfolder: Folder inside the repository, for several prompt files or beside another model.
+        token: True or None for the token of the login, False for none, or the token itself.
+        private: For a repository that is created; an existing repository stays as it is.
         create_pr: Open a pull request instead of committing to the branch.
         commit_message: First line of the commit.
         commit_description: The rest of it.
-        license: For the card, as the Hub names it; none is made up.
-        datasets: Hub ids of the training data, for the card; none is made up.
+        license: For the card, as the Hub names it.
+        datasets: Hub ids of the training data, for the card.
         tags: More tags for the card.
-        base_model: Hub id of the backbone, where the card cannot find out that the weights are those of one.
-        timeout: Seconds for each of the three steps (repository, look, commit); the client may wait for ever.
+        base_model: Hub id of the backbone; None lets the card find it, if the weights prove it.
+        timeout: Seconds for each step (repository, listing, commit); the client itself may wait forever.
 
     Returns:
         The client's `CommitInfo`: `oid`, `commit_url`, `pr_url`.
 
     Raises:
-        PromptFileError: A reader would refuse the bytes; nothing was sent.
-        HubError: The Hub refused or could not be asked; the commit is there whole or not at all.
-        KeyboardInterrupt: Ctrl-C; what was asked of the Hub by then may still arrive.
+        InputError, StateError: The content cannot be saved; nothing was sent.
+        HubConflictError: The repository holds another library's `config.json`, or somebody else pushed meanwhile.
+        HubError: The Hub refused or could not be reached; the commit is complete or does not exist.
+        KeyboardInterrupt: Ctrl-C; a request that was sent may still take effect.
         ConfigError: An argument is out of range.
     """
     check_token(token)
@@ -74,27 +76,26 @@ def push_files(
     if create_pr and revision not in (None, "main"):
         raise ConfigError("create_pr=True opens a pull request against main: leave revision= out.")
     if not commit_message.strip():
-        raise ConfigError("commit_message must say something; leave it out for the usual text.")
+        raise ConfigError("commit_message must not be empty; leave it out for the default text.")
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= threading.TIMEOUT_MAX:
-        raise ConfigError(f"timeout={timeout!r} must be a number of seconds above 0.")
-    content = decode(config, weights).config
+        raise ConfigError(f"timeout={timeout!r} must be a number of seconds greater than 0.")
+    encoded = encode(content)
     options = CardOptions(license=license, datasets=_as_tuple(datasets), tags=_as_tuple(tags), base_model=base_model)
     api = HfApi(token=token, library_name="lpt_peft", library_version=__version__)
-
-    def prepare() -> str:
-        full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision not in (None, "main") and not revision.startswith("refs/"):  # a pull request is there already
-            api.create_branch(full_id, branch=revision, exist_ok=True)
-        return full_id
-
     with hub_errors("Creating", repo_id, token):
-        full_id = within(timeout, prepare, f"Creating {repo_id}")
-    with hub_errors("Listing the files", full_id, token):
-        info = within(timeout, lambda: api.model_info(full_id, revision=revision), f"Listing the files of {full_id}")
+        full_id = call_with_timeout(
+            timeout,
+            lambda: api.create_repo(repo_id, private=private, exist_ok=True).repo_id,
+            f"Creating {repo_id}",
+        )
+    location = HubLocation(repo_id=full_id, revision=revision, subfolder=subfolder, token=token)
+    with hub_errors("Listing the files of", full_id, token):
+        info = call_with_timeout(timeout, lambda: _list_files(api, location), f"Listing the files of {full_id}")
     prefix = f"{subfolder}/" if subfolder else ""
-    files = {prefix + CONFIG_NAME: config, prefix + WEIGHTS_NAME: weights}
-    if CARD_NAME not in {sibling.rfilename for sibling in info.siblings or ()}:
-        files[CARD_NAME] = model_card(content, full_id, options, subfolder=subfolder, revision=revision).encode("utf-8")
+    files = {prefix + CONFIG_NAME: encoded.copy, prefix + WEIGHTS_NAME: encoded.weights}
+    if CARD_NAME not in _names(info):
+        card = model_card(content, full_id, options, subfolder=subfolder, revision=revision)
+        files[CARD_NAME] = card.encode("utf-8")
 
     def commit() -> CommitInfo:
         return api.create_commit(
@@ -108,35 +109,40 @@ def push_files(
         )
 
     with hub_errors("Committing to", full_id, token):
-        return within(timeout, commit, f"Committing to {full_id}")
+        return call_with_timeout(timeout, commit, f"Committing to {full_id}")
 
 
-def push_to_hub(
-    adapter: LongTailPromptAdapter,
-    repo_id: str,
-    *,
-    class_counts: Iterable[int] | None = None,
-    label_names: Iterable[str] | None = None,
-    training: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> CommitInfo:
-    """Push what an adapter learnt.
+def _list_files(api: HfApi, location: HubLocation) -> Any:
+    """List the files of the branch, created if missing, and check that the push may overwrite `config.json`."""
+    branch = location.revision
+    try:
+        info = api.model_info(location.repo_id, revision=branch)
+    except RevisionNotFoundError:
+        if branch is None or branch.startswith("refs/"):  # a pull request cannot be created by its name
+            raise
+        _check_config(location, api.model_info(location.repo_id))  # before the branch exists: it starts as main
+        api.create_branch(location.repo_id, branch=branch, exist_ok=True)
+        info = api.model_info(location.repo_id, revision=branch)
+    _check_config(location, info)
+    return info
 
-    Args:
-        adapter: Its prompts, head and metadata travel, its backbone does not.
-        repo_id: "owner/name", or "name" under the token's account.
-        class_counts: As in `lpt_peft.checkpoint.save_prompts`; so are `label_names` and `training`.
-        label_names: Name of each class.
-        training: Free JSON; figures in `training["metrics"]` with `training["rule"]` get onto the card.
-        **options: The other arguments of `push_files`.
 
-    Raises:
-        InputError, StateError: The adapter cannot be saved; nothing was sent.
-        HubError: The Hub refused or could not be asked.
-        ConfigError: An argument is out of range.
-    """
-    config, weights = encode(adapter, class_counts=class_counts, label_names=label_names, training=training)
-    return push_files(config, weights, repo_id, **options)
+def _check_config(location: HubLocation, info: Any) -> None:
+    prefix = f"{location.subfolder}/" if location.subfolder else ""
+    if prefix + CONFIG_NAME not in _names(info):
+        return
+    try:
+        existing = pull_copy(
+            HubLocation(repo_id=location.repo_id, revision=info.sha, subfolder=location.subfolder, token=location.token)
+        )
+    except PromptFileFormatError:  # larger than any copy of ours
+        existing = b""
+    if existing is not None and not is_own_config(existing):
+        raise HubConflictError(foreign_config(f"{location.repo_id}, folder {location.subfolder or '/'},"))
+
+
+def _names(info: Any) -> set[str]:
+    return {sibling.rfilename for sibling in info.siblings or ()}
 
 
 def _as_tuple(names: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lpt_peft._classes import counts_in_order
+from lpt_peft._numbers import is_finite_number
 from lpt_peft.errors import ConfigError, InputError
 from lpt_peft.losses.agcl_definition import is_distribution
 from lpt_peft.losses.agcl_rows import functorch_is_active
@@ -134,7 +134,6 @@ def check_settings(reduction: str = "mean", normalize: bool = True, **numbers: f
         raise ConfigError(f"normalize={normalize!r} must be True or False.")
     for name, value in numbers.items():
         positive, high = name in ("scale", "epochs"), 1 if name == "label_smoothing" else math.inf
-        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or not 0 <= value <= high or (positive and value == 0):
+        if not is_finite_number(value) or not 0 <= value <= high or (positive and value == 0):
             rule = "greater than 0" if positive else "from 0 to 1" if high == 1 else "of at least 0"
             raise ConfigError(f"{name}={value!r} must be a finite number {rule}.")

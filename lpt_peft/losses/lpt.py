@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from lpt_peft._numbers import is_finite_number
 from lpt_peft.errors import InputError
 from lpt_peft.losses.agcl_definition import Branches
 from lpt_peft.losses.agcl_rows import agcl_rows
@@ -230,7 +230,7 @@ class LPTLoss(ClassCountsLoss):
         Raises:
             InputError: `epoch` is not from 0 to `epochs`.
         """
-        if not isinstance(epoch, Real) or not 0 <= epoch <= self.epochs:
+        if not is_finite_number(epoch) or not 0 <= epoch <= self.epochs:
             raise InputError(
                 f"epoch={epoch!r} must be from 0 to epochs={self.epochs}: count epochs from 0 in each phase."
             )

@@ -1,4 +1,4 @@
-"""Checks of labels, images and batch size before the first step; collation of batches.
+"""Checks of settings, labels and images before the first step; collation of batches.
 
 Not here: settings (`settings.py`) and files that cannot be read (`lpt_peft.data`).
 """
@@ -15,11 +15,62 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from lpt_peft._random import preserve_random_state
+from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.errors import ConfigError, InputError
+from lpt_peft.recipe.parallel import broadcast_module, check_accelerator, check_precision
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.samplers.checks import checked_labels
 
 _TRANSFORMS = "lpt_peft.data.transforms builds them from the ViT's own data configuration"
+
+
+def prepare(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    labels: Sequence[int],
+    settings: TrainSettings,
+    *,
+    criterion: Any,
+    accelerator: Accelerator,
+) -> list[int]:
+    """Run all checks, move the model to its device and make it equal on all processes.
+
+    Args:
+        model: Has a head with a weight (C, d).
+        dataset: Training images.
+        labels: Class of every image.
+        settings: Training settings.
+        criterion: The caller's criterion, if any.
+        accelerator: Device and processes.
+
+    Returns:
+        The labels as plain integers.
+
+    Raises:
+        LPTError: As the checks of this module and of `parallel.py`.
+    """
+    check_accelerator(accelerator)
+    check_precision(settings, accelerator)
+    head: Any = model.get_submodule("head")
+    plain = check_data(
+        dataset,
+        labels,
+        settings,
+        num_classes=len(head.weight),
+        num_processes=accelerator.num_processes,
+        custom_criterion=criterion is not None,
+    )
+    if settings.backbone_dtype != "float32":
+        if not isinstance(model, LongTailPromptAdapter):
+            raise ConfigError(
+                f"backbone_dtype={settings.backbone_dtype!r} casts the frozen ViT of an adapter, and a "
+                f'{type(model).__name__} has none: use "float32", and cast the model yourself.'
+            )
+        model.cast_backbone(getattr(torch, settings.backbone_dtype))
+    model.to(accelerator.device)
+    broadcast_module(model)
+    check_image(model, dataset, plain, accelerator)
+    return plain
 
 
 def check_data(
@@ -81,9 +132,46 @@ def check_data(
     return plain
 
 
+def check_evaluation_split(model: nn.Module, dataset: Dataset[Any], name: str, accelerator: Accelerator) -> None:
+    """Check before training that a split can be evaluated after it.
+
+    Args:
+        model: On the accelerator's device.
+        dataset: Yields (image, label); its attribute `labels` is checked if it has one.
+        name: Of the split.
+        accelerator: Device and precision.
+
+    Raises:
+        InputError: The split is empty, a label is outside the head's classes, or the model rejects the first image.
+    """
+    if not len(dataset):  # type: ignore[arg-type]
+        raise InputError(f"The {name} split has no images: leave it out, or give it images.")
+    head: Any = model.get_submodule("head")
+    labels, num_classes = getattr(dataset, "labels", None), len(head.weight)
+    if labels is not None and (rows := checked_labels(labels)).max() >= num_classes:
+        raise InputError(
+            f"Label {rows.max()} of the {name} split is outside the head's {num_classes} classes, 0 to "
+            f"{num_classes - 1}: the split must have the classes of the training images, in the same order."
+        )
+    check_image(model, dataset, labels, accelerator, f"The {name} split: dataset")
+
+
 @torch.no_grad()
-def check_image(model: nn.Module, dataset: Dataset[Any], labels: Sequence[int], accelerator: Accelerator) -> None:
+def check_image(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    labels: Sequence[int] | None,
+    accelerator: Accelerator,
+    name: str = "dataset",
+) -> None:
     """Check that the model accepts the first item's image, and that its label matches `labels`.
+
+    Args:
+        model: On the accelerator's device.
+        dataset: Yields (image, label).
+        labels: Class of every item, if known.
+        accelerator: Device and precision.
+        name: Of the dataset in messages.
 
     Raises:
         InputError: It does not.
@@ -91,9 +179,9 @@ def check_image(model: nn.Module, dataset: Dataset[Any], labels: Sequence[int], 
     with preserve_random_state():
         item = dataset[0]
     image, label = collate([item])
-    if label.numel() == 1 and int(label) != int(labels[0]):
+    if labels is not None and label.numel() == 1 and int(label) != int(labels[0]):
         raise InputError(
-            f"dataset[0] has class {int(label)}, but labels[0] is {int(labels[0])}: they do not belong to the same "
+            f"{name}[0] has class {int(label)}, but labels[0] is {int(labels[0])}: they do not belong to the same "
             "images, or their order differs."
         )
     training = model.training
@@ -104,7 +192,7 @@ def check_image(model: nn.Module, dataset: Dataset[Any], labels: Sequence[int], 
         raise  # not caused by the image
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"The model rejects dataset[0], an image of shape {tuple(image.shape[1:])} and {image.dtype}: "
+            f"The model rejects {name}[0], an image of shape {tuple(image.shape[1:])} and {image.dtype}: "
             f"{str(error)[:300]} Transform the images to the model's size: {_TRANSFORMS}; or build the ViT for theirs."
         ) from error
     finally:

@@ -11,24 +11,29 @@ Not here: training (`train.py`), and opening data and backbone (`lpt_peft.cli`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
+from lpt_peft._files import write_atomic
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.data.images import LabelledImages
-from lpt_peft.errors import StateError
+from lpt_peft.errors import LPTError, StateError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.metrics.result import SHOTS
+from lpt_peft.recipe.checks import check_evaluation_split
 from lpt_peft.recipe.evaluate import evaluate
+from lpt_peft.recipe.parallel import on_main_process
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.train import make_accelerator, train
 
+_CHOOSE = "Choose another folder, change its permissions, or free disk space."
 CHECKPOINTS, PROMPTS, HISTORY, RESULTS = "checkpoints", "prompts", "history.json", "results.json"
 
 
@@ -75,6 +80,28 @@ def fit(
     """
     accelerator = accelerator or make_accelerator(settings)
     metrics = ShotMetrics.from_rule(shot_rule, splits.train.class_counts)
+
+    def save(folder: Path, figures: Mapping[str, Mapping[str, float | None]]) -> None:
+        adapter.save_pretrained(
+            folder,
+            class_counts=splits.train.class_counts,
+            label_names=splits.train.class_names,
+            training={
+                "recipe": settings.to_dict(),
+                "metrics": figures,
+                "rule": f"{metrics.rule}; mean over classes",
+            },
+        )
+
+    def check() -> None:
+        check_folder(output)
+        # Everything that the writer refuses must be found before training.
+        with write_errors(output, _CHOOSE), TemporaryDirectory(prefix=".trial-", dir=output) as trial:
+            save(Path(trial), dict.fromkeys(("validation", "test"), dict.fromkeys(SHOTS, 1 / 3)))
+
+    on_main_process(accelerator, check)
+    if splits.test is not None:
+        check_evaluation_split(adapter.to(accelerator.device), splits.test, "test", accelerator)
     history = train(
         adapter,
         splits.train,
@@ -95,18 +122,47 @@ def fit(
         for name, split in (("validation", splits.validation), ("test", splits.test))
         if split is not None
     }
-    if accelerator.is_main_process:
-        values = {name: {shot: getattr(result, shot) for shot in SHOTS} for name, result in results.items()}
-        adapter.save_pretrained(
-            output / PROMPTS,
-            class_counts=splits.train.class_counts,
-            label_names=splits.train.class_names,
-            training={"recipe": settings.to_dict(), "metrics": values, "rule": f"{metrics.rule}; mean over classes"},
-        )
+
+    def write() -> None:
+        figures = {name: {shot: getattr(result, shot) for shot in SHOTS} for name, result in results.items()}
+        with write_errors(output, "Training is complete and saved: fix the cause and run the same command again."):
+            save(output / PROMPTS, figures)
         write_json(output / HISTORY, history)
         write_json(output / RESULTS, {name: result.to_dict() for name, result in results.items()})
-    accelerator.wait_for_everyone()
+
+    on_main_process(accelerator, write)
     return results
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a file can be written into a folder, which is created if missing.
+
+    Raises:
+        StateError: It is not a folder, or not writable; the message names the reason.
+    """
+    probe = folder / f".{uuid4().hex}"
+    with write_errors(folder, _CHOOSE):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"lpt_peft")
+        finally:
+            with suppress(OSError):
+                probe.unlink()
+
+
+@contextmanager
+def write_errors(folder: Path, cure: str) -> Iterator[None]:
+    """Raise errors of the operating system as `StateError`, with the folder, the reason and a cure.
+
+    Raises:
+        StateError: Instead of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, LPTError):
+            raise
+        raise StateError(f"The output folder {folder} is not writable: {error.strerror or error}. {cure}") from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -115,15 +171,11 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         StateError: The folder is not writable, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
-        temporary.replace(path)
+        write_atomic(path, text.encode("utf-8"))
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise StateError(
-            f"{path} cannot be written: {error}. Choose a writable folder, or free disk space; the earlier content is "
-            "intact."
+            f"{path} cannot be written: {error.strerror or error}. Choose a writable folder, or free disk space; the "
+            "earlier content is intact."
         ) from error

@@ -8,17 +8,19 @@ Sharded models are not supported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import DistributedType, broadcast, broadcast_object_list
 from torch import Tensor, nn
 
-from lpt_peft.errors import ConfigError
+from lpt_peft.errors import ConfigError, LPTError
 from lpt_peft.recipe.settings import TrainSettings
 
+T = TypeVar("T")
 _REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -41,13 +43,26 @@ def check_accelerator(accelerator: Accelerator) -> None:
 
 
 def check_precision(settings: TrainSettings, accelerator: Accelerator) -> None:
-    """Check that gradients can pass through the backbone in its dtype.
+    """Check that the loop supports the mixed precision, and that gradients can pass through the backbone in its dtype.
 
     Raises:
-        ConfigError: Gradients would pass through float16 without a scaled loss, where small values vanish; or weights
-            and autocast have different 16-bit dtypes, which torch does not mix.
+        ConfigError: Accelerator and settings differ, or the precision is not supported; gradients would pass through
+            float16 without a scaled loss, where small values vanish; weights and autocast have different 16-bit
+            dtypes, which torch does not mix.
     """
     dtype, precision = settings.backbone_dtype, accelerator.mixed_precision
+    if settings.mixed_precision not in (None, precision):
+        raise ConfigError(
+            f'The accelerator has mixed_precision="{precision}" but the settings "{settings.mixed_precision}": give it '
+            "to one of them, or the same to both."
+        )
+    if precision not in ("no", "bf16", "fp16"):
+        raise ConfigError(f'mixed_precision="{precision}" of Accelerate is not supported: use "no", "bf16" or "fp16".')
+    if precision == "fp16" and accelerator.scaler is None:
+        raise ConfigError(
+            f'mixed_precision="fp16" scales the loss only on a GPU; on {accelerator.device} small gradients would '
+            'vanish. Use "bf16" or "no".'
+        )
     if dtype == "float16" and precision != "fp16":
         raise ConfigError(
             f'backbone_dtype="float16" needs mixed_precision="fp16", which scales the loss, not "{precision}": small '
@@ -58,6 +73,29 @@ def check_precision(settings: TrainSettings, accelerator: Accelerator) -> None:
             'backbone_dtype="bfloat16" and mixed_precision="fp16" are different 16-bit dtypes, which torch does not '
             'mix: use mixed_precision="bf16" or "no", or backbone_dtype="float16".'
         )
+
+
+def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Call a function on the main process; return its result, or raise its `LPTError`, on all processes.
+
+    Without this, an error such as a full disk would leave the other processes waiting.
+
+    Args:
+        accelerator: Its processes must all call this.
+        function: Its result is pickled if there are several processes.
+    """
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = function()
+        except LPTError as error:
+            answer[1] = error
+    if accelerator.num_processes > 1:
+        broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    result: T = answer[0]
+    return result
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ class Preset:
     """Accuracy in % that the source reports: a target, not a guarantee."""
 
     def __str__(self) -> str:
-        return f"Source: {self.source}\nExpected accuracy in %: {self.expected}"
+        return f"Source: {self.source} Expected accuracy in %: {self.expected}."
 
 
 _PHASE = PhaseSettings(epochs=40, learning_rate=0.02, weight_decay=0.01, momentum=0.9)

@@ -20,11 +20,12 @@ from lpt_peft._random import preserve_random_state
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.errors import ConfigError
 from lpt_peft.metrics import ShotMetrics, ShotResult
-from lpt_peft.recipe.checks import check_data, check_image
+from lpt_peft.recipe.checks import check_evaluation_split, prepare
 from lpt_peft.recipe.evaluate import Evaluation
-from lpt_peft.recipe.parallel import broadcast_module, check_accelerator, check_precision
+from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.resume.checkpointing import Checkpoints, run_identity
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
+from lpt_peft.recipe.summary import run_summary
 from lpt_peft.recipe.training.criteria import Criterion
 from lpt_peft.recipe.training.loop import History, Loop
 from lpt_peft.recipe.training.phase import PhaseRun
@@ -69,7 +70,9 @@ def train(
         shot_rule: A name of `lpt_peft.metrics.SHOT_RULES`, for many, medium and few of the validation.
         resume: Resume from the last checkpoint in the folder; the result is identical to an uninterrupted run (on a
             CPU, and with the same number of processes). False removes existing checkpoints.
-        progress: Show a bar for each phase; a string precedes the name of the phase.
+        progress: Print a summary, progress and notes on stderr: a bar on a terminal, otherwise a line per epoch and
+            every five minutes. A string precedes the name of the phase. False prints nothing; warnings are then
+            `UserWarning`s.
 
     Returns:
         A record per epoch: phase, epoch, loss, learning_rate of its last step, and shot accuracies if validated.
@@ -87,7 +90,9 @@ def train(
             f"keep={settings.keep!r} and patience={settings.patience} need validation images: pass validation=, with "
             "images that are neither trained on nor tested on."
         )
-    labels = _prepare(adapter, dataset, labels, settings, criterion=criterion, accelerator=accelerator)
+    labels = prepare(adapter, dataset, labels, settings, criterion=criterion, accelerator=accelerator)
+    if validation is not None:
+        check_evaluation_split(adapter, validation, "validation", accelerator)
     store, saved = None, None
     if checkpoints is not None:
         processes = accelerator.num_processes
@@ -96,6 +101,20 @@ def train(
         )
         store = Checkpoints(checkpoints, {**identity, **(about or {})}, settings, accelerator)
         saved = store.load(resume)
+    reporter = Reporter(progress, accelerator.is_main_process)
+    reporter.note(
+        run_summary(
+            dataset,
+            labels,
+            settings,
+            accelerator,
+            num_classes=adapter.prompt_config.num_classes,
+            validation=validation,
+            criterion=criterion,
+        )
+    )
+    if saved:
+        reporter.note(f"Resuming phase {saved.phase} after step {saved.numbers['step']}, saved in {saved.path}")
     history: History = list(saved.history) if saved else []
     names = list(settings.plan)
     counts = torch.bincount(torch.as_tensor(labels), minlength=adapter.prompt_config.num_classes)
@@ -122,7 +141,7 @@ def train(
         criterion=criterion,
         accelerator=accelerator,
         history=history,
-        progress=progress,
+        reporter=reporter,
         validate=None if validation is None else validate,
         save=None if store is None else save,
     )
@@ -130,7 +149,7 @@ def train(
         with preserve_random_state():
             for name in names[names.index(saved.phase) if saved else 0 :]:
                 trained = saved.adapter if saved else None
-                begin_phase(adapter, name, dataset, settings, accelerator=accelerator, saved=trained)
+                begin_phase(adapter, name, dataset, settings, accelerator=accelerator, reporter=reporter, saved=trained)
                 run = loop.start_phase(adapter, name, settings.plan[name])
                 if saved:
                     run.restore(saved.tensors, saved.numbers)
@@ -139,6 +158,8 @@ def train(
     finally:
         if evaluation is not None:
             evaluation.close()
+        for images in (dataset, validation):
+            _report_skipped(images, reporter)
     if names:
         adapter.phase = "shared" if names[-1] == "shared" else "group"  # "joint" also trained the shared prompt
     adapter.eval()
@@ -164,18 +185,27 @@ def run_phase(
             named `head`.
         dataset: Map-style, yields (image, label).
         labels: Class of every item.
-        settings: Settings of all phases; those on validation and checkpoints are ignored.
+        settings: Settings of all phases; those on validation and checkpoints are not used.
         phase: Settings of this phase.
         name: For history, seeds and progress bar.
         criterion: Called as `criterion(output, target, epoch)`; None uses `settings.loss`.
         accelerator: An existing accelerator; None creates one from `settings.mixed_precision`.
-        progress: Show a bar; a string precedes the name.
+        progress: As in `train`, without the summary.
 
     Returns:
         A record per epoch.
+
+    Raises:
+        LPTError: As `train`.
     """
     accelerator = accelerator or make_accelerator(settings)
-    labels = _prepare(model, dataset, labels, settings, criterion=criterion, accelerator=accelerator)
+    if settings.keep == "best" or settings.patience is not None:
+        raise ConfigError(
+            f"keep={settings.keep!r} and patience={settings.patience} need validation, which run_phase does not do: "
+            "use train, or leave them out."
+        )
+    reporter = Reporter(progress, accelerator.is_main_process)
+    labels = prepare(model, dataset, labels, settings, criterion=criterion, accelerator=accelerator)
     loop = Loop(
         dataset=dataset,
         labels=labels,
@@ -183,10 +213,13 @@ def run_phase(
         criterion=criterion,
         accelerator=accelerator,
         history=[],
-        progress=progress,
+        reporter=reporter,
     )
-    with preserve_random_state():
-        loop.run(loop.start_phase(model, name, phase))
+    try:
+        with preserve_random_state():
+            loop.run(loop.start_phase(model, name, phase))
+    finally:
+        _report_skipped(dataset, reporter)
     model.eval()
     return loop.history
 
@@ -197,40 +230,22 @@ def make_accelerator(settings: TrainSettings, **options: Any) -> Accelerator:
     Args:
         settings: `mixed_precision` is used.
         **options: Further arguments of `Accelerator`.
+
+    Raises:
+        ConfigError: Accelerate refuses the precision, or was set up differently before.
     """
     cpu = not torch.accelerator.is_available()  # otherwise Accelerate ignores additional processes without a GPU
-    return Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu, **options)
+    try:
+        return Accelerator(mixed_precision=settings.mixed_precision, cpu=cpu, **options)
+    except ValueError as error:
+        raise ConfigError(
+            f'Accelerate cannot be set up with mixed_precision="{settings.mixed_precision}": {error} Its configuration '
+            "is fixed by the first Accelerator of a process."
+        ) from error
 
 
-def _prepare(
-    model: nn.Module,
-    dataset: Dataset[Any],
-    labels: Sequence[int],
-    settings: TrainSettings,
-    *,
-    criterion: Criterion | None,
-    accelerator: Accelerator,
-) -> list[int]:
-    """Run all checks, move the model to its device and make it equal on all processes; return plain labels."""
-    check_accelerator(accelerator)
-    check_precision(settings, accelerator)
-    head: Any = model.get_submodule("head")
-    plain = check_data(
-        dataset,
-        labels,
-        settings,
-        num_classes=len(head.weight),
-        num_processes=accelerator.num_processes,
-        custom_criterion=criterion is not None,
-    )
-    if settings.backbone_dtype != "float32":
-        if not isinstance(model, LongTailPromptAdapter):
-            raise ConfigError(
-                f"backbone_dtype={settings.backbone_dtype!r} casts the frozen ViT of an adapter, and a "
-                f'{type(model).__name__} has none: use "float32", and cast the model yourself.'
-            )
-        model.cast_backbone(getattr(torch, settings.backbone_dtype))
-    model.to(accelerator.device)
-    broadcast_module(model)
-    check_image(model, dataset, plain, accelerator)
-    return plain
+def _report_skipped(dataset: Dataset[Any] | None, reporter: Reporter) -> None:
+    """Name the images that could not be read and were replaced."""
+    report = getattr(dataset, "skipped_report", None)
+    if report is not None and (text := report()):
+        reporter.warn(text)

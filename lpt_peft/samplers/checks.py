@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lpt_peft._numbers import checked_integer
 from lpt_peft.errors import ConfigError, InputError
 
 Labels = Sequence[int] | npt.NDArray[Any] | Tensor
@@ -40,20 +40,6 @@ def checked_labels(labels: Labels) -> Rows:
             f"labels must be at least 0, but labels[{array.argmin()}] is {array.min()}: remove unlabeled images."
         )
     return array.astype(np.int64)
-
-
-def checked_integer(
-    name: str, value: Any, low: int, high: int | None = None, error: type[ValueError] = ConfigError
-) -> int:
-    """Check an integer from `low` to `high` and return it as int."""
-    bound = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < low or (high is not None and number > high):
-        raise error(f"{name}={value!r} must be {bound}.")
-    return number
 
 
 def checked_replica(num_replicas: int | None, rank: int | None) -> tuple[int, int] | None:

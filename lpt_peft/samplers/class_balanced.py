@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lpt_peft.samplers.checks import Labels, checked_integer
+from lpt_peft._numbers import checked_integer
+from lpt_peft.samplers.checks import Labels
 from lpt_peft.samplers.draws import BLOCK_ROWS, class_balanced
 from lpt_peft.samplers.epoch import EpochSampler
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lpt_peft._numbers import checked_integer
 from lpt_peft.errors import ConfigError
-from lpt_peft.samplers.checks import Labels, checked_integer
+from lpt_peft.samplers.checks import Labels
 from lpt_peft.samplers.draws import class_balanced, instance_balanced
 from lpt_peft.samplers.epoch import EpochSampler
 

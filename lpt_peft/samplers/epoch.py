@@ -10,8 +10,9 @@ from typing import TypeVar
 import numpy as np
 from torch.utils.data import Sampler
 
+from lpt_peft._numbers import checked_integer
 from lpt_peft.errors import InputError
-from lpt_peft.samplers.checks import Labels, checked_integer, checked_labels, checked_replica, current_replica
+from lpt_peft.samplers.checks import Labels, checked_labels, checked_replica, current_replica
 
 _T = TypeVar("_T")
 

@@ -20,9 +20,9 @@ VITS = ["timm ViT", "transformers ViT classifier", "torchvision"]
 
 
 def dynamic_int8(model: nn.Module) -> nn.Module:
-    """torch.ao: packed integer weights, and activations rounded at every call."""
+    """torch.ao: packed integer weights, and activations rounded in every call."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.ao says that torchao takes its place
+        warnings.simplefilter("ignore")  # torch.ao is deprecated
         return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
 
 
@@ -45,7 +45,7 @@ QUANTIZED = {
 @pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("row", VITS)
 def test_quantized_before_wrap(row, kind):
-    """The answer is near the one of the same prompts on the ViT as it was, and the prompts matter."""
+    """The features are close to those of the ViT before quantization, and prompts have an effect."""
     plain = make(row)
     quantized = wrap(QUANTIZED[kind](copy.deepcopy(plain))).eval()
     full = wrap(plain).eval()
@@ -77,34 +77,34 @@ def test_weight_only_quantization_lets_gradients_through(row):
 
 
 @pytest.mark.parametrize("row", VITS)
-def test_training_where_no_gradient_passes_is_refused(row):
+def test_training_without_gradients_is_refused(row):
     adapter = wrap(dynamic_int8(make(row))).train()
-    with pytest.raises(StateError, match=r"cannot be trained.*no gradient passes its Linear of torch\.ao.*inference"):
+    with pytest.raises(StateError, match=r"cannot be trained.*no gradient passes Linear of torch\.ao.*inference"):
         adapter(images())
     with torch.no_grad():
         adapter(images())
     assert adapter.eval()(images()).shape == (2, 5)
 
 
-def test_a_gradient_gap_is_looked_for_in_quantized_blocks_alone():
+def test_only_quantized_blocks_are_checked_for_gradients():
     adapter = wrap(make("timm ViT"))
     assert gradient_gap(adapter.backbone.blocks[0], adapter.backbone.dim) is None
 
 
-def test_quantized_blocks_are_checked_too(monkeypatch):
-    """As they are: their weights cannot be drawn anew."""
+def test_self_check_of_quantized_blocks(monkeypatch):
+    """With their own weights, because integers cannot be drawn at random."""
     model = QUANTIZED["torch.ao dynamic"](make("timm ViT"))
     adapter = wrap(model)
     block = adapter.backbone.blocks[0]
     check_block(block, type(block).original, 48)
     monkeypatch.setattr("lpt_peft._prompted._append", lambda tokens, prompt, axis=1: tokens)
-    with pytest.raises(BackboneError, match="off by"):
+    with pytest.raises(BackboneError, match="difference to token concatenation"):
         check_block(block, type(block).original, 48)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("row", ["timm ViT", "torchvision", "open_clip"])
-def test_offloading_is_refused_where_the_models_own_forward_does_not_run(row, order):
+def test_offloading_is_refused_unless_the_models_forward_runs(row, order):
     accelerate = pytest.importorskip("accelerate")
     model = make(row)
     words = r"is offloaded by accelerate.*remove_hook_from_submodules"
@@ -142,7 +142,7 @@ def test_transformers_encoders_can_be_offloaded_before_wrap_and_classifiers_cann
         model = make(row)
         accelerate.cpu_offload(model, torch.device("cpu"))
         if refused:
-            with pytest.raises(BackboneError, match=r"Linear has its forward replaced.*offload it .*afterwards"):
+            with pytest.raises(BackboneError, match=r"Linear was replaced on the object.*offload it .*afterwards"):
                 wrap(model)
             continue
         adapter = wrap(model).eval()

@@ -1,4 +1,4 @@
-"""Finding the driver, what it tells of a model, and the fingerprint against a brute-force hash."""
+"""Description of a model, and its fingerprint against an independent hash."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.conftest import tiny_vit
 
 
 def brute_force_fingerprint(tensors):
-    """From the description in docs/explanation/prompt-file.md, by numpy."""
+    """The hash of docs/explanation/prompt-file.md in numpy."""
     digests = []
     for tensor in tensors:
         name = str(tensor.dtype).removeprefix("torch.")
@@ -28,14 +28,14 @@ def brute_force_fingerprint(tensors):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_fingerprint_is_what_the_docs_say(dtype):
+def test_fingerprint_equals_the_documented_hash(dtype):
     tensors = [torch.randn(3, 4).to(dtype), torch.randn(()).to(dtype), torch.zeros(0, 2).to(dtype), torch.arange(5)]
     assert fingerprint(tensors) == brute_force_fingerprint(tensors)
     assert fingerprint(reversed(tensors)) == fingerprint(tensors)
     assert fingerprint([tensors[0].T.contiguous().T, *tensors[1:]]) == fingerprint(tensors), "layout must not matter"
 
 
-def test_fingerprint_ignores_wrapping_and_head_but_no_weight():
+def test_fingerprint_covers_all_weights_but_the_head():
     vit = tiny_vit()
     plain = fingerprint(find_backbone(vit).frozen_tensors())
     adapter = LongTailPromptAdapter.wrap(vit)
@@ -62,22 +62,22 @@ def test_info_of_a_timm_model():
     assert find_backbone(tiny_vit()).info().architecture == "VisionTransformer"
 
 
-def test_arguments_are_read_off_a_model_that_timm_recorded_none_of():
-    """Before timm 1.0.31; all that `from_pretrained` cannot see from the weights."""
+def test_arguments_of_models_without_a_record_of_timm():
+    """Before timm 1.0.31: what the weights do not show."""
     options = {"img_size": 64, "depth": 1, "in_chans": 1, "global_pool": "avg", "dynamic_img_size": True}
     vit = timm.create_model("vit_tiny_patch16_224", **options)
     vars(vit).pop("_model_args", None)
     backbone = find_backbone(vit)
-    wanted = {"dynamic_img_size": True, "global_pool": "avg", "img_size": [64, 64], "in_chans": 1}
-    assert backbone.info().model_args == wanted
+    expected = {"dynamic_img_size": True, "global_pool": "avg", "img_size": [64, 64], "in_chans": 1}
+    assert backbone.info().model_args == expected
     assert backbone.preprocess()["input_size"] == [1, 64, 64]
     vit = timm.create_model("vit_base_patch16_siglip_224", depth=1)
     vars(vit).pop("_model_args", None)
     assert find_backbone(vit).info().model_args == {"img_size": [224, 224]}, "its pool has weights"
 
 
-def test_preprocess_is_the_models_own():
-    """Trap 15: the IN-21k ViT wants mean 0.5, not ImageNet's; the size is that of this very model."""
+def test_preprocess_of_the_model():
+    """The IN-21k ViT needs mean 0.5, not that of ImageNet; the size is that of this model."""
     vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1)
     preprocess = find_backbone(vit).preprocess()
     assert preprocess["mean"] == preprocess["std"] == [0.5, 0.5, 0.5]

@@ -1,4 +1,4 @@
-"""What a prompt file may ask to be built, and what not; nothing is downloaded here, see tests/hub for that."""
+"""Backbones that a prompt file may name. Nothing is downloaded here; tests/hub has tests with downloads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def info(**changes):
 
 @pytest.fixture
 def created(monkeypatch):
-    """What timm would have been asked for."""
+    """Calls of timm.create_model."""
     calls = []
 
     def create_model(name, **arguments):
@@ -30,7 +30,7 @@ def created(monkeypatch):
     return calls
 
 
-def test_the_named_model_pretrained_and_in_eval_mode(created):
+def test_named_model_is_pretrained_and_in_eval_mode(created):
     assert not build(info()).training
     assert created == [("test_vit.r160_in1k", {"pretrained": True})]
 
@@ -58,7 +58,7 @@ REFUSED = {
     "no repository": ({**HF, "hub_id": None}, "names no Hub repository"),
     "a folder": ({**HF, "hub_id": "../../etc"}, "names no Hub repository"),
     "an address": ({**HF, "hub_id": "https://evil.example/x"}, "names no Hub repository"),
-    "a branch": ({**HF, "hub_revision": "main"}, "'main' is no commit"),
+    "a branch": ({**HF, "hub_revision": "main"}, "'main' is not a commit"),
     "another library": ({"library": "os"}, 'models of "os" are not built here'),
     "torchvision": ({"library": "torchvision"}, 'models of "torchvision" are not built here'),
     "unknown architecture": ({"architecture": "VisionTransformer"}, "no such architecture"),
@@ -97,11 +97,11 @@ def test_refused(created, changes, words):
     assert created == []
 
 
-def test_what_timm_lists_is_what_counts():
+def test_timm_lists_the_model_of_these_tests():
     assert "test_vit.r160_in1k" in timm.list_models(pretrained=True)
 
 
-def test_a_transformers_that_does_not_go_with_the_rest(monkeypatch):
+def test_incompatible_version_of_transformers(monkeypatch):
     def fail(name):
         raise ImportError("cannot import name 'ResolvedRevision'")
 

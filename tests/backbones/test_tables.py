@@ -1,4 +1,4 @@
-"""The tables of docs/backbones.md are those that docs/tables.py wrote, and of the present tests and census."""
+"""The tables of docs/backbones.md are up to date with docs/tables.py, the tests and the census."""
 
 from __future__ import annotations
 

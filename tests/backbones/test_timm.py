@@ -1,6 +1,6 @@
-"""timm's ways of feeding and resizing a ViT under the adapter, against token concatenation; and what is refused.
+"""Inputs and sizes of timm's ViTs under the adapter, against token concatenation, and refusals.
 
-Every model by name is in test_timm_all.py; block and attention classes are in tests/test_prompting.py.
+Not here: all models by name (test_timm_all.py), and block and attention classes (tests/test_prompting.py).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def ours(model: nn.Module, prompts: list[torch.Tensor], *args, **kwargs) -> torc
 
 
 def needs_naflex(rope=None):
-    """Skip without timm's NaFlexVit in its present form, or where timm itself cannot run it with this `rope`."""
+    """Skip if timm has no NaFlexVit in its current form, or cannot run it with this `rope`."""
     skip_unless(ROTARY in timm.list_models(), ROTARY)
     model = timm_model(ROTARY, **SMALL, img_size=None, depth=1, **({"rope_type": "mixed"} if rope == "mixed" else {}))
     skip_unless(hasattr(model, "_forward_embeds"), "NaFlexVit that takes patches by name")
@@ -55,8 +55,8 @@ def needs_naflex(rope=None):
             raise
 
 
-def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
+def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
 def padded_batch(patch: int, channels: int = 3) -> dict[str, torch.Tensor]:
@@ -91,18 +91,18 @@ def test_naflex_padded_batches(options, batch):
     model = timm_model(ROTARY, embed_dim=48, num_heads=3, img_size=None, depth=2, **options).double().eval()
     data, prompts = padded_batch(8), prompts_for(model, batch)
     with prepended_prompts(model.blocks, prompts):
-        wanted = model.forward_head(**model.forward_features(**data), pre_logits=True)
-    close(ours(model, prompts, data), wanted)
-    close(ours(model, prompts, data["patches"], data["patch_coord"], data["patch_valid"]), wanted)
-    # What lies in the padding must not matter.
+        expected = model.forward_head(**model.forward_features(**data), pre_logits=True)
+    close(ours(model, prompts, data), expected)
+    close(ours(model, prompts, data["patches"], data["patch_coord"], data["patch_valid"]), expected)
+    # The values of the padding must not have an effect.
     data["patches"] = torch.where(data["patch_valid"][..., None], data["patches"], data["patches"] + 7.0)
-    close(ours(model, prompts, data), wanted)
+    close(ours(model, prompts, data), expected)
     adapter = LongTailPromptAdapter.wrap(model.eval(), 5)
     adapter.phase = "group"
     assert adapter(data).shape == (2, 5)
 
 
-def test_naflex_patches_need_their_coordinates():
+def test_naflex_patches_need_coordinates():
     needs_naflex()
     model = timm_model(ROTARY, **SMALL, img_size=None)
     data = padded_batch(8)
@@ -111,7 +111,7 @@ def test_naflex_patches_need_their_coordinates():
         ours(model, prompts_for(model), data)
 
 
-def test_naflex_patch_dropout_while_training():
+def test_naflex_patch_dropout_in_training():
     for rope in ("axial", "mixed"):
         needs_naflex(rope)
         model = timm_model(ROTARY, **SMALL, img_size=None, rope_type=rope, patch_drop_rate=0.5).double().train()
@@ -120,13 +120,13 @@ def test_naflex_patch_dropout_while_training():
             with torch.random.fork_rng(devices=[]), prepended_prompts(model.blocks, prompts):
                 torch.manual_seed(0)
                 if isinstance(args[0], dict):
-                    wanted = model.forward_head(**model.forward_features(**data), pre_logits=True)
+                    expected = model.forward_head(**model.forward_features(**data), pre_logits=True)
                 else:
-                    wanted = model.forward_head(model.forward_features(*args), pre_logits=True)
+                    expected = model.forward_head(model.forward_features(*args), pre_logits=True)
             with torch.random.fork_rng(devices=[]):
-                find_backbone(model)  # finding draws nothing
+                find_backbone(model)  # draws no random numbers
                 torch.manual_seed(0)
-                close(ours(model, prompts, *args), wanted)
+                close(ours(model, prompts, *args), expected)
 
 
 def test_gemma_padded_batches():
@@ -136,14 +136,14 @@ def test_gemma_padded_batches():
     data, prompts = padded_batch(8), prompts_for(model.encoder)
     with prepended_prompts(model.encoder.blocks, prompts):
         tokens = model.forward_features(data["patches"], data["patch_coord"], data["patch_valid"])
-        wanted = model.forward_head(tokens, patch_valid=data["patch_valid"], pre_logits=True)
-    close(ours(model, prompts, data), wanted)
+        expected = model.forward_head(tokens, patch_valid=data["patch_valid"], pre_logits=True)
+    close(ours(model, prompts, data), expected)
     sentinel = torch.where(data["patch_valid"][..., None], data["patch_coord"], -1)
-    close(ours(model, prompts, data["patches"], patch_coord=sentinel), wanted)
+    close(ours(model, prompts, data["patches"], patch_coord=sentinel), expected)
 
 
 @pytest.mark.parametrize("name", ["gemma4_vit_167m", "qwen3_vit_88m", "deepseek_vit_412m_align"])
-def test_encoder_with_its_own_pooler(name):
+def test_encoder_with_a_pooler(name):
     skip_unless(name in timm.list_models(), name)
     pooler = {"gemma4_vit_167m": "soft", "qwen3_vit_88m": "merge", "deepseek_vit_412m_align": "align"}[name]
     more = {"head_dim": 16} if "gemma" in name else {"out_features": 20}
@@ -153,10 +153,10 @@ def test_encoder_with_its_own_pooler(name):
     model = model.double().eval()
     pictures, prompts = randn(2, 3, 48, 48), prompts_for(model.encoder)
     with prepended_prompts(model.encoder.blocks, prompts):
-        wanted = model.forward_head(model.forward_features(pictures), pre_logits=True)
+        expected = model.forward_head(model.forward_features(pictures), pre_logits=True)
     got = ours(model, prompts, pictures)
     assert got.shape == (2, find_backbone(model).feature_dim)
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     adapter = LongTailPromptAdapter.wrap(model, 5)
     adapter.phase = "group"  # width of query and keys is not the blocks'
     assert adapter(pictures).shape == (2, 5)
@@ -168,8 +168,8 @@ def test_dynamic_image_size(name):
     prompts = prompts_for(model)
     for shape in ((2, 3, 32, 32), (2, 3, 40, 24)):
         with prepended_prompts(model.blocks, prompts):
-            wanted = model.forward_head(model.forward_features(randn(*shape)), pre_logits=True)
-        close(ours(model, prompts, randn(*shape)), wanted)
+            expected = model.forward_head(model.forward_features(randn(*shape)), pre_logits=True)
+        close(ours(model, prompts, randn(*shape)), expected)
 
 
 @pytest.mark.parametrize(
@@ -190,14 +190,14 @@ def test_set_input_size_after_wrap(name):
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224"])
-def test_intermediates_of_a_wrapped_model_are_as_before(name):
-    model = timm_model(name, **SMALL).eval().requires_grad_(False)  # torch takes other kernels for a trainable bias
+def test_intermediates_of_a_wrapped_model_do_not_change(name):
+    model = timm_model(name, **SMALL).eval().requires_grad_(False)  # torch uses other kernels for a trainable bias
     pictures = randn(2, 3, 32, 32).float()
     final, layers = model.forward_intermediates(pictures)
     LongTailPromptAdapter.wrap(model, 5)
     now, layers_now = model.forward_intermediates(pictures)
     assert torch.equal(now, final)
-    assert all(torch.equal(one, two) for one, two in zip(layers, layers_now, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(layers, layers_now, strict=True))
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "naflexvit_base_patch16_gap"])
@@ -213,14 +213,14 @@ def test_features_only_towers(name):
     with prepended_prompts(vit.blocks, prompts):
         tokens = vit.forward_features(pictures)
     registers = vit.num_prefix_tokens if "naflex" in name else 0  # which has no class token
-    wanted = tokens[:, registers:].mean(1) if registers else tokens[:, 0]
+    expected = tokens[:, registers:].mean(1) if registers else tokens[:, 0]
     if vit.global_pool:  # timm before 1.0.31 leaves NaFlexVit its pool and the norm behind
-        wanted = vit.forward_head(tokens, pre_logits=True)
+        expected = vit.forward_head(tokens, pre_logits=True)
     adapter = LongTailPromptAdapter.wrap(tower, 5)
     assert adapter.vit is tower
     backbone = adapter.backbone
-    close(backbone.pool(backbone.run(backbone.embed(pictures), 0, prompts)), wanted)
-    assert all(torch.equal(one, two) for one, two in zip(tower(pictures), maps, strict=True))
+    close(backbone.pool(backbone.run(backbone.embed(pictures), 0, prompts)), expected)
+    assert all(torch.equal(*pair) for pair in zip(tower(pictures), maps, strict=True))
     assert adapter.unwrap() is tower
     assert not any(isinstance(part, Prompted) for part in tower.modules())
 
@@ -240,7 +240,7 @@ def test_features_only_towers(name):
         ("samvit_base_patch16", r"VisionTransformerSAM cannot take prompts: .*not supported yet"),
     ],
 )
-def test_refusals_name_class_reason_and_what_works(name, words):
+def test_refusals_name_class_reason_and_alternative(name, words):
     model = on_meta(lambda: timm.create_model(name))
     before = [type(part) for part in model.modules()]
     with pytest.raises(BackboneError, match=words):
@@ -248,29 +248,29 @@ def test_refusals_name_class_reason_and_what_works(name, words):
     assert [type(part) for part in model.modules()] == before
 
 
-def test_what_people_put_around_a_model_is_refused_with_the_way_round():
+def test_wrapped_and_compiled_models_are_refused_with_an_alternative():
     vit = timm_model("vit_tiny_patch16_224", **SMALL)
     with pytest.raises(BackboneError, match=r"OptimizedModule cannot take prompts.*_orig_mod"):
         LongTailPromptAdapter.wrap(torch.compile(vit))
     with pytest.raises(BackboneError, match=r"DataParallel cannot take prompts.*DistributedDataParallel"):
         LongTailPromptAdapter.wrap(nn.DataParallel(vit))
-    with pytest.raises(BackboneError, match=r"cannot take prompts: it has its own"):
+    with pytest.raises(BackboneError, match=r"cannot take prompts: it already has prompts"):
         LongTailPromptAdapter.wrap(LongTailPromptAdapter.wrap(vit))
     with pytest.warns(), pytest.raises(BackboneError, match=r"cannot take prompts: its forward is fixed"):
         LongTailPromptAdapter.wrap(torch.jit.trace(timm_model("vit_tiny_patch16_224"), torch.zeros(1, 3, 32, 32)))
 
 
 def test_an_overridden_forward_is_refused():
-    class Mine(type(timm_model("eva02_tiny_patch14_224"))):
+    class OwnEva(type(timm_model("eva02_tiny_patch14_224"))):
         def forward_head(self, x, pre_logits=False):
             return super().forward_head(x * 2, pre_logits)
 
-    vit = Mine(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
-    with pytest.raises(BackboneError, match=r"Mine overrides Eva\.forward_head"):
+    vit = OwnEva(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
+    with pytest.raises(BackboneError, match=r"OwnEva overrides Eva\.forward_head"):
         LongTailPromptAdapter.wrap(vit)
 
 
-def test_a_bare_encoder_needs_a_number_of_classes():
+def test_encoder_without_classifier_needs_num_classes():
     skip_unless("qwen3_vit_88m_enc" in timm.list_models(), "qwen3_vit_88m_enc")
     encoder = timm.create_model("qwen3_vit_88m_enc", depth=2, patch_size=8, img_size=48, embed_dim=48, num_heads=3)
     with pytest.raises(ConfigError, match="num_classes"):
@@ -278,7 +278,7 @@ def test_a_bare_encoder_needs_a_number_of_classes():
     assert isinstance(LongTailPromptAdapter.wrap(encoder, 5).backbone, GridViT)
 
 
-def test_clipped_linears_on_the_meta_device_are_no_obstacle():
+def test_clipped_linears_on_the_meta_device():
     skip_unless("gemma4_vit_167m" in timm.list_models(), "gemma4_vit_167m")
     with torch.device("meta"):
         model = timm.create_model("gemma4_vit_167m", depth=1, embed_dim=48, num_heads=3, head_dim=16)
@@ -287,7 +287,7 @@ def test_clipped_linears_on_the_meta_device_are_no_obstacle():
     assert any(getattr(part, "use_clipped", False) for part in model.modules())
 
 
-def test_a_naflexvit_of_an_early_version_is_refused(monkeypatch):
+def test_naflexvit_of_old_versions_is_refused(monkeypatch):
     vit = timm_model(ROTARY, **SMALL, img_size=None)
     monkeypatch.delattr(type(vit), "_forward_embeds", raising=False)
     with pytest.raises(BackboneError, match=r"NaFlexVit of timm .* has no _forward_embeds.*Upgrade timm"):
@@ -299,7 +299,7 @@ class Normalising(VisionTransformer):
         return super().forward((x - 0.5) / 0.25)
 
 
-def test_a_forward_of_ones_own_is_refused_and_not_ignored():
+def test_a_replaced_forward_is_refused():
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     with pytest.raises(BackboneError, match=r"Normalising overrides VisionTransformer\.forward"):
         LongTailPromptAdapter.wrap(Normalising(**options), 3)
@@ -309,7 +309,7 @@ def test_a_forward_of_ones_own_is_refused_and_not_ignored():
         LongTailPromptAdapter.wrap(vit, 3)
 
 
-def test_batch_norms_come_back_in_the_modes_they_had():
+def test_batch_norm_modes_are_restored():
     vit = timm.create_model("vit_small_resnet26d_224", img_size=64, depth=2).train()
     norms = [module for module in vit.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     norms[1].eval()
@@ -325,7 +325,7 @@ def test_batch_norms_come_back_in_the_modes_they_had():
     assert all(norm.training for norm in norms), "the present mode, once it was set"
 
 
-def test_preprocess_tells_the_channels_that_the_model_takes():
+def test_preprocess_has_the_channels_of_the_model():
     vit = timm.create_model("vit_tiny_patch16_224", in_chans=1, img_size=32, depth=1)
     assert find_backbone(vit).preprocess()["input_size"] == [1, 32, 32]
     assert find_backbone(timm.create_model("vit_tiny_patch16_224", depth=1)).preprocess()["input_size"] == [3, 224, 224]

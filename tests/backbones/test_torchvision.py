@@ -1,4 +1,4 @@
-"""torchvision's VisionTransformer against token concatenation, and what it refuses."""
+"""torchvision's VisionTransformer against token concatenation, and refusals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tiny(*, dtype=torch.float64, cls=VisionTransformer, **options):
 
 
 def feature_of(vit):
-    """By torchvision's own forward: what enters `heads`."""
+    """The input of `heads` in torchvision's own forward."""
     headless = copy.copy(vit)
     headless._modules = {**vit._modules, "heads": nn.Identity()}
     return headless
@@ -56,12 +56,12 @@ def test_equals_concatenation(options, training, batch):
     vit = tiny(**options).train(training)
     plain = feature_of(vit)(IMAGES)
     prompts = make_prompts(24, batch=batch)
-    wanted, wanted_gradients = with_prompts(vit.encoder.layers, feature_of(vit), IMAGES, prompts)
+    expected, expected_gradients = with_prompts(vit.encoder.layers, feature_of(vit), IMAGES, prompts)
     got = features(vit, IMAGES, prompts)
     assert got.shape == (3, 24)
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
-    for one, two in zip(torch.autograd.grad((got**2).sum(), prompts), wanted_gradients, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for actual, value in zip(torch.autograd.grad((got**2).sum(), prompts), expected_gradients, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-11, atol=1e-11)
     assert (got - plain).abs().max() > 1e-3, "the prompt had no effect"
 
 
@@ -73,8 +73,8 @@ def test_adapter_in_both_phases(options):
     assert_adapter_is_lpt(adapter, vit.encoder.layers, feature_of(vit), IMAGES)
 
 
-def test_every_dropout_stands_where_it_stood():
-    """A function in the place of each, which the oracle can follow."""
+def test_dropouts_keep_their_places():
+    """Each dropout is replaced by a function for the oracle."""
     vit = tiny()
     for module in list(vit.encoder.modules()):
         for name, child in module.named_children():
@@ -82,17 +82,17 @@ def test_every_dropout_stands_where_it_stood():
                 setattr(module, name, nn.Softsign())
     assert sum(isinstance(module, nn.Softsign) for module in vit.modules()) == 7
     prompts = make_prompts(24, batch=3)
-    wanted, _ = with_prompts(vit.encoder.layers, feature_of(vit), IMAGES, prompts)
-    torch.testing.assert_close(features(vit, IMAGES, prompts), wanted, rtol=1e-12, atol=1e-12)
+    expected, _ = with_prompts(vit.encoder.layers, feature_of(vit), IMAGES, prompts)
+    torch.testing.assert_close(features(vit, IMAGES, prompts), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rates", [{"dropout": 0.5}, {"attention_dropout": 0.5}], ids=["dropout", "attention"])
-def test_dropout_acts_while_training_only(rates):
+def test_dropout_in_training_only(rates):
     prompts = make_prompts(24, batch=None)
     vit = tiny(**rates)
-    wanted, _ = with_prompts(vit.encoder.layers, feature_of(vit), IMAGES, prompts)
+    expected, _ = with_prompts(vit.encoder.layers, feature_of(vit), IMAGES, prompts)
     got = features(vit, IMAGES, prompts)
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     with torch.random.fork_rng(devices=[]):
         backbone = find_backbone(vit.train())
         once, twice = (backbone.pool(backbone.run(backbone.embed(IMAGES), 0, prompts)) for _ in range(2))
@@ -107,7 +107,7 @@ def test_neutral_outside_the_adapter_and_after_unwrap(training):
     tensors = copy.deepcopy(vit.state_dict())
     trainable = [parameter.requires_grad for parameter in vit.parameters()]
     plain = vit(IMAGES)
-    # Freezing alone changes torch's choice of kernels inside nn.MultiheadAttention, and with it the last bits.
+    # Freezing alone changes the kernels in nn.MultiheadAttention, and with them the last bits.
     frozen = copy.deepcopy(vit).requires_grad_(False)(IMAGES)
     adapter = LongTailPromptAdapter.wrap(vit)
     adapter(IMAGES)
@@ -124,24 +124,24 @@ def test_neutral_outside_the_adapter_and_after_unwrap(training):
 def test_deepcopy_pickle_and_compile(phase):
     adapter = LongTailPromptAdapter.wrap(tiny(), pool_size=5)
     adapter.phase = phase
-    wanted = adapter(IMAGES)
-    assert torch.equal(copy.deepcopy(adapter)(IMAGES), wanted)
-    assert torch.equal(pickle.loads(pickle.dumps(adapter))(IMAGES), wanted)
+    expected = adapter(IMAGES)
+    assert torch.equal(copy.deepcopy(adapter)(IMAGES), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(adapter))(IMAGES), expected)
     torch._dynamo.reset()
     compiled = torch.compile(adapter, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(IMAGES), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(compiled(IMAGES), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_bfloat16_autocast():
     vit = tiny(dtype=torch.float32)
     prompts = [prompt.detach().float().requires_grad_() for prompt in make_prompts(24, batch=None)]
     with torch.autocast("cpu", torch.bfloat16):
-        wanted, wanted_gradients = with_prompts(vit.encoder.layers, feature_of(vit), IMAGES.float(), prompts)
+        expected, expected_gradients = with_prompts(vit.encoder.layers, feature_of(vit), IMAGES.float(), prompts)
         got = features(vit, IMAGES.float(), prompts)
         gradients = torch.autograd.grad((got**2).sum(), prompts)
-    assert (got - wanted).norm() < 0.02 * wanted.norm()
-    for one, two in zip(gradients, wanted_gradients, strict=True):
-        assert (one - two).norm() < 0.1 * two.norm()
+    assert (got - expected).norm() < 0.02 * expected.norm()
+    for actual, value in zip(gradients, expected_gradients, strict=True):
+        assert (actual - value).norm() < 0.1 * value.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -154,26 +154,26 @@ def test_low_precision_weights(dtype):
 
 @pytest.mark.parametrize("merged", [False, True], ids=["around", "merged"])
 @pytest.mark.parametrize("targets", [["self_attention"], r".*mlp\.[03]"], ids=["attention", "mlp"])
-def test_lora_comes_along(targets, merged, recwarn):
-    """peft wraps the nn.MultiheadAttention itself; the oracle is the model with LoRA, by concatenation."""
+def test_lora_and_prompts(targets, merged, recwarn):
+    """PEFT wraps the nn.MultiheadAttention; the oracle is the model with LoRA, by concatenation."""
     config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     lora = get_peft_model(tiny(), config).double()
     vit = lora.merge_and_unload() if merged else lora.get_base_model()
     prompts = make_prompts(24, batch=3)
-    wanted, wanted_gradients = with_prompts(vit.encoder.layers, feature_of(vit), IMAGES, prompts)
+    expected, expected_gradients = with_prompts(vit.encoder.layers, feature_of(vit), IMAGES, prompts)
     without_lora, _ = with_prompts((plain := tiny()).encoder.layers, feature_of(plain), IMAGES, prompts)
-    assert not torch.allclose(wanted, without_lora, atol=1e-3)
+    assert not torch.allclose(expected, without_lora, atol=1e-3)
     recwarn.clear()
     got = features(vit, IMAGES, prompts)
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
-    for one, two in zip(torch.autograd.grad((got**2).sum(), prompts), wanted_gradients, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    for actual, value in zip(torch.autograd.grad((got**2).sum(), prompts), expected_gradients, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-11, atol=1e-11)
     drifting = not merged and targets == ["self_attention"]
     assert any("Merge the LoRA before wrap" in str(warning.message) for warning in recwarn) == drifting
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_wraps_and_is_known_by_its_sizes(name):
+def test_every_name_wraps_and_is_identified_by_its_sizes(name):
     with torch.device("meta"):
         vit = torchvision.models.get_model(name)
     backbone = find_backbone(vit)
@@ -193,7 +193,7 @@ def test_every_name_wraps_and_is_known_by_its_sizes(name):
 
 
 @pytest.mark.parametrize("options", [{}, {"conv_stem_configs": STEM}], ids=["sizes of no name", "stem"])
-def test_unknown_sizes_are_told_in_full(options):
+def test_unknown_sizes_are_recorded_in_full(options):
     info = find_backbone(tiny(**options)).info()
     assert info.architecture == "VisionTransformer"
     rebuilt = VisionTransformer(**info.model_args, **options)
@@ -224,7 +224,7 @@ def test_fingerprint_covers_all_but_the_heads():
     assert fingerprint(find_backbone(vit).frozen_tensors()) != before
 
 
-def test_preprocess_is_that_of_the_weights():
+def test_preprocess_equals_that_of_the_weights():
     with torch.device("meta"):
         vit = torchvision.models.vit_b_16()
     ours, theirs = find_backbone(vit).preprocess(), torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.transforms()
@@ -254,7 +254,7 @@ def test_prompt_file_round_trip(tmp_path):
         ("mvit_v2_s", "shrink between stages"),
     ],
 )
-def test_refusals_say_why_and_what_works(name, why):
+def test_refusals_have_a_reason_and_an_alternative(name, why):
     options = {"input_size": (224, 224)} if name == "maxvit_t" else {}
     with torch.device("meta"):
         model = torchvision.models.get_model(name, **options)
@@ -280,7 +280,7 @@ class OtherBlock(EncoderBlock):
     pass
 
 
-def test_subclasses_that_change_the_way_are_refused():
+def test_subclasses_that_override_the_forward_are_refused():
     with pytest.raises(BackboneError, match=r"OtherForward overrides VisionTransformer\.forward.*subclasses that keep"):
         LongTailPromptAdapter.wrap(tiny(cls=OtherForward))
     vit = tiny()
@@ -303,7 +303,7 @@ def test_wrapping_twice_is_refused():
         LongTailPromptAdapter.wrap(vit)
 
 
-def test_drift_is_caught_and_nothing_changes(monkeypatch):
+def test_changed_blocks_are_detected_and_left_unchanged(monkeypatch):
     monkeypatch.setattr(EncoderBlock, "forward", lambda self, input: input + self.mlp(self.ln_2(input)))
     vit = tiny()
     with pytest.raises(BackboneError, match=r"Prompts do not work in EncoderBlock"):

@@ -1,4 +1,4 @@
-"""transformers' vision encoders with prompts: against token concatenation, through the whole adapter."""
+"""transformers' vision encoders with prompts, against token concatenation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLOAT32 = (
     "InternVLVision",
     "Aimv2Vision",
     "MLCDVision",
-)  # norms or rotation run in float32, whatever comes
+)  # norms or rotation run in float32, whatever the input
 TEXT = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
@@ -53,16 +53,16 @@ def run(backbone, prompts, given):
     return backbone.pool(backbone.run(backbone.embed(**given), 0, prompts))
 
 
-def assert_equal_with_gradients(got, wanted, prompts, tolerance=1e-12):
-    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+def assert_equal_with_gradients(got, expected, prompts, tolerance=1e-12):
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     gradients = torch.autograd.grad((got**2).sum(), prompts)
-    for one, two in zip(gradients, torch.autograd.grad((wanted**2).sum(), prompts), strict=True):
-        assert two.abs().max() > 1e-4, "the oracle's prompt had no effect"
-        torch.testing.assert_close(one, two, rtol=10 * tolerance, atol=10 * tolerance)
+    for actual, value in zip(gradients, torch.autograd.grad((expected**2).sum(), prompts), strict=True):
+        assert value.abs().max() > 1e-4, "the oracle's prompt had no effect"
+        torch.testing.assert_close(actual, value, rtol=10 * tolerance, atol=10 * tolerance)
 
 
 def checkpoint(model, **options):
-    """Under the name of later versions, or of earlier ones."""
+    """By the name in later or in earlier versions."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options or None)
 
@@ -84,13 +84,13 @@ def test_encoders_equal_concatenation(name, per_image):
     before, answer = snapshot(ours), plain(**given).last_hidden_state
     prompts = layer_prompts(per_image)
     with concatenated_prompts(layers_of(plain), prompts):
-        wanted = feature(plain(**given))
+        expected = feature(plain(**given))
 
     backbone = find_backbone(ours)
     backbone.attach()
     got = run(backbone, prompts, given)
     assert backbone.feature_dim == got.shape[1]
-    assert_equal_with_gradients(got, wanted, prompts, 1e-7 if name.partition(":")[0] in FLOAT32 else 1e-12)
+    assert_equal_with_gradients(got, expected, prompts, 1e-7 if name.partition(":")[0] in FLOAT32 else 1e-12)
     assert all(isinstance(layer, Prompted) for layer in backbone.blocks)
     assert torch.equal(ours(**given).last_hidden_state, answer), "the wrapped model answers otherwise"
     backbone.detach()
@@ -104,41 +104,41 @@ def test_eager_attention_equals_concatenation(name, training):
     plain = encoder(name, attn_implementation="eager", pos_embed_rescale=None).train(training)
     ours, prompts = copy.deepcopy(plain), layer_prompts()
     with concatenated_prompts(layers_of(plain), prompts):
-        wanted = ENCODERS[name][0](plain(**inputs(name)))
+        expected = ENCODERS[name][0](plain(**inputs(name)))
     backbone = find_backbone(ours)
     backbone.attach()
-    # eager takes its softmax in float32: equal inputs, equal rounding, but gradients meet only there.
-    torch.testing.assert_close(run(backbone, prompts, inputs(name)), wanted, rtol=1e-6, atol=1e-6)
+    # eager computes its softmax in float32, so gradients have rounding errors of float32.
+    torch.testing.assert_close(run(backbone, prompts, inputs(name)), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "implementation"), [("ViT", "sdpa"), ("ViT", "eager"), ("Beit", "eager")])
-def test_a_mask_of_the_caller_leaves_prompts_visible(name, implementation):
-    """Beit under sdpa adds its boolean mask to the relative bias, so there it masks nothing in transformers itself."""
+def test_masks_do_not_hide_prompts(name, implementation):
+    """With sdpa, Beit of transformers adds its boolean mask to the relative bias, so it does not mask."""
     plain, prompts = encoder(name, attn_implementation=implementation), layer_prompts()
     ours = copy.deepcopy(plain)
     mask = torch.ones(2, 17, dtype=torch.int64)
     mask[0, 9:] = 0
     given = {**inputs(name), "attention_mask": mask}
     with concatenated_prompts(layers_of(plain), prompts):
-        wanted = ENCODERS[name][0](plain(**given))
+        expected = ENCODERS[name][0](plain(**given))
     backbone = find_backbone(ours)
     backbone.attach()
     got = run(backbone, prompts, given)
     tolerance = 1e-12 if implementation == "sdpa" else 1e-6
-    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
     assert not torch.allclose(got, run(backbone, prompts, inputs(name)), atol=1e-3)
 
 
-def test_arguments_of_the_model_reach_it():
+def test_arguments_of_the_model_are_passed_on():
     """Positions interpolated to a larger image, and positional arguments."""
     plain, prompts = encoder("ViT"), layer_prompts()
     images = random_prompts(2, 3, 48, 48).detach()
     with concatenated_prompts(layers_of(plain), prompts):
-        wanted = plain(images, interpolate_pos_encoding=True).last_hidden_state[:, 0]
+        expected = plain(images, interpolate_pos_encoding=True).last_hidden_state[:, 0]
     backbone = find_backbone(plain)
     backbone.attach()
     stream = backbone.embed(images, interpolate_pos_encoding=True)
-    torch.testing.assert_close(backbone.pool(backbone.run(stream, 0, prompts)), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(backbone.pool(backbone.run(stream, 0, prompts)), expected, rtol=1e-12, atol=1e-12)
 
 
 CLASSIFIERS = {
@@ -163,7 +163,7 @@ CLASSIFIERS = {
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_feature_of_a_classifier_is_what_enters_its_head(name):
+def test_feature_of_a_classifier_is_the_input_of_its_head(name):
     width, make = CLASSIFIERS[name]
     plain, prompts, seen = build(make), layer_prompts(), []
     ours = copy.deepcopy(plain)
@@ -183,14 +183,14 @@ def test_feature_of_a_classifier_is_what_enters_its_head(name):
     assert snapshot(ours) == before
 
 
-def test_two_classifiers_give_the_mean_of_cls_and_distillation_token():
+def test_two_classifiers_average_cls_and_distillation_token():
     plain = build(lambda: hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**SIZES, num_labels=7)))
     prompts, ours = layer_prompts(), copy.deepcopy(plain)
     with concatenated_prompts(layers_of(plain), prompts):
-        wanted = plain.deit(**inputs("DeiT")).last_hidden_state[:, :2].mean(1)
+        expected = plain.deit(**inputs("DeiT")).last_hidden_state[:, :2].mean(1)
     backbone = find_backbone(ours)
     backbone.attach()
-    torch.testing.assert_close(run(backbone, prompts, inputs("DeiT")), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(run(backbone, prompts, inputs("DeiT")), expected, rtol=1e-12, atol=1e-12)
 
 
 WHOLE = {
@@ -208,18 +208,18 @@ WHOLE = {
 @pytest.mark.parametrize("name", WHOLE)
 def test_models_with_a_text_tower_get_prompts_in_the_vision_tower_only(name):
     tower, make = WHOLE[name]
-    plain, prompts = build(make).requires_grad_(False), layer_prompts()  # kernels depend on what needs gradients
+    plain, prompts = build(make).requires_grad_(False), layer_prompts()  # kernels depend on requires_grad
     ours = copy.deepcopy(plain)
     ids = torch.tensor([[1, 5, 9, 2], [1, 7, 4, 2]])
     with concatenated_prompts(layers_of(getattr(plain, tower)), prompts):
-        wanted = getattr(plain, tower)(**inputs(name)).pooler_output
+        expected = getattr(plain, tower)(**inputs(name)).pooler_output
     adapter = LongTailPromptAdapter.wrap(ours, 5)
     assert adapter.vit is ours
-    torch.testing.assert_close(run(adapter.backbone, prompts, inputs(name)), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(run(adapter.backbone, prompts, inputs(name)), expected, rtol=1e-12, atol=1e-12)
     assert not any(isinstance(module, Prompted) for module in ours.text_model.modules())
-    for one, two in zip(ours(ids, **inputs(name)).values(), plain(ids, **inputs(name)).values(), strict=True):
-        if isinstance(one, torch.Tensor):
-            assert torch.equal(one, two)
+    for actual, value in zip(ours(ids, **inputs(name)).values(), plain(ids, **inputs(name)).values(), strict=True):
+        if isinstance(actual, torch.Tensor):
+            assert torch.equal(actual, value)
 
 
 _DECODER = {f"decoder_{key}": SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
@@ -237,19 +237,19 @@ LENDERS = {
 
 
 @pytest.mark.parametrize("name", LENDERS)
-def test_models_for_other_tasks_lend_their_encoder(name):
+def test_models_for_other_tasks(name):
     model = build(lambda: getattr(hf, name)(LENDERS[name]()))
     adapter = LongTailPromptAdapter.wrap(model, 5)
     adapter.phase = "group"
     assert all(isinstance(block, Prompted) for block in adapter.backbone.blocks)
     assert sum(isinstance(module, Prompted) for module in model.modules()) == 4, "two layers with their attentions"
     assert adapter.backbone.num_classes == 0
-    assert adapter(**inputs("ViT")).logits.shape == (2, 5)  # MAE masks three quarters of the patches, anew in each run
+    assert adapter(**inputs("ViT")).logits.shape == (2, 5)  # MAE masks random patches in each run
 
 
 @pytest.mark.parametrize("name", ["ViT", "DINOv3ViT"])
 def test_whole_method_by_concatenation(name):
-    """Both phases of the adapter, every pass from layer 1 on the plain model."""
+    """Both phases of the adapter, all passes from layer 1 on the plain model."""
     plain, given = encoder(name), inputs(name, batch=3)
     adapter = LongTailPromptAdapter.wrap(copy.deepcopy(plain), 5, prompt_length=3, pool_size=4, top_k=2).double()
     adapter.phase = "group"
@@ -269,23 +269,23 @@ def test_whole_method_by_concatenation(name):
 
 
 @pytest.mark.parametrize("phase", ["shared", "group"])
-def test_only_what_the_phase_learns_gets_gradients(phase):
+def test_only_trained_parameters_get_gradients(phase):
     adapter = LongTailPromptAdapter.wrap(encoder("Dinov2"), 5).train()
     adapter.phase = phase
     out = adapter(**inputs("Dinov2"), return_output=True)
     (out.logits.sum() + out.similarity.sum()).backward()
-    learnt = {name for name, parameter in adapter.named_parameters() if parameter.grad is not None}
+    trained = {name for name, parameter in adapter.named_parameters() if parameter.grad is not None}
     expected = {"shared": {"shared.prompts"}, "group": {"pool.prompts", "pool.keys"}}[phase] | {"head.weight"}
-    assert learnt == expected
+    assert trained == expected
 
 
 @pytest.mark.parametrize("copies", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_of_an_adapter_answer_alike(copies, monkeypatch):
+def test_copies_of_an_adapter_compute_the_same(copies, monkeypatch):
     adapter = LongTailPromptAdapter.wrap(encoder("DINOv3ViT"), 5).eval()
     adapter.phase = "group"
     given = inputs("DINOv3ViT")
     answer = adapter(**given).logits
-    monkeypatch.setattr(_prompted, "_made", {})  # as in a process that has met no layer class yet
+    monkeypatch.setattr(_prompted, "_made", {})  # as in a new process
     twin = copies(adapter)
     assert torch.equal(twin(**given).logits, answer)
     assert twin.backbone.model is twin.vit
@@ -309,8 +309,8 @@ def test_compiles_into_one_graph(name, phase):
     answers = [module(**inputs(name), return_output=True) for module in (compiled, adapter)]
     gradients = []
     for out in answers:
-        learnt = [adapter.shared.prompts if phase == "shared" else adapter.pool.prompts]
-        gradients.append(torch.autograd.grad((out.logits**2).sum(), learnt)[0])
+        trained = [adapter.shared.prompts if phase == "shared" else adapter.pool.prompts]
+        gradients.append(torch.autograd.grad((out.logits**2).sum(), trained)[0])
     torch.testing.assert_close(*(out.logits for out in answers), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
@@ -338,7 +338,7 @@ def test_classifiers_compile_too():
 
 
 def test_two_passes_before_one_backward_with_checkpointing():
-    """The trap of checkpointing: recomputation must see the prompt of its own pass."""
+    """The recomputation in the backward pass must use the prompt of its forward pass."""
     gradients = []
     for checkpointing in (False, True):
         vit = encoder("Dinov2").train()
@@ -350,40 +350,40 @@ def test_two_passes_before_one_backward_with_checkpointing():
         total = sum((run(backbone, prompts, inputs("Dinov2")) ** 2).sum() for prompts in (first, second))
         gradients.append(torch.autograd.grad(total, first + second))
         assert vit.config._attn_implementation == "sdpa"
-    for one, two in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    for actual, value in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("cast", [False, True], ids=["autocast", "bfloat16 model"])
 def test_half_precision_runs_and_stays_close(cast):
     vit, given = encoder("ViT").float(), {"pixel_values": inputs("ViT")["pixel_values"].float()}
     adapter = LongTailPromptAdapter.wrap(vit, 5).eval()
-    wanted = adapter.features(**given)
+    expected = adapter.features(**given)
     if cast:
         vit.bfloat16()
         given = {"pixel_values": given["pixel_values"].bfloat16()}
     with torch.autocast("cpu", torch.bfloat16, enabled=not cast):
         got = adapter.features(**given)
-    assert torch.cosine_similarity(got.float(), wanted).min() > 0.99
+    assert torch.cosine_similarity(got.float(), expected).min() > 0.99
     got.float().sum().backward()
     assert adapter.shared.prompts.grad.abs().max() > 0
 
 
-def test_lora_inside_the_layers_comes_along():
+def test_lora_inside_the_layers():
     peft = pytest.importorskip("peft")
     plain = encoder("ViT")
     lora = peft.LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], r=2, init_lora_weights=False)
     model = peft.get_peft_model(plain, lora).eval()
     prompts = layer_prompts()
     with concatenated_prompts(layers_of(plain), prompts):
-        wanted = plain(**inputs("ViT")).last_hidden_state[:, 0]
+        expected = plain(**inputs("ViT")).last_hidden_state[:, 0]
     backbone = find_backbone(model)
     backbone.attach()
-    torch.testing.assert_close(run(backbone, prompts, inputs("ViT")), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(run(backbone, prompts, inputs("ViT")), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_second_forward_in_the_middle_of_one_changes_neither():
-    """What two threads on one model do to each other, without the threads; and another wrapped model in a hook."""
+def test_nested_forwards_do_not_affect_each_other():
+    """A second forward of the same model, and another wrapped model, called in a hook as threads might."""
     vit, other = encoder("ViT"), encoder("ViT")
     adapter = LongTailPromptAdapter.wrap(vit, 5).eval()
     LongTailPromptAdapter.wrap(other, 5)
@@ -399,7 +399,7 @@ def test_a_second_forward_in_the_middle_of_one_changes_neither():
     def interrupt(module, *_):
         if not busy:
             busy.append(True)
-            # The model itself, called while it runs itself, would be taken for its own continuation.
+            # A call of the model by its own layers would be recorded as part of the outer call.
             names = ["prompted", "other"] if module is vit.embeddings else list(calls)
             answers.extend((name, calls[name]()) for name in names)
             busy.clear()
@@ -417,7 +417,7 @@ def test_a_second_forward_in_the_middle_of_one_changes_neither():
         handle.remove()
 
 
-def test_failed_call_leaves_no_trace():
+def test_failed_calls_change_nothing():
     vit = encoder("ViT")
     backbone = find_backbone(vit)
     before = snapshot(vit)
@@ -436,15 +436,15 @@ def test_failed_call_leaves_no_trace():
 
 
 @pytest.mark.parametrize("options", [{"modules_to_save": ["classifier"]}, {"target_modules": "all-linear"}])
-def test_classifiers_that_peft_wraps_are_still_classifiers(options):
+def test_classifiers_wrapped_by_peft(options):
     peft = pytest.importorskip("peft")
     plain = classifier("Dinov2")
-    wanted = find_backbone(plain)
-    wanted.attach()
-    stream = wanted.embed(**inputs("Dinov2"))
+    expected = find_backbone(plain)
+    expected.attach()
+    stream = expected.embed(**inputs("Dinov2"))
     prompts = layer_prompts()
-    feature = wanted.pool(wanted.run(stream, 0, prompts))
-    wanted.detach()
+    feature = expected.pool(expected.run(stream, 0, prompts))
+    expected.detach()
     query = ["q_proj", "query"]  # the latter before transformers 5.11
     model = peft.get_peft_model(plain, peft.LoraConfig(**{"target_modules": query, "r": 2, **options})).eval()
     backbone = find_backbone(model)
@@ -460,12 +460,12 @@ def test_peft_models_of_several_kinds_of_adapters():
     assert LongTailPromptAdapter.wrap(model, 5).eval()(**inputs("ViT")).logits.shape == (2, 5)
 
 
-def test_another_model_of_the_same_config_object_answers_as_always():
-    """Called in the middle of a prompted layer, as another thread might."""
+def test_other_models_with_the_same_config_object_do_not_change():
+    """Called inside a prompted layer, as another thread might."""
     vit = encoder("ViT")
     other = type(vit)(vit.config).double().eval()
     assert other.config is vit.config
-    wanted = other(**inputs("ViT")).last_hidden_state
+    expected = other(**inputs("ViT")).last_hidden_state
     adapter = LongTailPromptAdapter.wrap(vit, 5).eval()
     seen = []
     hook = partial(lambda *_: seen.append(other(**inputs("ViT")).last_hidden_state))
@@ -473,23 +473,23 @@ def test_another_model_of_the_same_config_object_answers_as_always():
     logits = adapter(**inputs("ViT")).logits
     handle.remove()
     assert len(seen) == 2, "once for the prompt, once for the tokens"
-    assert all(torch.equal(answer, wanted) for answer in seen)
+    assert all(torch.equal(answer, expected) for answer in seen)
     assert torch.equal(adapter(**inputs("ViT")).logits, logits)
 
 
 @pytest.mark.parametrize("part", ["Model", "ForImageClassification"])
-def test_tuples_instead_of_outputs_change_nothing(part):
+def test_return_dict_false(part):
     vit = encoder("ViT") if part == "Model" else classifier("ViT")
     adapter = LongTailPromptAdapter.wrap(vit, 5).eval()
-    wanted = adapter(**inputs("ViT")).logits
-    assert torch.equal(adapter(**inputs("ViT"), return_dict=False).logits, wanted)
+    expected = adapter(**inputs("ViT")).logits
+    assert torch.equal(adapter(**inputs("ViT"), return_dict=False).logits, expected)
     if part == "Model":  # classifiers of transformers 5.23 do not run so by themselves
         vit.config.return_dict = False
-        assert torch.equal(adapter(**inputs("ViT")).logits, wanted)
+        assert torch.equal(adapter(**inputs("ViT")).logits, expected)
         assert isinstance(vit(**inputs("ViT")), tuple)
 
 
-def test_labels_give_a_loss_by_the_adapters_own_head():
+def test_labels_give_a_loss_of_the_adapters_head():
     adapter = LongTailPromptAdapter.wrap(classifier("ViT"), 9).eval()
     labels = torch.tensor([0, 8])
     out = adapter(**inputs("ViT"), labels=labels)

@@ -1,4 +1,4 @@
-"""What of transformers takes no prompts and why, and what prompt files say of the models that do."""
+"""Models of transformers that cannot take prompts, and the description of the others in prompt files."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def of(family, **settings):
 
 MIT = {"mit_hidden_size": 24, "mit_num_attention_heads": 2, "mit_num_hidden_layers": 1, "mit_intermediate_size": 32}
 REFUSED = {
-    "tuples, and a bias": (of("Data2VecVision"), "Data2VecVisionLayer .*answers with a tuple.*What works"),
-    "tuples": (of("FlavaImage"), r"FlavaLayer .*answers with a tuple.*What works"),
+    "tuples, and a bias": (of("Data2VecVision"), "Data2VecVisionLayer .*returns a tuple.*Supported"),
+    "tuples": (of("FlavaImage"), r"FlavaLayer .*returns a tuple.*Supported"),
     "windows": (of("VitDet"), "VitDetLayer .*cannot be run on tokens alone"),
     "SAM": (of("SamVision"), "SamVisionLayer .*cannot be run on tokens alone"),
-    "text tokens of their own": (
+    "additional text tokens": (
         of("XCLIPVision", num_frames=2, **MIT),
         "do not work in XCLIPVisionEncoderLayer",
     ),
-    "causal": (of("Phi4MultimodalVision"), "do not work in Phi4MultimodalVisionEncoderLayer .*whole effect is"),
+    "causal": (of("Phi4MultimodalVision"), "do not work in Phi4MultimodalVisionEncoderLayer .*effect"),
     "unknown argument": (
         of("Llama4Vision", vision_output_dim=24, projector_input_dim=24, projector_output_dim=24),
         "Llama4VisionEncoderLayer .*cannot be run on tokens alone.*freqs_ci",
@@ -44,7 +44,7 @@ REFUSED = {
     ),
     "hierarchy": (
         lambda: hf.SwinModel(hf.SwinConfig(image_size=32, patch_size=4, embed_dim=12, depths=[1, 1], num_heads=[1, 2])),
-        "SwinModel has 2 stacks .*hierarchical.*plain ViT has one",
+        "SwinModel has 2 stacks .*hierarchical.*plain ViT has a single stack",
     ),
     "convolutions": (
         lambda: hf.ResNetModel(hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])),
@@ -62,19 +62,19 @@ REFUSED = {
     ),
     "feature maps": (
         lambda: hf.Dinov2Backbone(hf.Dinov2Config(**SIZES)),
-        "Dinov2Backbone gives feature maps.*AutoModel",
+        "Dinov2Backbone returns feature maps.*AutoModel",
     ),
     "two towers": (
         lambda: hf.VisionTextDualEncoderModel(
             vision_model=hf.ViTModel(hf.ViTConfig(**SIZES)), text_model=hf.ViTModel(hf.ViTConfig(**SIZES))
         ),
-        "VisionTextDualEncoderModel has 2 vision towers: wrap one of them",
+        "VisionTextDualEncoderModel has 2 vision towers: wrap a single tower",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_with_a_reason_and_left_as_it_was(case):
+def test_refused_with_a_reason_and_unchanged(case):
     make, message = REFUSED[case]
     with torch.random.fork_rng(devices=[]):
         model = make().eval()
@@ -90,7 +90,7 @@ def test_a_part_of_a_model_is_refused():
         find_backbone(layer)
 
 
-def test_shell_around_timm_is_refused_by_its_content():
+def test_wrapper_of_a_timm_model_is_refused():
     vit = encoder("ViT")
     vit.timm_model = torch.nn.Identity()  # as in TimmWrapperModel
     with pytest.raises(BackboneError, match=r"wrap\(model\.timm_model\)"):
@@ -118,7 +118,7 @@ def test_second_adapter_is_refused():
         LongTailPromptAdapter.wrap(vit, 5)
 
 
-def test_attention_function_changed_behind_the_adapters_back():
+def test_attention_function_changed_after_wrap():
     vit = encoder("ViT")
     adapter = LongTailPromptAdapter.wrap(vit, 5).eval()
     answer = adapter(**inputs("ViT"))
@@ -137,17 +137,17 @@ def test_reentrant_checkpointing_is_refused():
     assert adapter(**inputs("ViT")).logits.shape == (2, 5)
 
 
-def test_layers_with_a_forward_of_their_own_are_refused():
-    """What accelerate does to a model loaded over several devices."""
+def test_layers_with_a_replaced_forward_are_refused():
+    """As accelerate does with a model on several devices."""
     vit = encoder("ViT")
     vit.layers[1].forward = vit.layers[1].forward
-    with pytest.raises(BackboneError, match=r"ViTLayer has its forward replaced.*without device_map"):
+    with pytest.raises(BackboneError, match=r"ViTLayer was replaced on the object.*without device_map"):
         LongTailPromptAdapter.wrap(vit, 5)
     assert not any(isinstance(module, Prompted) for module in vit.modules())
 
 
 def test_self_check_refuses_drift(monkeypatch):
-    """Upstream drift: an attention that treats the first tokens otherwise, which no list of names would find."""
+    """An attention that treats the first tokens differently, which no list of names would detect."""
     original = modeling_vit.ViTAttention.forward
 
     def drifted(self, hidden_states, *args, **kwargs):
@@ -156,21 +156,21 @@ def test_self_check_refuses_drift(monkeypatch):
 
     monkeypatch.setattr(modeling_vit.ViTAttention, "forward", drifted)
     vit = encoder("ViT")
-    with pytest.raises(BackboneError, match=r"Prompts do not work in ViTLayer of transformers.*is off by"):
+    with pytest.raises(BackboneError, match=r"Prompts do not work in ViTLayer of transformers.*difference to token"):
         LongTailPromptAdapter.wrap(vit, 5)
     assert not any(isinstance(module, Prompted) for module in vit.modules())
 
 
-def test_self_check_refuses_a_silent_no_op(monkeypatch):
+def test_self_check_refuses_prompts_without_effect(monkeypatch):
     vit = encoder("ViT")
     monkeypatch.setattr(_prompted, "_append", lambda tokens, prompt, axis=1: tokens)
-    with pytest.raises(BackboneError, match="is off by"):
+    with pytest.raises(BackboneError, match="difference to token concatenation"):
         LongTailPromptAdapter.wrap(vit, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_self_check_does_not_depend_on_weights_and_leaves_them(dtype):
-    """A fresh model may hide its attention: zero projections, a LayerScale of 1e-6."""
+def test_self_check_does_not_use_or_change_weights(dtype):
+    """The attention of a new model may have no effect: zero projections, a LayerScale of 1e-6."""
     vit = encoder("Dinov2").to(dtype)
     with torch.no_grad():
         for layer in vit.encoder.layer:
@@ -185,13 +185,13 @@ def test_self_check_does_not_depend_on_weights_and_leaves_them(dtype):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_self_check_runs_as_it_is_where_weights_are_not_floating():
+def test_self_check_keeps_weights_that_are_not_floating_point():
     vit = encoder("ViT")
     vit.layers[0].attention.quantised = torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
     LongTailPromptAdapter.wrap(vit, 5)
 
 
-def test_meta_modules_attach_unchecked():
+def test_meta_modules():
     with torch.device("meta"):
         vit = hf.ViTModel(hf.ViTConfig(**SIZES))
     LongTailPromptAdapter.wrap(vit, 5)
@@ -216,7 +216,7 @@ def test_info_names_model_and_origin():
     assert find_backbone(encoder("ViT")).info().hub_id is None
 
 
-def test_info_does_not_take_a_folder_for_a_hub_id(tmp_path, monkeypatch):
+def test_info_of_a_model_from_a_folder_has_no_hub_id(tmp_path, monkeypatch):
     (tmp_path / "my" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     vit = encoder("ViT")
@@ -236,7 +236,7 @@ def test_info_does_not_take_a_folder_for_a_hub_id(tmp_path, monkeypatch):
         ("Radio", 0.0, "bicubic"),
     ],
 )
-def test_preprocess_is_usual_in_the_family(name, mean, interpolation):
+def test_preprocess_of_the_family(name, mean, interpolation):
     """Numbers as in the preprocessor_config.json of the families' best-known checkpoints."""
     preprocess = find_backbone(encoder(name)).preprocess()
     assert preprocess["input_size"] == [3, 32, 32]
@@ -250,7 +250,7 @@ def test_preprocess_is_usual_in_the_family(name, mean, interpolation):
 
 @pytest.mark.parametrize("name", [name for name in ENCODERS if ":" not in name])
 def test_prompt_files(name, tmp_path):
-    """Every encoder's own account fits the format, and its prompts come back."""
+    """The description of every encoder fits the format, and its prompts can be loaded."""
     adapter = LongTailPromptAdapter.wrap(encoder(name).float(), 5, prompt_length=3, pool_size=4)
     adapter.save_pretrained(tmp_path)
     vit = adapter.unwrap()

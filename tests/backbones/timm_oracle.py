@@ -1,8 +1,8 @@
-"""The oracle of timm's ViTs with positions inside the blocks: prompt tokens go in front, and know no position.
+"""Oracle of timm's ViTs with positions inside the blocks: prompt tokens come first and have no position.
 
 Token concatenation as in `tests/oracle.py`, extended to rotary embeddings (prompts count as prefix tokens,
 which are not rotated), relative-position biases (0 for rows and columns of prompts) and masks (prompts are
-visible). It changes the original modules from outside and knows nothing of lpt_peft.
+visible). It changes the original modules by hooks and does not use lpt_peft.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def pad_table(table: Tensor, n: int) -> Tensor:
 
 @contextmanager
 def prepended_prompts(blocks: Sequence[nn.Module], prompts: Sequence[Tensor]) -> Iterator[None]:
-    """While open, block i runs on `[prompts[i]; x]`, (n, d) or (B, n, d), and returns the last N tokens."""
+    """Let block i run on `[prompts[i]; x]`, (n, d) or (B, n, d), and return the last N tokens; a context."""
     with ExitStack() as stack:
         for block, prompt in zip(blocks, prompts, strict=True):
             n = prompt.shape[-2]
@@ -34,7 +34,7 @@ def prepended_prompts(blocks: Sequence[nn.Module], prompts: Sequence[Tensor]) ->
                 _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], prompt: Tensor = prompt, n: int = n
             ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
                 x, *rest = args
-                if rest:  # Gemma 4 hands its tables on by position
+                if rest:  # Gemma 4 passes its tables by position
                     rest = [F.pad(rest[0], (0, 0, n, 0), value=1.0), F.pad(rest[1], (0, 0, n, 0), value=0.0), *rest[2:]]
                 tables = ("attn_mask", "shared_rel_pos", "shared_rel_pos_bias")
                 kwargs = {

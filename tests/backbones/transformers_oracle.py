@@ -1,7 +1,7 @@
-"""The oracle for transformers' encoder layers: token concatenation by hooks, written from the equations alone.
+"""Oracle for transformers' encoder layers: token concatenation by hooks, written from the equations.
 
-As in tests/oracle.py, with what these layers are given besides tokens: masks let everyone see the prompts, rotary
-tables do not rotate them, relative bias is 0 for them. It knows nothing of lpt_peft.
+Like tests/oracle.py, with the other arguments of these layers: masks do not hide prompts, rotary tables do not rotate
+them, their relative bias is 0. It does not use lpt_peft.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 @contextmanager
 def concatenated_prompts(layers: Sequence[nn.Module], prompts: Sequence[Tensor]) -> Iterator[None]:
-    """While open, layer i runs on `[x; prompts[i]]`, (n, d) or (B, n, d), and returns the first N tokens."""
+    """Let layer i run on `[x; prompts[i]]`, (n, d) or (B, n, d), and return the first N tokens; a context."""
     with ExitStack() as stack:
         for layer, prompt in zip(layers, prompts, strict=True):
             count = prompt.shape[-2]
@@ -53,7 +53,7 @@ def concatenated_prompts(layers: Sequence[nn.Module], prompts: Sequence[Tensor])
 
 
 def extend(value: Any, count: int) -> Any:
-    """A layer's argument for `count` tokens more, behind the others."""
+    """A layer's argument for `count` more tokens after the others."""
     if isinstance(value, Tensor) and value.ndim == 4:  # a mask or shared relative bias (B or 1, 1 or h, N, N)
         allowed = True if value.dtype == torch.bool else 0.0
         return F.pad(value, (0, count, 0, count), value=allowed)

@@ -1,4 +1,4 @@
-"""Tiny vision encoders of transformers with random weights, their inputs, and the feature each is known by."""
+"""Tiny vision encoders of transformers with random weights, their inputs and their features."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ _ELSEWHERE = {  # not among the package's own names
 
 
 def randomise(model: nn.Module) -> Any:
-    """Weights large enough to matter everywhere, biases and relative positions too; float64, eval mode."""
+    """Large random weights, also of biases and relative positions; float64, eval mode."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -125,7 +125,7 @@ def build(make: Callable[[], nn.Module]) -> Any:
 
 
 def inputs(name: str, batch: int = 2) -> dict[str, Tensor]:
-    """Random images (or videos, patches) in float64, with the masks the encoder asks for."""
+    """Random images (or videos, patches) in float64, with the masks that the encoder needs."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

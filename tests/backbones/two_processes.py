@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lpt_peft import LongTailPromptAdapter
+from lpt_peft._prompt_content import content_of
 from lpt_peft.checkpoint import encode
 from tests.backbones.models import ROWS, build, images
 
@@ -21,7 +22,7 @@ TARGET = torch.tensor([0, 3, 1, 4])
 
 
 def objective(model: nn.Module, batch: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy and the match term, which gives the keys their gradient."""
+    """Cross-entropy and the match term, which trains the keys."""
     out: Any = model(batch, return_output=True)
     match = 1 - out.similarity.mean() if out.similarity.numel() else 0.0
     return nn.functional.cross_entropy(out.logits, target) + match
@@ -68,8 +69,8 @@ def saved(row: str, phase: str, kind: str) -> dict[str, Any]:
     with torch.no_grad():  # without a backward pass FSDP2 leaves the root's parameters in buffers that it frees later
         adapter(images(2))
     best = adapter.adapter_state_dict()
-    config, weights = encode(adapter)
-    return {"config": config, "weights": weights, "best": best}
+    encoded = encode(content_of(adapter))
+    return {"config": encoded.copy, "weights": encoded.weights, "best": best}
 
 
 def everything() -> dict[tuple[str, ...], Any]:

@@ -1,4 +1,4 @@
-"""Checkpoints of the published program, made by hand from their names and shapes, against token concatenation."""
+"""Checkpoints of the paper's program, built from their names and shapes, against token concatenation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lpt_peft import LongTailPromptAdapter
-from lpt_peft.checkpoint import load_prompts, read_prompt_file
-from lpt_peft.checkpoint.convert_official import read_published, write_published
+from lpt_peft.checkpoint import read_prompt_file
+from lpt_peft.checkpoint.convert_official import read_official, write_official
 from lpt_peft.cli import main
 from lpt_peft.errors import (
     BackboneError,
@@ -60,10 +60,10 @@ def checkpoint(path, module="module.", wrapped=True, state=None):
 @pytest.mark.parametrize("module", ["module.", ""])
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_logits_are_those_of_token_concatenation(tmp_path, module, wrapped):
-    published = read_published(checkpoint(tmp_path / "a.pth", module, wrapped))
-    write_published(published, tmp_path / "prompts", source="a.pth")
+    official = read_official(checkpoint(tmp_path / "a.pth", module, wrapped))
+    write_official(official, tmp_path / "prompts", source="a.pth")
     given = parts()
-    wanted = lpt_by_concatenation(
+    expected = lpt_by_concatenation(
         plain_vit(1e-5),
         IMAGES,
         given["prompt_learner.Prompt_Tokens"],
@@ -73,43 +73,44 @@ def test_logits_are_those_of_token_concatenation(tmp_path, module, wrapped):
         top_k=2,
         scale=20.0,
     )
-    for adapter in (published.adapter, load_prompts(tmp_path / "prompts", plain_vit(1e-5))):
+    for vit in (official.vit, plain_vit(1e-5)):
+        adapter = LongTailPromptAdapter.from_pretrained(tmp_path / "prompts", vit)
         out = adapter(IMAGES, return_output=True)
         assert adapter.phase == "group"
-        assert torch.allclose(out.logits, wanted["logits"], atol=1e-4)
-        assert torch.equal(out.groups.sort().values, wanted["groups"].sort().values)
+        assert torch.allclose(out.logits, expected["logits"], atol=1e-4)
+        assert torch.equal(out.groups.sort().values, expected["groups"].sort().values)
 
 
 def test_the_eps_is_carried_and_compared(tmp_path):
-    published = read_published(checkpoint(tmp_path / "a.pth"))
-    write_published(published, tmp_path / "prompts", source="a.pth")
-    config = read_prompt_file(tmp_path / "prompts").config
-    assert config["backbone"]["model_args"] == {"norm_eps": 1e-5}
-    assert config["training"] == {"converted_from": "a.pth"}
+    official = read_official(checkpoint(tmp_path / "a.pth"))
+    write_official(official, tmp_path / "prompts", source="a.pth")
+    content = read_prompt_file(tmp_path / "prompts")
+    assert content.backbone.model_args == {"norm_eps": 1e-5}
+    assert content.metadata.training == {"converted_from": "a.pth"}
     with pytest.raises(BackboneMismatchError, match=r"eps=1e-05; the ViT given has 1e-06.*norm_layer=partial"):
-        load_prompts(tmp_path / "prompts", plain_vit(1e-6))
+        LongTailPromptAdapter.from_pretrained(tmp_path / "prompts", plain_vit(1e-6))
 
 
 def test_whether_the_backbone_inside_is_the_pretrained_one(tmp_path):
-    published = read_published(checkpoint(tmp_path / "a.pth"))
+    official = read_official(checkpoint(tmp_path / "a.pth"))
     pretrained = plain_vit(1e-6, num_classes=3)  # other head, other eps: the same weights
     pretrained.load_state_dict(
         plain_vit(1e-5).state_dict() | {n: t for n, t in pretrained.state_dict().items() if "head" in n}
     )
     pretrained.pretrained_cfg = {"architecture": "vit_x", "tag": "in21k", "hf_hub_id": "timm/vit_x.in21k"}
-    assert write_published(published, tmp_path / "same", source="a", pretrained=pretrained) is True
-    backbone = read_prompt_file(tmp_path / "same").config["backbone"]
-    assert (backbone["pretrained_tag"], backbone["hub_id"]) == ("in21k", "timm/vit_x.in21k")
-    assert write_published(published, tmp_path / "other", source="a", pretrained=plain_vit(1e-6, seed=5)) is False
-    assert write_published(published, tmp_path / "none", source="a") is None
+    assert write_official(official, tmp_path / "same", source="a", pretrained=pretrained) is True
+    backbone = read_prompt_file(tmp_path / "same").backbone
+    assert (backbone.pretrained_tag, backbone.hub_id) == ("in21k", "timm/vit_x.in21k")
+    assert write_official(official, tmp_path / "other", source="a", pretrained=plain_vit(1e-6, seed=5)) is False
+    assert write_official(official, tmp_path / "none", source="a") is None
     for name in ("other", "none"):
-        backbone = read_prompt_file(tmp_path / name).config["backbone"]
-        assert (backbone["pretrained_tag"], backbone["hub_id"]) == (None, None)
+        backbone = read_prompt_file(tmp_path / name).backbone
+        assert (backbone.pretrained_tag, backbone.hub_id) == (None, None)
         with pytest.raises(ConfigError, match=r"from_pretrained\(folder, vit\)"):
             LongTailPromptAdapter.from_pretrained(tmp_path / name)
 
 
-def test_the_name_timm_has_for_it(tmp_path):
+def test_the_name_of_the_backbone_in_timm(tmp_path):
     vit = plain_vit(1e-5, img_size=224, patch_size=16, embed_dim=192, depth=1, num_heads=3)
     given = {**vit.state_dict(), **parts()}
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
@@ -120,9 +121,9 @@ def test_the_name_timm_has_for_it(tmp_path):
         "prompt_learner.head.weight": draw(192, 2),
     }
     torch.save({"state_dict": given}, tmp_path / "a.pth")
-    published = read_published(tmp_path / "a.pth")
-    assert published.architecture == "vit_tiny_patch16_224"
-    assert published.adapter.vit.blocks[0].attn.num_heads == 3
+    official = read_official(tmp_path / "a.pth")
+    assert official.architecture == "vit_tiny_patch16_224"
+    assert official.vit.blocks[0].attn.num_heads == 3
 
 
 class Evil:
@@ -181,27 +182,27 @@ REFUSED = {
 def test_refused(tmp_path, capsys, make, error, words):
     make(tmp_path / "a.pth")
     with pytest.raises(error, match=words) as caught:
-        read_published(tmp_path / "a.pth")
+        read_official(tmp_path / "a.pth")
     assert len(str(caught.value)) < 900
     assert capsys.readouterr().out == ""
 
 
-def test_a_width_that_does_not_tell_the_heads(tmp_path):
+def test_a_width_that_does_not_determine_the_heads(tmp_path):
     vit = plain_vit(1e-5, embed_dim=48, num_heads=4)
     state = {**vit.state_dict(), **{n: t[..., :48] if t.shape[-1] == D else t[:48] for n, t in parts().items()}}
     torch.save(state, tmp_path / "a.pth")
     with pytest.raises(BackboneError, match="give num_heads="):
-        read_published(tmp_path / "a.pth")
+        read_official(tmp_path / "a.pth")
     with pytest.raises(BackboneError, match="give num_heads="):
-        read_published(tmp_path / "a.pth", num_heads=5)
-    assert read_published(tmp_path / "a.pth", num_heads=4).adapter.prompt_config.dim == 48
+        read_official(tmp_path / "a.pth", num_heads=5)
+    assert read_official(tmp_path / "a.pth", num_heads=4).content.config.dim == 48
 
 
 def test_missing_and_arguments(tmp_path):
     with pytest.raises(PromptFileNotFoundError, match="does not exist"):
-        read_published(tmp_path / "a.pth")
+        read_official(tmp_path / "a.pth")
     with pytest.raises(ConfigError, match="top_k=9"):
-        read_published(checkpoint(tmp_path / "a.pth"), top_k=9)
+        read_official(checkpoint(tmp_path / "a.pth"), top_k=9)
 
 
 def test_the_command(tmp_path, capsys):
@@ -209,7 +210,7 @@ def test_the_command(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "prompts"), "--no-compare"]) == 0
     out = capsys.readouterr().out
     assert "VisionTransformer, LayerNorm eps 1e-05" in out
-    assert "Not known whether" in out
+    assert "Unknown whether" in out
     assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "prompts"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["pretrained"], report["compared"]) == (None, "VisionTransformer.augreg_in21k")
@@ -242,4 +243,4 @@ def test_the_command(tmp_path, capsys):
 def test_bombs_and_odd_tensors(tmp_path, changes, error, words):
     checkpoint(tmp_path / "a.pth", state=changes)
     with pytest.raises(error, match=words):
-        read_published(tmp_path / "a.pth")
+        read_official(tmp_path / "a.pth")

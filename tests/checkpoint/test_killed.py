@@ -1,108 +1,53 @@
-"""Writers that are killed: whoever reads beside them or after them finds the old pair or the new, never a mixture."""
+"""Killed writers: readers find the old file or the new, complete, and the next save removes what was left."""
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
-from lpt_peft import LongTailPromptAdapter
-from lpt_peft.checkpoint import WEIGHTS_NAME, encode, files, read_pair, read_prompt_file, save_prompts
-from lpt_peft.checkpoint.files import CONFIG_NAME, left_configs, write_pair
-from lpt_peft.errors import PromptFileIntegrityError, PromptFileNotFoundError
-from tests.conftest import tiny_vit
+from lpt_peft import _files
+from lpt_peft._files import write_atomic_folder
+from lpt_peft.checkpoint import read_prompt_file
+from lpt_peft.checkpoint.files import write_files
+from lpt_peft.errors import PromptFileNotFoundError
+from tests.checkpoint.adapters import NAMES, contents, tiny_content, tiny_encoded
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-WRITERS = 200
-
-
-@cache
-def pair(seed):
-    adapter = LongTailPromptAdapter.wrap(tiny_vit(), prompt_length=2, pool_size=3)
-    generator = torch.Generator().manual_seed(seed)
-    adapter.load_adapter_state_dict(
-        {name: torch.randn(shape, generator=generator) for name, shape in adapter.prompt_config.tensor_shapes.items()}
-    )
-    return encode(adapter, training={"seed": seed, "of another length": "x" * (50 * seed)})
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+SPAWN = multiprocessing.get_context("spawn")
+STEPS = 8  # file system calls of a save that are counted below; the last test shows that there are no more
 
 
-def forked(work):
-    """Run `work` in a child; its exit status is 0 if nothing was raised."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        work()
-        status = 0
-    finally:
-        os._exit(status)
+def write_files_of(folder, seed):
+    encoded = tiny_encoded(seed)
+    write_files(folder, encoded.weights, encoded.copy)
 
 
-def ended(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def save_and_die(folder, pairs, results):
+    """For each (folder, step): write, and die before the given file system call; one child of this process each.
+
+    Runs in a spawned process with a single thread, where fork is safe.
+    """
+    for seed in (0, 1, 2, 3):
+        tiny_encoded(seed)
+    for name, old, step in pairs:
+        child = os.fork()
+        if child == 0:
+            die_before(step)
+            write_files_of(Path(folder) / name, 1 if old != 1 else 2)
+            os._exit(0)
+        results.put((name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 
 
-@pytest.mark.slow
-def test_200_killed_writers_beside_readers(tmp_path, monkeypatch):
-    pairs = [pair(seed) for seed in range(4)]
-    write_pair(tmp_path, *pairs[0])
-
-    def read_until_told():
-        while not (tmp_path / "stop").exists():
-            if read_pair(tmp_path) not in pairs:
-                os._exit(3)
-            read_prompt_file(tmp_path)
-
-    def write_for_ever(own, told):
-        for count in itertools.count():
-            write_pair(tmp_path, *pairs[own[count % 2]])
-            os.write(told, b".")
-
-    readers = [forked(read_until_told) for _ in range(2)]
-    moment = random.Random(0)
-    start = time.perf_counter()
-    write_pair(tmp_path, *pairs[0])
-    save = time.perf_counter() - start  # of this machine, as busy as it is
-    seen = set()
-    for number in range(WRITERS):
-        own = (0, 1) if number % 4 < 2 else (2, 3)
-        hear, tell = os.pipe()
-        writer = forked(lambda own=own, tell=tell: write_for_ever(own, tell))
-        os.close(tell)
-        if number % 2:
-            assert os.read(hear, 1)  # one save is done: another one is under way
-        time.sleep(3 * save * moment.random())
-        os.kill(writer, signal.SIGKILL)
-        assert ended(writer) == -signal.SIGKILL
-        os.close(hear)
-        found = read_pair(tmp_path)
-        assert found in pairs
-        if number % 2:
-            assert pairs.index(found) in own
-        seen.add(pairs.index(found))
-    (tmp_path / "stop").touch()
-    assert [ended(reader) for reader in readers] == [0, 0]
-    assert {place // 2 for place in seen} == {0, 1}
-    # A save leaves nothing of the dead behind, once an hour has passed.
-    monkeypatch.setattr(files, "_LEFT_SECONDS", -1.0)
-    write_pair(tmp_path, *pair(9))
-    assert {path.name for path in tmp_path.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME, "stop"}
-    assert read_pair(tmp_path) == pair(9)
-
-
-STEPS = 12  # calls that change the folder in one save; the last tests show that there are no more
-
-
-def dies_before(step):
-    """In a child: the file system calls of a save, up to the one that is never made."""
+def die_before(step):
+    """Kill this process before its n-th call of replace, unlink or fsync."""
     calls = [0]
 
     def counted(original):
@@ -119,88 +64,115 @@ def dies_before(step):
     os.fsync = counted(os.fsync)
 
 
-@pytest.mark.parametrize("first", ["whole", "nothing", "interrupted"])
-@pytest.mark.parametrize("step", range(STEPS))
-def test_killed_at_every_step(tmp_path, monkeypatch, step, first):
-    monkeypatch.setattr(files, "_LEFT_SECONDS", -1.0)
-    old, new = pair(1), pair(2)
-
-    def save(last, step):
-        dies_before(step)
-        write_pair(tmp_path, *last)
-
-    if first != "nothing":
-        write_pair(tmp_path, *old)
-    if first == "interrupted":  # config.json is put aside already, by another writer that was killed
-        assert ended(forked(lambda: save(pair(3), 3))) == -signal.SIGKILL
-        assert not (tmp_path / CONFIG_NAME).exists()
-        assert read_pair(tmp_path) == old
-    ended(forked(lambda: save(new, step)))
-    if first == "nothing" and not (tmp_path / WEIGHTS_NAME).exists():
-        with pytest.raises(PromptFileNotFoundError):
-            read_pair(tmp_path)
-    else:
-        assert read_pair(tmp_path) in (old, new)
-    # Saving goes on from there, and tidies up.
-    write_pair(tmp_path, *pair(4))
-    assert {path.name for path in tmp_path.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME}
-    assert read_pair(tmp_path) == pair(4)
-
-
-def test_no_save_takes_more_steps(tmp_path):
-    write_pair(tmp_path, *pair(1))
-
-    def save():
-        dies_before(STEPS)
-        write_pair(tmp_path, *pair(2))
-
-    assert ended(forked(save)) == 0
-    assert read_pair(tmp_path) == pair(2)
-
-
-def test_a_copy_that_belongs_to_other_weights_does_not_stand_in(tmp_path):
-    write_pair(tmp_path, *pair(1))
-    (tmp_path / CONFIG_NAME).unlink()
-    (tmp_path / f".{CONFIG_NAME}.{'0' * 32}.old").write_bytes(pair(2)[0])
-    (tmp_path / f".{CONFIG_NAME}.{'1' * 32}.new").write_bytes(b"broken")
-    (tmp_path / f".{CONFIG_NAME}.mine").write_bytes(pair(1)[0])  # not a name of ours
-    with pytest.raises(PromptFileNotFoundError, match=r"config\.json does not exist"):
-        read_pair(tmp_path)
-    (tmp_path / f".{CONFIG_NAME}.{'2' * 32}.old").write_bytes(pair(1)[0])
-    assert read_pair(tmp_path) == pair(1)
-    assert len(left_configs(tmp_path)) == 3
+def test_killed_at_every_step(tmp_path, monkeypatch):
+    """Before each file system call, in an empty folder, over a prompt file, and over the traces of a killed writer."""
+    cases = [(f"{kind}-{step}", kind, step) for kind in ("empty", "old", "killed") for step in range(STEPS + 1)]
+    for name, kind, _ in cases:
+        (tmp_path / name).mkdir()
+        if kind != "empty":
+            write_files_of(tmp_path / name, 0)
+        if kind == "killed":
+            for file in NAMES:
+                (tmp_path / name / f".{file}.{'0' * 32}.tmp").write_bytes(b"half of")
+    results = SPAWN.Queue()
+    process = SPAWN.Process(target=save_and_die, args=(str(tmp_path), [(n, 0, s) for n, _, s in cases], results))
+    process.start()
+    codes = dict(results.get(timeout=300) for _ in cases)
+    process.join()
+    monkeypatch.setattr(_files, "_ABANDONED_SECONDS", -1.0)
+    weights = [tiny_encoded(seed).weights for seed in (0, 1)]
+    found = {name: (tmp_path / name / "prompts.safetensors") for name, _, _ in cases}
+    states = {}
+    for name, kind, step in cases:
+        if kind == "empty" and not found[name].exists():
+            with pytest.raises(PromptFileNotFoundError):
+                read_prompt_file(tmp_path / name)
+            states[name] = None
+        else:
+            read_prompt_file(tmp_path / name)
+            states[name] = weights.index(found[name].read_bytes())
+        assert codes[name] == (0 if step >= STEPS else -signal.SIGKILL), name
+        write_files_of(tmp_path / name, 3)  # the next save completes, and removes temporary files
+        assert contents(tmp_path / name).keys() == NAMES
+        assert found[name].read_bytes() == tiny_encoded(3).weights
+    for kind, first in (("empty", None), ("old", 0), ("killed", 0)):
+        order = [states[f"{kind}-{step}"] for step in range(STEPS + 1)]
+        assert order[0] == first
+        assert order[-1] == 1
+        change = order.index(1)
+        assert set(order[:change]) == {first}
+        assert set(order[change:]) == {1}
 
 
-def test_copies_are_not_looked_at_where_config_json_is_there(tmp_path):
-    write_pair(tmp_path, *pair(1))
-    (tmp_path / f".{CONFIG_NAME}.{'0' * 32}.old").write_bytes(pair(1)[0])
-    (tmp_path / CONFIG_NAME).write_bytes(pair(2)[0])
-    with pytest.raises(PromptFileIntegrityError):
-        read_pair(tmp_path)
+def kill_at_random_moments(folder, rounds, results):
+    """Children of this process write forever and are killed; reports the index of each file found after that."""
+    encoded = [tiny_encoded(seed) for seed in range(4)]
+    moments = random.Random(0)
+    start = time.perf_counter()
+    write_files(Path(folder), encoded[0].weights, encoded[0].copy)
+    save = time.perf_counter() - start  # on this machine, as busy as it is
+    for turn in range(rounds):
+        seeds = (0, 1) if turn % 4 < 2 else (2, 3)
+        ready, started = os.pipe()
+        child = os.fork()
+        if child == 0:
+            for count in itertools.count():
+                chosen = encoded[seeds[count % 2]]
+                write_files(Path(folder), chosen.weights, chosen.copy)
+                os.write(started, b".")
+        os.close(started)
+        if turn % 2:
+            os.read(ready, 1)  # the first save is complete, the next is under way
+        time.sleep(3 * save * moments.random())
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        found = (Path(folder) / "prompts.safetensors").read_bytes()
+        results.put([encoding.weights for encoding in encoded].index(found))
 
 
-def test_no_more_than_64_copies_are_read(tmp_path):
-    write_pair(tmp_path, *pair(1))
-    (tmp_path / CONFIG_NAME).unlink()
-    for number in range(90):
-        (tmp_path / f".{CONFIG_NAME}.{number:032x}.old").write_bytes(b"{}")
-    assert len(left_configs(tmp_path)) == 64
-    with pytest.raises(PromptFileNotFoundError):
-        read_pair(tmp_path)
+@pytest.mark.slow
+def test_writers_killed_at_random_moments(tmp_path):
+    results = SPAWN.Queue()
+    process = SPAWN.Process(target=kill_at_random_moments, args=(str(tmp_path), 100, results))
+    process.start()
+    found = [results.get(timeout=120) for _ in range(100)]
+    process.join()
+    assert process.exitcode == 0
+    for turn in range(1, 100, 2):
+        assert found[turn] in ((0, 1) if turn % 4 < 2 else (2, 3))
+    assert len(set(found)) == 4
+    read_prompt_file(tmp_path)
 
 
-def test_what_another_writer_may_still_need_stays(tmp_path):
-    young = tmp_path / f".{CONFIG_NAME}.{'0' * 32}.new"
-    young.write_bytes(pair(2)[0])
-    write_pair(tmp_path, *pair(1))
+def test_temporary_files_of_a_live_writer_stay(tmp_path):
+    young = tmp_path / f".prompts.safetensors.{'0' * 32}.tmp"
+    young.write_bytes(b"half of")
+    write_files_of(tmp_path, 0)
     assert young.exists()
 
 
-def test_a_users_hidden_files_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_LEFT_SECONDS", -1.0)
-    names = {".config.json.swp", ".prompts.safetensors.0.new", ".git", f".{CONFIG_NAME}.{'0' * 32}.new~"}
+def test_hidden_files_of_the_user_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(_files, "_ABANDONED_SECONDS", -1.0)
+    names = {".config.json.swp", ".prompts.safetensors.0.tmp", ".git", f".config.json.{'0' * 32}.tmp~"}
     for name in names:
         (tmp_path / name).write_text("mine")
-    adapter = LongTailPromptAdapter.wrap(tiny_vit())
-    save_prompts(adapter, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == names | {CONFIG_NAME, WEIGHTS_NAME}
+    write_files_of(tmp_path, 0)
+    assert {path.name for path in tmp_path.iterdir()} == names | NAMES
+
+
+def test_a_folder_is_complete_or_absent(tmp_path, monkeypatch):
+    """The folders of training checkpoints."""
+    write_atomic_folder(tmp_path / "first", {"a": b"1", "b": b"2"})
+    assert contents(tmp_path / "first") == {"a": b"1", "b": b"2"}
+    with pytest.raises(OSError, match="first"):
+        write_atomic_folder(tmp_path / "first", {"a": b"3"})
+    assert contents(tmp_path / "first") == {"a": b"1", "b": b"2"}
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_atomic_folder(tmp_path / "second", {"a": b"1"})
+    assert {path.name for path in tmp_path.iterdir()} == {"first"}
+
+
+def test_content_of_a_seed_is_the_same_in_every_process():
+    assert tiny_content(0).fingerprint == tiny_content(1).fingerprint

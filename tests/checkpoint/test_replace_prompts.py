@@ -1,4 +1,4 @@
-"""Other prompts for a ViT that is wrapped already: all of them, or the shared part alone."""
+"""`load_prompts`: other prompts for a wrapped ViT, all of them or only the shared prompts."""
 
 from __future__ import annotations
 
@@ -6,34 +6,21 @@ import pytest
 import torch
 
 from lpt_peft import LongTailPromptAdapter
-from lpt_peft.checkpoint import encode, load_prompts, save_prompts
 from lpt_peft.errors import BackboneMismatchError, ConfigError, PromptFileError, StateError
+from tests.checkpoint.adapters import IMAGES, encode_adapter, tiny_adapter
 from tests.conftest import tiny_vit
-
-IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def adapter_of(seed, phase="group", num_classes=7, vit=None, **options):
-    sizes = {"prompt_length": 3, "pool_size": 5, "top_k": 2, **options}
-    adapter = LongTailPromptAdapter.wrap(vit or tiny_vit(), num_classes, **sizes)
-    generator = torch.Generator().manual_seed(seed)
-    adapter.load_adapter_state_dict(
-        {name: torch.randn(shape, generator=generator) for name, shape in adapter.prompt_config.tensor_shapes.items()}
-    )
-    adapter.phase = phase
-    return adapter.eval()
 
 
 def state_of(adapter):
-    learnt = {name: tensor.clone() for name, tensor in adapter.adapter_state_dict().items()}
+    trained = {name: tensor.clone() for name, tensor in adapter.adapter_state_dict().items()}
     backbone = {name: tensor.clone() for name, tensor in adapter.vit.state_dict().items()}
-    return learnt, backbone, adapter.phase, adapter.prompt_config, adapter.metadata
+    return trained, backbone, adapter.phase, adapter.prompt_config, adapter.metadata
 
 
 def same(left, right):
     return left[2:] == right[2:] and all(
-        mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-        for mine, theirs in zip(left[:2], right[:2], strict=True)
+        first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+        for first, second in zip(left[:2], right[:2], strict=True)
     )
 
 
@@ -47,17 +34,17 @@ OTHERS = {
 
 @pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
 def test_as_if_loaded_from_the_file(tmp_path, options):
-    other = adapter_of(2, **options)
-    save_prompts(other, tmp_path, training={"seed": 2})
-    adapter = adapter_of(1)
+    other = tiny_adapter(seed=2, **options)
+    other.save_pretrained(tmp_path, training={"seed": 2})
+    adapter = tiny_adapter(seed=1)
     vit, modules = adapter.vit, list(adapter.vit.modules())
     backbone = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
     random = torch.get_rng_state()
     adapter.load_prompts(tmp_path)
     assert torch.equal(random, torch.get_rng_state())
-    fresh = load_prompts(tmp_path, tiny_vit())
+    fresh = LongTailPromptAdapter.from_pretrained(tmp_path, tiny_vit())
     assert torch.equal(adapter(IMAGES), fresh(IMAGES))
-    assert encode(adapter) == encode(fresh)
+    assert encode_adapter(adapter) == encode_adapter(fresh)
     assert [p.requires_grad for p in adapter.parameters()] == [p.requires_grad for p in fresh.parameters()]
     # The ViT is the same object with the same modules and tensors.
     assert adapter.vit is vit
@@ -66,22 +53,22 @@ def test_as_if_loaded_from_the_file(tmp_path, options):
     assert adapter.unwrap() is vit
 
 
-def test_there_and_back(tmp_path):
-    adapters = {name: adapter_of(seed, num_classes=seed) for name, seed in (("a", 3), ("b", 5))}
-    wanted = {name: adapter(IMAGES) for name, adapter in adapters.items()}
+def test_several_files_in_turn(tmp_path):
+    adapters = {name: tiny_adapter(seed=seed, num_classes=seed) for name, seed in (("a", 3), ("b", 5))}
+    expected = {name: adapter(IMAGES) for name, adapter in adapters.items()}
     for name, adapter in adapters.items():
-        save_prompts(adapter, tmp_path / name)
-    adapter = adapter_of(1)
+        adapter.save_pretrained(tmp_path / name)
+    adapter = tiny_adapter(seed=1)
     for name in "abaab":
         adapter.load_prompts(tmp_path / name)
-        assert torch.equal(adapter(IMAGES), wanted[name])
+        assert torch.equal(adapter(IMAGES), expected[name])
 
 
 def test_modes_and_dtypes(tmp_path):
-    other = adapter_of(2)
+    other = tiny_adapter(seed=2)
     other.pool.bfloat16()
-    save_prompts(other, tmp_path)
-    adapter = adapter_of(1).train()
+    other.save_pretrained(tmp_path)
+    adapter = tiny_adapter(seed=1).train()
     adapter.load_prompts(tmp_path)
     assert adapter.pool.keys.dtype == torch.bfloat16
     assert adapter.head.weight.dtype == torch.float32
@@ -92,10 +79,10 @@ def test_modes_and_dtypes(tmp_path):
 
 
 @pytest.mark.parametrize("phase", ["shared", "group"])
-def test_the_shared_part_alone(tmp_path, phase):
-    other = adapter_of(2, phase=phase, num_classes=3, pool_size=9)
-    save_prompts(other, tmp_path, training={"seed": 2})
-    adapter = adapter_of(1)
+def test_the_shared_prompts_alone(tmp_path, phase):
+    other = tiny_adapter(seed=2, phase=phase, num_classes=3, pool_size=9)
+    other.save_pretrained(tmp_path, training={"seed": 2})
+    adapter = tiny_adapter(seed=1)
     before = state_of(adapter)
     parameter = adapter.get_parameter("shared.prompts")
     adapter.load_prompts(tmp_path, part="shared")
@@ -115,46 +102,46 @@ def refused(adapter, error, words, *args, **options):
     assert torch.equal(adapter(IMAGES), logits)
 
 
-def test_what_does_not_fit_changes_nothing(tmp_path):
-    adapter = adapter_of(1)
-    save_prompts(adapter_of(2, prompt_length=2), tmp_path / "shorter")
+def test_prompts_that_do_not_fit_change_nothing(tmp_path):
+    adapter = tiny_adapter(seed=1)
+    tiny_adapter(seed=2, prompt_length=2).save_pretrained(tmp_path / "shorter")
     refused(adapter, ConfigError, r"\(2, 2, 24\).*\(2, 3, 24\).*part=\"all\"", tmp_path / "shorter", part="shared")
     refused(adapter, ConfigError, 'part=\'pool\' must be "all" or "shared"', tmp_path / "shorter", part="pool")
     refused(adapter, ConfigError, "check_backbone='no'", tmp_path / "shorter", check_backbone="no")
     refused(adapter, PromptFileError, "does not exist", tmp_path / "nowhere")
-    save_prompts(adapter_of(2), tmp_path / "broken")
+    tiny_adapter(seed=2).save_pretrained(tmp_path / "broken")
     (tmp_path / "broken" / "prompts.safetensors").write_bytes(b"")
-    refused(adapter, PromptFileError, "has 0 bytes", tmp_path / "broken")
-    save_prompts(adapter_of(2, vit=tiny_vit(depth=3).eval()), tmp_path / "deeper")
+    refused(adapter, PromptFileError, "truncated: it has 0 bytes", tmp_path / "broken")
+    tiny_adapter(seed=2, vit=tiny_vit(depth=3).eval()).save_pretrained(tmp_path / "deeper")
     refused(adapter, BackboneMismatchError, "another architecture", tmp_path / "deeper")
-    refused(adapter, BackboneMismatchError, "3 blocks .* this one has 24, 2", tmp_path / "deeper", check_backbone="off")
+    refused(adapter, BackboneMismatchError, "3 blocks .* this ViT has 24, 2", tmp_path / "deeper", check_backbone="off")
 
 
 def test_other_weights(tmp_path):
     vit = tiny_vit()
     with torch.no_grad():
         vit.norm.weight.add_(1)
-    save_prompts(adapter_of(2, vit=vit), tmp_path)
-    adapter = adapter_of(1)
+    tiny_adapter(seed=2, vit=vit).save_pretrained(tmp_path)
+    adapter = tiny_adapter(seed=1)
     refused(adapter, BackboneMismatchError, "other weights", tmp_path)
     with pytest.warns(UserWarning, match="other weights"):
         adapter.load_prompts(tmp_path, check_backbone="warn")
     adapter.load_prompts(tmp_path, check_backbone="off")
-    assert torch.equal(adapter.head.weight, adapter_of(2).head.weight)
+    assert torch.equal(adapter.head.weight, tiny_adapter(seed=2).head.weight)
 
 
 def test_the_fingerprint_is_computed_once(tmp_path, monkeypatch):
-    save_prompts(adapter_of(2), tmp_path)
-    adapter = adapter_of(1)
+    tiny_adapter(seed=2).save_pretrained(tmp_path)
+    adapter = tiny_adapter(seed=1)
     adapter.load_prompts(tmp_path)
     monkeypatch.setattr("lpt_peft.backbones.weights.fingerprint", lambda tensors: pytest.fail("computed again"))
-    monkeypatch.setattr("lpt_peft.checkpoint.pretrained.fingerprint", lambda tensors: pytest.fail("computed again"))
+    monkeypatch.setattr("lpt_peft.checkpoint.match.fingerprint", lambda tensors: pytest.fail("computed again"))
     adapter.load_prompts(tmp_path)
 
 
-def test_an_unwrapped_adapter_takes_none(tmp_path):
-    adapter = adapter_of(1)
-    save_prompts(adapter, tmp_path)
+def test_an_unwrapped_adapter_takes_no_prompts(tmp_path):
+    adapter = tiny_adapter(seed=1)
+    adapter.save_pretrained(tmp_path)
     adapter.unwrap()
     for check_backbone in ("error", "off"):
         with pytest.raises(StateError, match="unwrapped"):
@@ -162,11 +149,11 @@ def test_an_unwrapped_adapter_takes_none(tmp_path):
 
 
 def test_shared_prompts_too_large_for_the_adapters_dtype(tmp_path):
-    large = adapter_of(1)
+    large = tiny_adapter(seed=1)
     with torch.no_grad():
         large.shared.prompts.fill_(1e6)
-    save_prompts(large, tmp_path)
-    adapter = adapter_of(2)
+    large.save_pretrained(tmp_path)
+    adapter = tiny_adapter(seed=2)
     adapter.shared.half()
     before = adapter.shared.prompts.clone()
     with pytest.raises(ConfigError, match=r"too large for the adapter's torch\.float16"):

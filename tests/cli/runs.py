@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lpt_peft.checkpoint import load_prompts
+from lpt_peft import LongTailPromptAdapter
 from lpt_peft.cli.common.build_adapter import build_run_backbone
 from lpt_peft.cli.common.run_settings import RunSettings
 
@@ -26,6 +26,7 @@ SMALL = [
 ]
 SMALL += ["--shared.learning-rate", "2", "--flip", "0", "--scale", "0.9", "1", "--crop-pct", "1"]
 NAMES = ["ant", "bee", "cat"]
+FROM_PRETRAINED = LongTailPromptAdapter.from_pretrained  # tests replace the attribute
 
 
 def write_images(folder, counts, seed=0, names=NAMES):
@@ -52,4 +53,4 @@ def same_prompts(first, second):
 def load_adapter(folder):
     """Load a prompt file on the backbone of BACKBONE, whose random weights timm does not have."""
     run = RunSettings(backbone="vit_tiny_patch16_224", pretrained=False, img_size=32)
-    return load_prompts(folder, build_run_backbone(run))
+    return FROM_PRETRAINED(folder, build_run_backbone(run))

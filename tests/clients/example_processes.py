@@ -35,7 +35,7 @@ OPTIONS = {
 
 
 class Recorded(Dataset):
-    """Random images; notes which were asked for."""
+    """Random images; records which were loaded."""
 
     def __init__(self):
         self.images = torch.randn(len(LABELS), 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -61,14 +61,14 @@ def main(folder, *names):
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     for name in names:
-        # The other examples leave this to their library, which does it after the sampler is made.
+        # In the other examples the library does this, after the sampler is created.
         if name in {"plain_torch", "timm_loop"} and not dist.is_initialized():
             dist.init_process_group("gloo")
         options = dict(OPTIONS.get(name, {}))
         if name == "hf_trainer":
             options["output_dir"] = folder
         dataset = Recorded()
-        torch.manual_seed(rank)  # other weights on each rank, until they are made equal
+        torch.manual_seed(rank)  # different weights on each rank, until they are synchronized
         model = load_example(name).train(tiny_vit(), dataset, LABELS, epochs=EPOCHS, **options)
         trained = {"indices": dataset.indices, "tensors": model.adapter_state_dict(), "world": dist.get_world_size()}
         torch.save(trained, f"{folder}/{name}-{rank}.pt")

@@ -46,21 +46,21 @@ def drawn(num_replicas, rank):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_loader_that_is_not_prepared_has_the_ranks_share(ranks, rank):
+def test_loader_without_prepare_has_the_share_of_its_rank(ranks, rank):
     assert ranks[rank]["unprepared"] == drawn(2, rank)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_prepare_deals_out_the_batches_of_one_draw(ranks, rank):
+def test_prepare_distributes_batches_of_the_same_draw(ranks, rank):
     """DualSampler(..., num_replicas=1, rank=0) in a loader that Accelerate prepares."""
     whole = drawn(1, 0)
-    whole += whole[: len(whole) % 2]  # as Accelerate evens out the last step
+    whole += whole[: len(whole) % 2]  # Accelerate fills the last step like this
     assert ranks[rank]["dealt"] == whole[rank::2]
     assert ranks[rank]["dealt, resumed"] == whole[rank::2][2:]
 
 
-def test_prepare_shares_out_once_more_what_is_the_ranks_own(ranks):
-    """Why the docs say not to: half of each rank's batches are dropped."""
+def test_prepare_splits_the_share_of_a_rank_again(ranks):
+    """The docs advise against it: half of each rank's batches are dropped."""
     for rank in range(2):
         own = drawn(2, rank)
         assert ranks[rank]["prepared"][: len(own) // 2] == own[rank::2][: len(own) // 2]

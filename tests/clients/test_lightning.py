@@ -1,4 +1,4 @@
-"""Lightning's own Trainer with an adapter in its module, as examples/with_lightning.py has it."""
+"""Lightning's Trainer with an adapter in its module, as in examples/with_lightning.py."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def module(adapter, kind="Module", **options):
 
 
 class Seen(lightning.Callback):
-    """Notes the images of every batch."""
+    """Records the images of every batch."""
 
     def __init__(self):
         self.batches = []
@@ -52,7 +52,7 @@ class Seen(lightning.Callback):
 
 
 def fit(model, folder, resume=None, workers=0, **options):
-    """Train; the images of every batch, and the trainer."""
+    """Train, and return the images of every batch and the trainer."""
     seen = Seen()
     options["callbacks"] = [*options.get("callbacks", ()), seen]
     data = TensorDataset(images(), torch.tensor(LABELS))
@@ -73,7 +73,7 @@ def checkpoints(folder, every=4):
 
 @pytest.mark.parametrize(("phase", "workers"), [("shared", 0), ("group", 0), ("group", 2)])
 def test_resume_in_an_epoch_is_exact(tmp_path, phase, workers):
-    """The sampler's state in the checkpoint is all it takes."""
+    """The checkpoint needs only the sampler's state."""
     whole = module(build(phase))
     seen, trainer = fit(whole, tmp_path, **checkpoints(tmp_path, 2))
     assert trainer.global_step == len(seen) == 18
@@ -128,13 +128,13 @@ def test_load_from_checkpoint_keeps_the_phase(tmp_path, phase, prompts_only):
 )
 def test_trainer_options(tmp_path, phase, options, tolerance):
     if phase == "group" and options.get("precision") in {"bf16-mixed", "bf16-true"}:
-        tolerance *= 2  # another group may be chosen
+        tolerance *= 2  # another group may be selected
     plain, changed = module(build(phase)), module(build(phase))
     fit(plain, tmp_path, max_steps=2)
     fit(changed, tmp_path, max_steps=2, **options)
     for name, tensor in changed.adapter.adapter_state_dict().items():
-        wanted = plain.adapter.adapter_state_dict()[name]
-        torch.testing.assert_close(tensor.to(wanted.dtype), wanted, rtol=0, atol=tolerance, msg=name)
+        expected = plain.adapter.adapter_state_dict()[name]
+        torch.testing.assert_close(tensor.to(expected.dtype), expected, rtol=0, atol=tolerance, msg=name)
 
 
 @phases
@@ -181,5 +181,5 @@ def test_validation_with_shot_metrics(tmp_path):
     (found,) = trainer.validate(model, DataLoader(data, batch_size=7), verbose=False)
     with torch.no_grad():
         hits = (model.adapter.eval()(images()).argmax(1) == torch.tensor(LABELS)).float()
-    wanted = sum(hits[torch.tensor(LABELS) == label].mean() for label in range(3)) / 3
-    assert found["balanced"] == pytest.approx(float(wanted), abs=1e-6)
+    expected = sum(hits[torch.tensor(LABELS) == label].mean() for label in range(3)) / 3
+    assert found["balanced"] == pytest.approx(float(expected), abs=1e-6)

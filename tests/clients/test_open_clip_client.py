@@ -1,4 +1,4 @@
-"""A CLIP whose encode_image answers with prompts, and what the plain way does: `docs/how-to/open-clip.md`."""
+"""A CLIP whose encode_image uses prompts, as in `docs/how-to/open-clip.md`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def prompted(phase="shared", kind=CLIP):
     model = clip(kind)
     model.requires_grad_(False)
     adapter = wrapped(model, phase)
-    adapter.head.requires_grad_(False)  # the class names are the head
+    adapter.head.requires_grad_(False)  # classes are given by their names
     model.visual = PromptedTower(adapter)
     return model, adapter
 
@@ -72,14 +72,14 @@ def images():
 
 @phases
 @kinds
-def test_the_plain_way_has_no_prompts(kind, phase, images):
-    """Wrapping `model.visual` leaves `model` as it is, so a loss of its features trains no prompt."""
+def test_encode_image_has_no_prompts(kind, phase, images):
+    """Wrapping `model.visual` does not change `model`, so a loss of its features trains no prompt."""
     model = clip(kind).eval()
     before = model.encode_image(images)
     adapter = wrapped(model, phase)
     torch.testing.assert_close(model.encode_image(images), before)
     loss = ClipLoss()(*model(images, tokenizer(NAMES * 2)))
-    loss.backward()  # runs, for the text tower trains
+    loss.backward()  # works, because the text tower is trainable
     assert all(parameter.grad is None for parameter in adapter.trainable_parameters())
     with torch.no_grad():
         adapter.shared.prompts.add_(1.0)
@@ -89,7 +89,7 @@ def test_the_plain_way_has_no_prompts(kind, phase, images):
 
 @phases
 @kinds
-def test_a_prompted_tower_gives_prompts_their_gradient(kind, phase, images):
+def test_a_prompted_tower_passes_gradients_to_prompts(kind, phase, images):
     model, adapter = prompted(phase, kind)
     model.eval()
     assert torch.equal(model.encode_image(images), adapter.features(images))
@@ -106,7 +106,7 @@ def test_a_prompted_tower_gives_prompts_their_gradient(kind, phase, images):
 
 
 @phases
-def test_the_prompted_gradient_is_the_derivative(phase, images):
+def test_gradients_equal_finite_differences(phase, images):
     """Central differences in float64, through encode_image and the text features."""
     model, adapter = prompted(phase)
     model.double().eval()
@@ -154,7 +154,7 @@ def test_zero_shot_classification_trains_and_classifies(phase):
     with torch.no_grad():
         logits = 100 * model.encode_image(images, normalize=True) @ classifier
         assert nn.functional.cross_entropy(logits, target) < 0.5 * losses[0]
-        # What a second program gets from the checkpoint of the whole model.
+        # What another program loads from the checkpoint of the model.
         again, other = prompted("shared")
         again.eval().load_state_dict(model.state_dict())
         assert other.phase == phase
@@ -162,7 +162,7 @@ def test_zero_shot_classification_trains_and_classifies(phase):
 
 
 @phases
-def test_prompts_go_into_a_file_and_back(phase, images, tmp_path):
+def test_prompt_file_round_trip(phase, images, tmp_path):
     model, adapter = prompted(phase)
     model.eval()
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_prompts_go_into_a_file_and_back(phase, images, tmp_path):
 
 @phases
 def test_checkpointing_through_the_whole_model(phase, images):
-    """`model.set_grad_checkpointing()` calls the tower's; the gradients stay."""
+    """`model.set_grad_checkpointing()` calls that of the tower; gradients do not change."""
     found = []
     for checkpointing in (False, True):
         model, adapter = prompted(phase)

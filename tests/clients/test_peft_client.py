@@ -1,4 +1,4 @@
-"""PEFT's habits: LoRA and prompts on one ViT, trained together, saved together, merged."""
+"""LoRA and prompts on the same ViT: trained, saved and merged together."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def trained(phase):
     torch.manual_seed(9)
     adapter = wrap(with_lora(vit()), phase).train()
     lora = [parameter for name, parameter in adapter.vit.named_parameters() if "lora_" in name]
-    for parameter in lora:  # wrap froze all of the ViT
+    for parameter in lora:  # wrap froze the ViT
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(adapter.trainable_parameters(), lr=0.05)
     start = [parameter.detach().clone() for parameter in optimizer.param_groups[0]["params"]]
@@ -59,7 +59,7 @@ def trained(phase):
 
 @phases
 def test_lora_and_prompts_saved_and_loaded_in_two_files(phase, tmp_path):
-    """Each library saves its own part: a LoRA folder by PEFT, a prompt file by the adapter."""
+    """PEFT saves a LoRA folder, the adapter a prompt file."""
     adapter = trained(phase)
     adapter.vit.save_pretrained(str(tmp_path / "lora"))
     adapter.save_pretrained(tmp_path / "prompts")
@@ -75,7 +75,7 @@ def test_lora_and_prompts_saved_and_loaded_in_two_files(phase, tmp_path):
 
 @phases
 def test_lora_and_prompts_in_one_state_dict(phase):
-    """`backbone_in_state_dict=False` keeps what trains in the ViT."""
+    """`backbone_in_state_dict=False` keeps trainable parameters of the ViT."""
     adapter = trained(phase)
     adapter.backbone_in_state_dict = False
     state = adapter.state_dict()
@@ -94,24 +94,24 @@ def test_lora_and_prompts_in_one_state_dict(phase):
 @phases
 @pytest.mark.parametrize("after", ["wrap", "unwrap"])
 def test_merge_and_unload(phase, after, tmp_path):
-    """Merged while wrapped, the adapter goes on; merged after unwrap, the prompts go onto the merged ViT."""
+    """LoRA can be merged inside the adapter, or after unwrap, before the prompts are loaded on the merged ViT."""
     adapter = trained(phase)
-    wanted = adapter(IMAGES)
+    expected = adapter(IMAGES)
     prompts = adapter.adapter_state_dict()
     if after == "wrap":
         merged = adapter.vit.merge_and_unload()
-        torch.testing.assert_close(adapter(IMAGES), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(adapter(IMAGES), expected, rtol=1e-4, atol=1e-4)
         assert not any("lora_" in name for name, _ in merged.named_parameters())
         return
     merged = adapter.unwrap().merge_and_unload()
     again = wrap(merged, phase).eval()
     again.load_adapter_state_dict(prompts)
-    torch.testing.assert_close(again(IMAGES), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again(IMAGES), expected, rtol=1e-4, atol=1e-4)
 
 
 @phases
 def test_disable_adapter_of_both_libraries(phase):
-    """PEFT's leaves the prompts, ours leaves LoRA."""
+    """That of PEFT keeps the prompts, that of the adapter keeps LoRA."""
     adapter = trained(phase)
     plain = vit()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Every test that docs/how-to/works-with.md names exists, and every cell of its tables names one."""
+"""Every cell in the tables of docs/how-to/works-with.md names an existing test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_named_tests_exist():
         assert name in functions, f"{file} has no {name}"
 
 
-def test_every_cell_names_a_test_or_nothing():
+def test_every_cell_names_a_test_or_is_empty():
     rows = [line.strip("|").split("|") for line in PAGE.splitlines() if line.startswith("|") and "---" not in line]
     width = None
     for feature, *cells in ([cell.strip() for cell in row] for row in rows):

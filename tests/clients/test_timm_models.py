@@ -1,4 +1,4 @@
-"""What timm's own tests/test_models.py asks of a model, asked of wrapped models.
+"""The checks of timm's tests/test_models.py on wrapped models.
 
 Not asked: `features_only`, `forward_features`, `forward_intermediates` and `reset_classifier` (they are the plain
 model's, without prompts: call them on `adapter.vit` before wrapping), TorchScript and symbolic tracing by torch.fx.
@@ -51,17 +51,17 @@ def test_forward_and_checkpointing(name, phase):
 @models
 @phases
 def test_backward(name, phase):
-    """timm asks a gradient of every parameter; here, of those of the phase and of no other."""
+    """timm requires a gradient of every parameter; here only parameters of the phase have gradients."""
     adapter = build(name, phase).train()
     adapter(images(adapter)).mean().backward()
     with_gradient = {key for key, parameter in adapter.named_parameters() if parameter.grad is not None}
-    wanted = {"shared": {"shared.prompts", "head.weight"}, "group": {"pool.prompts", "pool.keys", "head.weight"}}
-    assert with_gradient == wanted[phase]
+    expected = {"shared": {"shared.prompts", "head.weight"}, "group": {"pool.prompts", "pool.keys", "head.weight"}}
+    assert with_gradient == expected[phase]
 
 
 @models
 def test_default_cfg(name):
-    """Numbers and names that the configuration gives; the wrapped model's keys are under `vit.`."""
+    """Numbers and names in the configuration fit the model; keys of the wrapped model start with `vit.`."""
     adapter = build(name).eval()
     config, state = adapter.default_cfg, adapter.state_dict()
     assert config == adapter.pretrained_cfg == adapter.vit.pretrained_cfg
@@ -96,7 +96,7 @@ def test_state_dict_round_trip(name, phase, tmp_path):
 
 
 @models
-def test_reset_of_the_models_own_classifier_does_not_concern_the_adapter(name):
+def test_resetting_the_classifier_of_the_model_does_not_affect_the_adapter(name):
     adapter = build(name).eval()
     batch = images(adapter)
     before = adapter(batch)

@@ -1,4 +1,4 @@
-"""What timm's train.py, validate.py and inference.py do, in the same calls of timm, on a wrapped model.
+"""The calls of timm's train.py, validate.py and inference.py on a wrapped model.
 
 The scripts are not part of the timm package; their tasks, loaders, optimizers, averages and checkpoints are.
 """
@@ -30,7 +30,7 @@ phases = pytest.mark.parametrize("phase", ["shared", "group"])
 
 
 def tiny(seed=7):
-    """A ViT of timm for 32 px with a data configuration of its own; the same weights at every call."""
+    """A ViT of timm for 32 px with its own data configuration; the same weights in every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -40,7 +40,7 @@ def tiny(seed=7):
 
 
 def lpt_test_vit(pretrained=False, phase="shared", start=None, **kwargs):
-    """The whole change for timm's scripts, with @register_model on top: an entrypoint, for --model lpt_test_vit."""
+    """The only change for timm's scripts, together with @register_model: an entrypoint for --model lpt_test_vit."""
     adapter = LongTailPromptAdapter.wrap(tiny(), prompt_length=2, pool_size=4)
     if start is not None:
         load_checkpoint(adapter, start)
@@ -55,7 +55,7 @@ def plain_test_vit(pretrained=False, **kwargs):
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    """Both entrypoints, in this file's tests only: others list what timm knows."""
+    """Registers both entrypoints for the tests of this file only, because other tests list timm's models."""
     for entrypoint in (lpt_test_vit, plain_test_vit):
         register_model(entrypoint)
     yield
@@ -99,7 +99,7 @@ def loader(model, folder, split="train", collate_fn=None):
 
 
 def train(task, batches, epochs=2, saver=None, start=0, optimizer=None, mixup=None):
-    """train.py's loop: the task computes the loss, timm's tools do the rest."""
+    """Loop of train.py: the task computes the loss, timm's tools do the rest."""
     model = task.get_trainable_module()
     optimizer = optimizer or create_optimizer_v2(model, opt="adamw", lr=0.02, weight_decay=0.05)
     schedule, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=epochs, warmup_epochs=0)
@@ -125,7 +125,7 @@ def train(task, batches, epochs=2, saver=None, start=0, optimizer=None, mixup=No
 
 @torch.no_grad()
 def validate(model, batches):
-    """validate.py's loop."""
+    """Loop of validate.py."""
     model.eval()
     logits, targets = zip(*[(model(images), target) for images, target in batches], strict=True)
     top1, _ = accuracy(torch.cat(logits), torch.cat(targets), topk=(1, CLASSES))
@@ -172,7 +172,7 @@ def test_train_with_checkpointing_and_head_init_scale(folder, phase):
     assert validate(model, loader(model, folder, "val"))[0] > 100 / CLASSES
 
 
-def test_head_init_bias_fills_nothing():
+def test_head_init_bias_changes_nothing():
     head = create_model("lpt_test_vit").get_classifier()
     with pytest.warns(UserWarning, match="no bias"):
         assert head.bias.shape == (0,)
@@ -195,15 +195,15 @@ def test_mixup_and_cutmix(folder, phase, collate):
     losses = train(task, loader(model, folder, collate_fn=collate_fn), mixup=mixup)
     assert np.isfinite(losses).all()
     moved = {name for name, value in model.adapter_state_dict().items() if not torch.equal(value, before[name])}
-    # Soft targets know no group, so the keys only decay; LPTLoss or labels= train them.
-    wanted = {"shared": {"shared.prompts", "head.weight"}, "group": {"pool.prompts", "pool.keys", "head.weight"}}
-    assert moved == wanted[phase]
+    # The loss does not depend on the keys, so they only decay; LPTLoss or labels= train them.
+    expected = {"shared": {"shared.prompts", "head.weight"}, "group": {"pool.prompts", "pool.keys", "head.weight"}}
+    assert moved == expected[phase]
 
 
 @pytest.mark.parametrize("phase", ["shared", "group"])
 @pytest.mark.parametrize("task_loss_weight", [None, 0.3])
 def test_logit_distillation(folder, phase, task_loss_weight):
-    """--kd-model-name: the teacher is made by name, for as many classes and channels as the adapter says."""
+    """--kd-model-name: the teacher is built by name, with the classes and channels of the adapter."""
     torch.manual_seed(0)
     student = create_model("lpt_test_vit", phase=phase)
     task = LogitDistillationTask(
@@ -235,7 +235,7 @@ def test_adapter_as_teacher(folder):
 
 
 def test_distillation_of_features_and_tokens_is_refused_with_a_reason(folder):
-    """They call forward_features or a distilled head, which would pass the prompts by."""
+    """They call forward_features or a distilled head, which would ignore the prompts."""
     student = create_model("lpt_test_vit")
     task = FeatureDistillationTask(student, tiny(), nn.CrossEntropyLoss(), verbose=False)
     with pytest.raises(AttributeError, match=r"no forward_features: it would answer without prompts"):
@@ -269,7 +269,7 @@ def test_torchcompile(folder, phase, backend):
 
 @phases
 def test_layer_decay_reaches_prompts_and_head(phase):
-    """--layer-decay: timm gives the parameters before the head one layer, and the head its own."""
+    """--layer-decay: for timm, the parameters before the head are one layer, and the head another."""
     model = create_model("lpt_test_vit", phase=phase)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=0.1, layer_decay=0.5)
     scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
@@ -282,7 +282,7 @@ def test_layer_decay_reaches_prompts_and_head(phase):
 
 @phases
 def test_average_checkpoint_resume_validate(folder, tmp_path, phase):
-    """--model-ema, CheckpointSaver, validate.py with and without --use-ema, and --resume to the very same end."""
+    """--model-ema, CheckpointSaver, validate.py with and without --use-ema, and --resume with the same result."""
     torch.manual_seed(0)
     straight = create_model("lpt_test_vit", phase=phase)
     batches = list(loader(straight, folder))
@@ -296,19 +296,19 @@ def test_average_checkpoint_resume_validate(folder, tmp_path, phase):
     saver = saver_for(task, optimizer, place)
     train(task, batches, epochs=2, saver=saver, optimizer=optimizer)
     average = task.get_eval_model(ema=True)
-    wanted = {False: validate(straight, held_out)[1], True: validate(average, held_out)[1]}
-    assert not torch.allclose(wanted[False], wanted[True], atol=1e-3)
+    expected = {False: validate(straight, held_out)[1], True: validate(average, held_out)[1]}
+    assert not torch.allclose(expected[False], expected[True], atol=1e-3)
     with torch.no_grad():
-        expected = straight.head(straight.features(torch.cat([images for images, _ in held_out])))
-    torch.testing.assert_close(wanted[False], expected)
+        logits = straight.head(straight.features(torch.cat([images for images, _ in held_out])))
+    torch.testing.assert_close(expected[False], logits)
 
     for use_ema in (False, True):  # validate.py: a new model, in phase "shared", takes the phase of the checkpoint
         model = create_model("lpt_test_vit")
         load_checkpoint(model, str(place / "last.pth.tar"), use_ema=use_ema)
         assert model.phase == phase
-        torch.testing.assert_close(validate(model, held_out)[1], wanted[use_ema])
-    wrapped = create_model("lpt_test_vit", checkpoint_path=str(place / "last.pth.tar"))  # inference.py's way
-    torch.testing.assert_close(validate(wrapped, held_out)[1], wanted[True])
+        torch.testing.assert_close(validate(model, held_out)[1], expected[use_ema])
+    wrapped = create_model("lpt_test_vit", checkpoint_path=str(place / "last.pth.tar"))  # as in inference.py
+    torch.testing.assert_close(validate(wrapped, held_out)[1], expected[True])
 
     first = place / "checkpoint-0.pth.tar"
     resumed = create_model("lpt_test_vit", phase=phase)
@@ -322,7 +322,7 @@ def test_average_checkpoint_resume_validate(folder, tmp_path, phase):
 
 
 def test_resume_in_the_wrong_phase_does_not_load_the_optimizer(folder, tmp_path):
-    """The optimizer of phase "group" does not fit one that was made in phase "shared"."""
+    """The state of an optimizer for phase "group" does not fit an optimizer for phase "shared"."""
     task = task_of(create_model("lpt_test_vit", phase="group"))
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="adamw", lr=0.02)
     saver = saver_for(task, optimizer, tmp_path)
@@ -335,7 +335,7 @@ def test_resume_in_the_wrong_phase_does_not_load_the_optimizer(folder, tmp_path)
 
 
 def test_second_phase_starts_from_the_checkpoint_of_the_first(folder, tmp_path):
-    """By an argument of the entrypoint, as docs/how-to/timm.md says; --initial-checkpoint brings its file's phase."""
+    """By an argument of the entrypoint, as in docs/how-to/timm.md; --initial-checkpoint sets the phase of its file."""
     torch.manual_seed(0)
     first = task_of(create_model("lpt_test_vit"))
     model = first.get_trainable_module()
@@ -353,8 +353,8 @@ def test_second_phase_starts_from_the_checkpoint_of_the_first(folder, tmp_path):
 
 @phases
 @pytest.mark.parametrize("options", [{}, {"foreach": False}, {"exclude_buffers": True}, {"dtype": torch.float64}])
-def test_moving_average_of_a_change_of_phase(phase, options):
-    """An average that was made in one phase follows the adapter into the other."""
+def test_moving_average_across_phases(phase, options):
+    """An average that was created in phase "shared" follows the adapter into phase "group"."""
     model = create_model("lpt_test_vit", phase="shared").eval()
     average = ModelEmaV3(model, decay=0.0, **options)
     model.phase = phase

@@ -1,6 +1,6 @@
-"""What torchvision's reference script (references/classification/train.py) does, on a wrapped vision transformer.
+"""The calls of torchvision's reference script (references/classification/train.py) on a wrapped ViT.
 
-That script is in no package; its parts are torch's and torchvision's, and are used here in its way.
+The script is in no package; these tests use the same functions of torch and torchvision in the same way.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def data(count=24):
 
 
 def average(model, decay=0.5):
-    """The script's moving average: parameters and buffers alike."""
+    """Moving average of the script, of parameters and buffers."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def parameter_groups(model, decay, norm_decay, custom):
-    """As the script divides them: norms by class, some by name, the rest; only what requires a gradient."""
+    """Groups of the script: norms by class, some parameters by name, the rest; only trainable parameters."""
     norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
     groups = {"norm": [], **{key: [] for key in custom}, "other": []}
     for module_name, module in model.named_modules():
@@ -86,7 +86,7 @@ def start_of(model):
 
 @phases
 def test_parameter_groups(phase):
-    """Each trainable parameter is in one group, with the decay of its name; the frozen ViT is in none."""
+    """Each trainable parameter is in one group, with the decay of its name; the frozen ViT is in no group."""
     model = build(phase)
     groups = parameter_groups(model, 0.05, 0.0, {"shared.prompts": 0.01, "class_token": 0.0})
     decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
@@ -97,8 +97,8 @@ def test_parameter_groups(phase):
 
 
 @phases
-def test_resume_gives_the_very_same_end(phase, tmp_path):
-    """--resume of model, optimizer, schedule and average, into an adapter that was made in phase "shared"."""
+def test_resume_gives_the_same_result(phase, tmp_path):
+    """--resume of model, optimizer, schedule and average, into an adapter in phase "shared"."""
     batches = list(DataLoader(data(), 8))
     model = build(phase)
     ema, (optimizer, schedule) = average(model), start_of(model)
@@ -109,7 +109,7 @@ def test_resume_gives_the_very_same_end(phase, tmp_path):
 
     checkpoint = torch.load(tmp_path / "checkpoint.pth", map_location="cpu", weights_only=True)
     resumed = build("shared", seed=5)
-    resumed.load_state_dict(checkpoint["model"])  # before the optimizer is made: the phase decides what trains
+    resumed.load_state_dict(checkpoint["model"])  # before the optimizer is created: the phase sets its parameters
     assert resumed.phase == phase
     ema_resumed, (optimizer, schedule) = average(resumed), start_of(resumed)
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -117,8 +117,8 @@ def test_resume_gives_the_very_same_end(phase, tmp_path):
     ema_resumed.load_state_dict(checkpoint["model_ema"])
     run(resumed, resumed, ema_resumed, optimizer, schedule, batches, 4, start=2)
     images = data().tensors[0]
-    for got, wanted in ((resumed, model), (ema_resumed, ema)):
-        assert torch.equal(got.eval()(images), wanted.eval()(images))
+    for got, expected in ((resumed, model), (ema_resumed, ema)):
+        assert torch.equal(got.eval()(images), expected.eval()(images))
     assert not torch.allclose(ema(images), model(images), atol=1e-3)
     assert ema.module.phase == phase
 
@@ -140,7 +140,7 @@ def test_mixing_in_the_collate_function(phase, mix):
 
 
 def test_an_optimizer_of_the_other_phase_is_refused():
-    """Made before the checkpoint is loaded, it holds the parameters of the old phase; torch refuses the state."""
+    """Created before the checkpoint is loaded, it has the parameters of the old phase; torch refuses the state."""
     model = build("group")
     optimizer, _ = start_of(model)
     fresh = build("shared")
@@ -179,17 +179,17 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo with a file store")
 @phases
-def test_two_processes_are_one_with_the_whole_batch(two_processes, phase):
-    """DistributedDataParallel over gloo, no find_unused_parameters: equal ranks, and the run of one process."""
+def test_two_processes_equal_a_single_process(two_processes, phase):
+    """DistributedDataParallel over gloo without find_unused_parameters: ranks agree with each other and one process."""
     first, second = (torch.load(two_processes / f"{phase}{rank}.pth", weights_only=True) for rank in (0, 1))
     images, target = data(32).tensors
     model = build(phase)
     ema, (optimizer, schedule) = average(model), start_of(model)
     batches = [(images[i : i + 8], target[i : i + 8]) for i in range(0, 32, 8)]
     run(model, model, ema, optimizer, schedule, batches, 2)
-    for part, wanted in (("model", model.state_dict()), ("model_ema", ema.state_dict())):
-        assert first[part].keys() == wanted.keys()
-        for name, value in wanted.items():
+    for part, expected in (("model", model.state_dict()), ("model_ema", ema.state_dict())):
+        assert first[part].keys() == expected.keys()
+        for name, value in expected.items():
             if "usage" not in name:  # each process counts its own images
                 torch.testing.assert_close(first[part][name], second[part][name], rtol=0, atol=0, msg=name)
                 torch.testing.assert_close(first[part][name], value, rtol=1e-3, atol=1e-4, msg=name)

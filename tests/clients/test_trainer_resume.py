@@ -1,4 +1,4 @@
-"""transformers' Trainer with LPT's sampler and loss, as examples/hf_trainer.py has it, interrupted and resumed."""
+"""transformers' Trainer with LPT's sampler and loss, as in examples/hf_trainer.py, interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EPOCHS = 3
 
 
 def train(folder, phase, resume=None, **options):
-    """One phase; the adapter, the images of every batch, and the Trainer."""
+    """Train a phase, and return the adapter, the images of every batch, and the Trainer."""
     example = load_example("hf_trainer")
     images = torch.randn(len(LABELS), 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng(devices=[]):
@@ -52,11 +52,11 @@ def train(folder, phase, resume=None, **options):
 
 @pytest.mark.parametrize("phase", ["shared", "group"])
 def test_resume_in_an_epoch_is_exact(tmp_path, phase):
-    """With dropout and the loss's noise: the random state is Trainer's to restore, the order of images ours."""
+    """With dropout and the noise of the loss: Trainer restores the random state, the sampler the order of images."""
     whole, seen, trainer = train(tmp_path, phase)
     steps = len(DualSampler(LABELS, 16)) * EPOCHS
     assert trainer.state.global_step == steps == 18
-    for step in (4, 8, 12, 16):  # in each epoch, and at the end of one
+    for step in (4, 8, 12, 16):  # in each epoch, and at its end
         checkpoint = tmp_path / f"checkpoint-{step}"
         names = set(safetensors.torch.load_file(checkpoint / "model.safetensors"))
         assert not any(name.startswith("vit.") for name in names)
@@ -66,7 +66,7 @@ def test_resume_in_an_epoch_is_exact(tmp_path, phase):
             assert torch.equal(tensor, whole.adapter_state_dict()[name]), (step, name)
 
 
-def test_a_checkpoint_resumes_in_the_phase_that_was_trained(tmp_path):
+def test_checkpoints_resume_in_their_phase(tmp_path):
     whole, _, _ = train(tmp_path, "group")
     folder = sorted(Path(tmp_path).glob("checkpoint-*"), key=lambda path: int(path.name[11:]))[-1]
     adapter = LongTailPromptAdapter.wrap(tiny_vit(), 3, prompt_length=2, pool_size=4)

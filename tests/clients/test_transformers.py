@@ -1,4 +1,4 @@
-"""transformers' own Trainer and pipeline with an adapter as their model."""
+"""transformers' Trainer and pipeline with an adapter as their model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ phases = pytest.mark.parametrize("phase", ["shared", "group"])
 
 
 def vit(**options):
-    """A tiny ViT of transformers; the same weights at every call."""
+    """A tiny ViT of transformers; the same weights in every call."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     labels = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
     with torch.random.fork_rng(devices=[]):
@@ -56,7 +56,7 @@ def wrap(phase="shared", model=None, **options):
 
 
 class Rows(torch.utils.data.Dataset):
-    """Three classes that a probe can tell apart."""
+    """Three classes that a linear probe can separate."""
 
     def __init__(self, count=24):
         generator = torch.Generator().manual_seed(0)
@@ -101,7 +101,7 @@ def trainer(adapter, folder, **options):
 
 @phases
 @pytest.mark.parametrize("row", ["transformers ViT classifier", "timm ViT", "torchvision"])
-def test_calls_by_keyword_answer_in_the_librarys_own_class(row, phase):
+def test_keyword_calls_return_the_class_of_transformers(row, phase):
     adapter, labels = build(row, phase), torch.tensor([1, 4])
     logits = adapter(images())
     assert isinstance(logits, torch.Tensor)
@@ -110,16 +110,16 @@ def test_calls_by_keyword_answer_in_the_librarys_own_class(row, phase):
     assert out.loss is None
     assert torch.equal(out.logits, logits)
     for answer in (adapter(pixel_values=images(), labels=labels), adapter(images(), labels=labels)):
-        wanted = F.cross_entropy(logits, labels)
+        expected = F.cross_entropy(logits, labels)
         if phase == "group":
-            wanted = wanted + 1 - adapter(images(), return_output=True).similarity.mean()
-        torch.testing.assert_close(answer.loss, wanted)
+            expected = expected + 1 - adapter(images(), return_output=True).similarity.mean()
+        torch.testing.assert_close(answer.loss, expected)
         assert torch.equal(answer.logits, logits)
     assert torch.equal(adapter(pixel_values=images(), return_output=True).logits, logits)
     assert torch.equal(adapter.features(images()), adapter(images(), return_output=True).features)
 
 
-def test_criterion_is_ours_or_torchs():
+def test_criteria_of_lpt_peft_and_torch():
     adapter, labels = build("timm ViT", "group").train(), torch.tensor([1, 4, 0, 0])
     adapter.criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     got = adapter(images(4), labels=labels)
@@ -132,11 +132,11 @@ def test_criterion_is_ours_or_torchs():
     torch.testing.assert_close(got.loss, adapter.criterion(adapter(images(4), return_output=True), labels))
 
 
-def test_a_criterion_may_be_replaced_by_any_other():
+def test_replacing_a_criterion():
     adapter, labels = build("timm ViT", "group").eval(), torch.tensor([1, 4, 0, 0])
     first = adapter(images(4), labels=labels)
     ours, own = adapter.criterion, AGCLLoss([5, 4, 3, 2, 1])
-    for criterion, wanted in (
+    for criterion, expected in (
         (own, AGCLLoss([5, 4, 3, 2, 1]).eval()(first.logits, labels)),
         (ours, first.loss),
         (nn.NLLLoss(), F.nll_loss(first.logits, labels)),
@@ -145,12 +145,12 @@ def test_a_criterion_may_be_replaced_by_any_other():
     ):
         adapter.criterion = adapter.eval_criterion = criterion
         assert not getattr(criterion, "training", False), "a loss takes the adapter's mode"
-        torch.testing.assert_close(adapter(images(4), labels=labels).loss, wanted)
+        torch.testing.assert_close(adapter(images(4), labels=labels).loss, expected)
 
 
 @phases
-def test_evaluation_has_a_criterion_of_its_own(phase):
-    """LPTLoss has no meaning on evaluation batches: no halves, and any number of rows."""
+def test_evaluation_has_a_separate_criterion(phase):
+    """LPTLoss is not defined on evaluation batches, which have no two halves."""
     adapter, labels = build("timm ViT", phase), torch.tensor([1, 4, 0])
     adapter.criterion = LPTLoss([5, 4, 3, 2, 1], epochs=2)
     got = adapter(images(3), labels=labels)
@@ -163,7 +163,7 @@ def test_evaluation_has_a_criterion_of_its_own(phase):
         adapter.train()(images(3), labels=labels)
 
 
-def test_calls_that_say_two_things_are_refused():
+def test_contradictory_calls_are_refused():
     adapter = build("timm ViT")
     with pytest.raises(InputError, match="same argument"):
         adapter(images(), pixel_values=images())
@@ -171,7 +171,7 @@ def test_calls_that_say_two_things_are_refused():
         adapter(images(), labels=torch.tensor([0, 1]), return_output=True)
 
 
-def test_without_transformers_the_message_says_so(monkeypatch):
+def test_message_without_transformers(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers.modeling_outputs", None)
     with pytest.raises(StateError, match=r"lpt_peft\[transformers\].*adapter\(images\)"):
         build("timm ViT")(pixel_values=images())
@@ -182,9 +182,9 @@ def test_disabled_the_plain_model_computes_its_own_loss():
     batch, labels = torch.randn(2, 3, 16, 16), torch.tensor([0, 2])
     with adapter.disable_adapter():
         got = adapter(pixel_values=batch, labels=labels)
-    wanted = adapter.vit(pixel_values=batch, labels=labels)
-    assert torch.equal(got.logits, wanted.logits)
-    assert torch.equal(got.loss, wanted.loss)
+    expected = adapter.vit(pixel_values=batch, labels=labels)
+    assert torch.equal(got.logits, expected.logits)
+    assert torch.equal(got.loss, expected.loss)
 
 
 def test_signature_names_what_trainer_looks_for():
@@ -194,13 +194,13 @@ def test_signature_names_what_trainer_looks_for():
 # The config
 
 
-def test_config_is_the_models_own_where_its_classes_are_the_heads():
+def test_config_is_that_of_the_model_if_classes_agree():
     adapter = wrap()
     assert adapter.config is adapter.vit.config
     assert adapter.metadata.label_names == tuple(NAMES)
 
 
-def test_config_names_the_classes_of_another_head():
+def test_config_names_the_classes_of_the_head():
     adapter = wrap(num_classes=5)
     assert adapter.metadata.label_names is None
     assert adapter.config.num_labels == 5
@@ -247,8 +247,8 @@ def test_trainer_trains_and_evaluates(tmp_path, phase):
 
 
 @phases
-def test_trainer_resumes_and_takes_the_best(tmp_path, phase):
-    """The checkpoints hold prompts only, and a run that was interrupted ends as one that was not."""
+def test_trainer_resumes_and_loads_the_best_checkpoint(tmp_path, phase):
+    """Checkpoints contain prompts only, and an interrupted run ends like a run without interruption."""
     options = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
     options |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
 
@@ -264,7 +264,7 @@ def test_trainer_resumes_and_takes_the_best(tmp_path, phase):
     assert [path.name for path in checkpoints] == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
     for path in checkpoints:
         assert set(safetensors.torch.load_file(path / "model.safetensors")) == OWN
-    resumed = wrap({"shared": "group", "group": "shared"}[phase])  # the checkpoint brings the phase
+    resumed = wrap({"shared": "group", "group": "shared"}[phase])  # the checkpoint sets the phase
     resumed.backbone_in_state_dict = False
     resumed.phase = phase
     trainer(resumed, tmp_path / "whole", **options).train(resume_from_checkpoint=str(checkpoints[1]))
@@ -279,7 +279,7 @@ def test_trainer_resumes_and_takes_the_best(tmp_path, phase):
 
 @pytest.fixture(scope="module")
 def after_two_steps(tmp_path_factory):
-    """What Trainer gives without options, by phase."""
+    """Results of Trainer without options, by phase."""
     found = {}
     for phase in ("shared", "group"):
         adapter = wrap(phase)
@@ -342,10 +342,10 @@ def test_trainer_options_that_change_the_result(tmp_path, phase, options, after_
 @phases
 def test_trainer_evaluates_in_bfloat16(tmp_path, phase):
     adapter = wrap(phase)
-    wanted = trainer(adapter, tmp_path).evaluate()["eval_loss"]
+    expected = trainer(adapter, tmp_path).evaluate()["eval_loss"]
     got = trainer(adapter, tmp_path, bf16_full_eval=True).evaluate()["eval_loss"]
-    assert got == pytest.approx(wanted, rel=0.05)
-    assert got != wanted
+    assert got == pytest.approx(expected, rel=0.05)
+    assert got != expected
 
 
 def test_trainer_checkpoints_blocks(tmp_path):
@@ -383,7 +383,7 @@ def test_trainer_with_a_vit_of_timm(tmp_path):
 
 @phases
 def test_get_peft_model_on_an_adapter_in_the_trainer(tmp_path, phase):
-    """PEFT freezes all but LoRA; the phase is assigned once more, and the Trainer trains both."""
+    """PEFT freezes all but LoRA; after the phase is assigned again, the Trainer trains both."""
     peft = pytest.importorskip("peft")
     adapter = wrap(phase)
     model = peft.get_peft_model(adapter, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
@@ -398,36 +398,36 @@ def test_get_peft_model_on_an_adapter_in_the_trainer(tmp_path, phase):
 
 
 @phases
-def test_pipeline_of_a_folder_of_prompts(tmp_path, phase):
-    """Saved, loaded on another copy of the ViT, in batches."""
+def test_pipeline_of_a_prompt_file(tmp_path, phase):
+    """Saved, and loaded on another copy of the ViT, in batches."""
     wrap(phase).save_pretrained(tmp_path)
     processor = ViTImageProcessor(size={"height": 16, "width": 16})
     generator = np.random.default_rng(0)
     pictures = [Image.fromarray(generator.integers(0, 255, (20, 24, 3), dtype=np.uint8)) for _ in range(3)]
-    wanted = pipeline("image-classification", model=wrap(phase).eval(), image_processor=processor)(pictures, top_k=2)
+    expected = pipeline("image-classification", model=wrap(phase).eval(), image_processor=processor)(pictures, top_k=2)
     loaded = LongTailPromptAdapter.from_pretrained(tmp_path, vit()).eval()
     got = pipeline("image-classification", model=loaded, image_processor=processor, batch_size=2)(pictures, top_k=2)
     assert [[answer["label"] for answer in answers] for answers in got] == [
-        [answer["label"] for answer in answers] for answers in wanted
+        [answer["label"] for answer in answers] for answers in expected
     ]
     assert [len(answers) for answers in got] == [2, 2, 2]
-    for pair in zip(got, wanted, strict=True):
+    for pair in zip(got, expected, strict=True):
         np.testing.assert_allclose(*([answer["score"] for answer in answers] for answers in pair), rtol=1e-5)
 
 
 @phases
-def test_pipeline_answers_with_prompts_and_names(phase):
+def test_pipeline_uses_prompts_and_class_names(phase):
     adapter = wrap(phase).eval()
     processor = ViTImageProcessor(size={"height": 16, "width": 16})
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 24, 3), dtype=np.uint8))
     answers = pipeline("image-classification", model=adapter, image_processor=processor)(picture)
     batch = processor(images=picture, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        wanted = adapter(batch).softmax(1)[0]
+        expected = adapter(batch).softmax(1)[0]
     got = {answer["label"]: answer["score"] for answer in answers}
     assert set(got) == set(NAMES)
     for index, name in enumerate(NAMES):
-        assert got[name] == pytest.approx(float(wanted[index]), abs=1e-6)
+        assert got[name] == pytest.approx(float(expected[index]), abs=1e-6)
     plain = {
         a["label"]: a["score"]
         for a in pipeline("image-classification", model=adapter.vit, image_processor=processor)(picture)

@@ -30,7 +30,7 @@ def build(phase: str, seed: int = 0) -> LongTailPromptAdapter:
 
 
 def loader(**replica: int) -> DataLoader[Any]:
-    """Batches are lists of image numbers. The generator is the loader's own, else iter() draws from torch's."""
+    """Batches are lists of image numbers. The loader has a generator, because iter() would draw from torch's."""
     data, sampler = TensorDataset(torch.arange(len(LABELS))), DualSampler(LABELS, 2 * HALF, **replica)
     return DataLoader(data, batch_sampler=sampler, generator=torch.Generator())
 
@@ -59,7 +59,7 @@ def accelerate(accelerator: Accelerator, folder: str) -> dict[str, Any]:
 
 
 def lightning_refusal(folder: str) -> str:
-    """Lightning's message where it may replace the sampler, as it does by default."""
+    """Message of Lightning if it may replace the sampler, which is the default."""
     import lightning  # noqa: PLC0415
 
     class Module(lightning.LightningModule):

@@ -1,7 +1,7 @@
 """Runs the tests of this folder against a local Hub: `python -m tests.hub [pytest arguments]`.
 
-huggingface_hub reads its environment when it is imported, and timm imports it; so the Hub stands and the environment
-is set before pytest starts. Not here: the tests.
+huggingface_hub reads its environment when it is imported, and timm imports it, so the Hub runs and the environment is
+set before pytest starts.
 """
 
 from __future__ import annotations

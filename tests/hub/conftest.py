@@ -1,7 +1,7 @@
-"""Fixtures of the Hub tests: the local Hub, a client with a fresh cache, and waits that take no time.
+"""Fixtures of the Hub tests: the local Hub, a client with an empty cache, and short pauses.
 
 Most tests here run only under `python -m tests.hub`, which sets the client's environment before it is imported;
-`test_in_own_process.py` does that for an ordinary pytest run.
+`test_in_own_process.py` starts it from an ordinary pytest run.
 """
 
 from __future__ import annotations
@@ -15,15 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lpt_peft import LongTailPromptAdapter
-from tests.conftest import tiny_vit
 from tests.hub.server import LocalHub
 
 IN_OWN_PROCESS = "LPT_HUB_TESTS"
-IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 REPO = "me/places-lt"
 
-# The others need an environment that is too late to set here.
+# These tests need an environment that must be set before this process starts.
 collect_ignore_glob = [] if IN_OWN_PROCESS in os.environ else ["test_online_*.py"]
 
 
@@ -40,25 +37,13 @@ def local(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.002)))
     yield hub
     hub.silence.set()
-    for thread in threading.enumerate():  # pushes that were given up
+    for thread in threading.enumerate():  # pushes that timed out
         if thread.daemon and thread.name.startswith("lpt_peft"):
             thread.join(5)
 
 
-def adapter_of(seed: int = 0, phase: str = "group", **options: int) -> LongTailPromptAdapter:
-    """A tiny adapter with random prompts."""
-    sizes = {"prompt_length": 3, "pool_size": 5, "top_k": 2, **options}
-    adapter = LongTailPromptAdapter.wrap(tiny_vit(), **sizes)
-    generator = torch.Generator().manual_seed(seed)
-    adapter.load_adapter_state_dict(
-        {name: torch.randn(shape, generator=generator) for name, shape in adapter.prompt_config.tensor_shapes.items()}
-    )
-    adapter.phase = phase
-    return adapter.eval()
-
-
 def transformers_vit() -> torch.nn.Module:
-    """A tiny ViT of transformers, the same every time; ImportError where it does not go with this client."""
+    """A tiny ViT of transformers, the same every time; ImportError if it does not support this client."""
     from transformers import ViTConfig, ViTModel  # noqa: PLC0415 - optional, and it asks for a recent client
 
     sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2}

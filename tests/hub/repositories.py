@@ -1,6 +1,6 @@
-"""What the local Hub stores: repositories with commits, branches and tags, large objects by sha256, accounts.
+"""Storage of the local Hub: repositories with commits, branches and tags, large objects by sha256, accounts.
 
-Not here: HTTP (`server.py`). It knows nothing of lpt_peft.
+Not here: HTTP (`server.py`). Independent of lpt_peft.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.bin filte
 
 
 class Refused(Exception):  # noqa: N818 - an answer, not a failure
-    """The Hub says no: an HTTP status, the code it names and a message."""
+    """A refusal of the Hub: an HTTP status, a code and a message."""
 
     def __init__(self, status: int, code: str | None = None, message: str = "", **body: object) -> None:
         super().__init__(message or code)
@@ -24,7 +24,7 @@ class Refused(Exception):  # noqa: N818 - an answer, not a failure
 class File:
     """A file of a commit; of a large one (`lfs`), `content` is in the object store as well.
 
-    `size` is what the Hub says of it: another than the content's for tests of absurd sizes.
+    `size` is the size that the Hub states, which tests of absurd sizes change.
     """
 
     content: bytes
@@ -33,7 +33,7 @@ class File:
 
     @property
     def size(self) -> int:
-        """Bytes, as told before a download."""
+        """Bytes, as stated before a download."""
         return len(self.content) if self.said is None else self.said
 
     @property
@@ -82,7 +82,7 @@ class Repository:
         return self.commits[oid]
 
     def put(self, files: dict[str, bytes], message: str = "put", branch: str = "main") -> str:
-        """A commit behind the server's back: as another user makes it, while a test looks on."""
+        """Commit without a request, as another user would."""
         head = self.at(branch)
         new = {path: File(content, lfs=path.endswith((".safetensors", ".bin"))) for path, content in files.items()}
         self.refs[branch] = self.add({**head.files, **new}, message, head.oid).oid
@@ -100,7 +100,7 @@ class Repository:
 
 @dataclass
 class Accounts:
-    """Who a token belongs to and what it may do."""
+    """Owners and permissions of tokens."""
 
     tokens: dict[str, tuple[str, bool]] = field(
         default_factory=lambda: {
@@ -111,7 +111,7 @@ class Accounts:
     )
 
     def who(self, token: str | None) -> tuple[str | None, bool]:
-        """Name and right to write; nobody without a token."""
+        """Name and permission to write; no name without a token."""
         if token is None:
             return None, False
         if token not in self.tokens:
@@ -121,14 +121,14 @@ class Accounts:
 
 @dataclass
 class Hub:
-    """All of it."""
+    """Repositories, objects and accounts."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     accounts: Accounts = field(default_factory=Accounts)
 
     def find(self, name: str, token: str | None, *, content: bool = True) -> Repository:
-        """A repository this token may see; a private one looks missing to others."""
+        """A repository that the token may read; a private repository looks missing to others."""
         user, _ = self.accounts.who(token)
         repository = self.repositories.get(name)
         if repository is None or (repository.private and user != name.partition("/")[0]):
@@ -138,7 +138,7 @@ class Hub:
         return repository
 
     def writable(self, name: str, token: str | None, *, pull_request: bool = False) -> Repository:
-        """A repository this token may commit to; anyone who sees it may open a pull request."""
+        """A repository that the token may commit to; every reader may open a pull request."""
         repository = self.find(name, token)
         user, may_write = self.accounts.who(token)
         if not may_write or (user != name.partition("/")[0] and not pull_request):
@@ -146,7 +146,7 @@ class Hub:
         return repository
 
     def create(self, name: str, token: str | None, *, private: bool) -> Repository:
-        """A new repository; 409 with its address where there is one."""
+        """Create a repository; 409 with its address if it exists."""
         user, may_write = self.accounts.who(token)
         if user is None:
             raise Refused(401, None, "Invalid username or password.")

@@ -1,4 +1,4 @@
-"""A Hub on 127.0.0.1 for the unmodified huggingface_hub client: honest answers, faults on demand, a record of all.
+"""A Hub on 127.0.0.1 for the unmodified huggingface_hub client, with faults on demand and a record of all requests.
 
 Honest: an upload whose sha256 is not its name, a parent that is not the head, a private repository, a read-only token
 are refused as the real one does. Large files come from another host name (`localhost`), which takes no token.
@@ -24,12 +24,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from tests.hub.repositories import File, Hub, Refused, now
 
 KINDS = ("drop", "reset", "truncate", "flip", "hang", "html")
-"""Faults besides a status code: no answer, a reset, half a body, one bit, silence, a proxy's page."""
+"""Faults besides a status code: no answer, a reset, half a body, a flipped bit, silence, a page of a proxy."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request as it came in."""
+    """A request."""
 
     method: str
     host: str
@@ -40,7 +40,7 @@ class Request:
 
     @property
     def token(self) -> str | None:
-        """What is behind "Bearer"."""
+        """The text after "Bearer"."""
         scheme, _, token = self.headers.get("authorization", "").partition(" ")
         return token if scheme.lower() == "bearer" else None
 
@@ -52,7 +52,7 @@ class Request:
 
 @dataclass
 class Answer:
-    """What goes back."""
+    """An answer."""
 
     status: int = 200
     body: bytes = b""
@@ -71,14 +71,14 @@ class Fault:
 
 
 class XetStore(Protocol):
-    """Xet's chunk store, as far as a Hub must know it: see `test_online_xet.py`."""
+    """Xet's chunk store, as a Hub uses it: see `test_online_xet.py`."""
 
     url: str
     hashes: dict[str, str]
     """sha256 -> xet's own hash."""
 
     def content(self, oid: str) -> bytes:
-        """What was uploaded under a sha256; refused if it was not."""
+        """Content uploaded under a sha256."""
 
 
 def as_json(value: Any, status: int = 200) -> Answer:
@@ -89,7 +89,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *args: Any) -> None:
-        """Broken connections are the point of it."""
+        """Ignore broken connections, which the tests cause."""
 
 
 class LocalHub:
@@ -104,7 +104,7 @@ class LocalHub:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def reset(self) -> None:
-        """Empty, without faults, with a fresh record."""
+        """Remove repositories, faults and the record."""
         self.hub = Hub()
         self.requests: list[Request] = []
         self.sent = 0
@@ -115,21 +115,21 @@ class LocalHub:
         self.silence = threading.Event()
 
     def close(self) -> None:
-        """End it."""
+        """Stop the server."""
         self.silence.set()
         self._server.shutdown()
         self._server.server_close()
 
     @contextmanager
     def fault(self, method: str, pattern: str, kind: int | str, times: int = 10**9) -> Iterator[Fault]:
-        """While open, such requests meet the fault; it counts them in `met`."""
+        """Inside, matching requests meet the fault, which counts them in `met`."""
         fault = Fault(method, pattern, kind, times)
         self.faults.append(fault)
         try:
             yield fault
         finally:
             self.faults.remove(fault)
-            self.silence.set()  # let go of what hangs
+            self.silence.set()  # release hanging requests
             self.silence = threading.Event()
 
     def met(self, request: Request) -> int | str | None:
@@ -360,7 +360,7 @@ _ROUTES: list[tuple[tuple[str, ...], str, Callable[..., Answer]]] = [
 
 
 def _part(content: bytes, request: Request, headers: dict[str, str]) -> Answer:
-    """A body, or the end of it where the client goes on with a broken download."""
+    """A body, or the rest of it if the client resumes a download."""
     if (asked := re.fullmatch(r"bytes=(\d+)-", request.headers.get("range", ""))) is None:
         return Answer(200, content, headers)
     start = int(asked[1])
@@ -380,7 +380,7 @@ def _handler(local: LocalHub) -> type[BaseHTTPRequestHandler]:
             with local.lock:
                 local.requests.append(request)
                 kind = local.met(request)
-                if kind == "flip" and self.command in ("PUT", "POST"):  # on the way up
+                if kind == "flip" and self.command in ("PUT", "POST"):  # of the upload
                     body = _flipped(body)
                     request = Request(self.command, headers["host"], split.path, parse_qs(split.query), headers, body)
                 local.before(request)
@@ -430,7 +430,7 @@ def _handler(local: LocalHub) -> type[BaseHTTPRequestHandler]:
                     local.sent += len(body)
 
         def log_message(self, *args: Any) -> None:
-            """Nothing on the terminal."""
+            """Print nothing."""
 
     return Handler
 

@@ -1,12 +1,13 @@
-"""Any value in any place of config.json: refused by an `LPTError`, or everything that is done with it works.
+"""Any value in any place of the configuration: an `LPTError`, or content that every consumer accepts.
 
-`tests/checkpoint/test_hostile.py` fuzzes the reader itself; here what passes it goes on to the card, the builder, the
-command and the comparison with a backbone.
+`tests/checkpoint/test_hostile.py` fuzzes the reader; here the content that it accepts goes to the card, the builder,
+the command and the comparison with a backbone.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from functools import cache
 
 import pytest
@@ -16,9 +17,9 @@ from hypothesis import strategies as st
 
 from lpt_peft.backbones import find_backbone
 from lpt_peft.backbones.loading import can_build
-from lpt_peft.checkpoint import decode
-from lpt_peft.checkpoint.pretrained import check_match
-from lpt_peft.cli.inspect import _text
+from lpt_peft.checkpoint import decode, encode
+from lpt_peft.checkpoint.match import check_match
+from lpt_peft.cli.inspect import describe
 from lpt_peft.errors import BackboneMismatchError, LPTError
 from lpt_peft.hub import CardOptions, model_card
 from tests.checkpoint.test_hostile import FUZZ, Forgery, edited, edits, paths, put
@@ -34,7 +35,7 @@ scalars = st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**63 - 1), 
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=6
 )
-# Places whose values are anyone's to choose come as often as all others together.
+# Places with free values are drawn as often as all others together.
 FREE = [
     *("training", "training/metrics", "training/rule", "training/recipe", "backbone/model_args"),
     *("backbone/model_args/img_size", "backbone/model_args/norm_eps", "backbone/model_args/global_pool"),
@@ -49,15 +50,14 @@ def backbone():
     return find_backbone(tiny_vit())
 
 
-def use(prompts):
-    """What is done with a file that was read, short of a download."""
-    config = prompts.config
-    assert isinstance(model_card(config, "me/x", CardOptions(datasets=("me/d",))), str)
-    assert isinstance(_text("me/x", config), str)
-    assert isinstance(can_build(config["backbone"]), bool)
-    assert prompts.metadata.training == config["training"]
+def use(content):
+    """Use content in every way that needs no download."""
+    assert isinstance(model_card(content, "me/x", CardOptions(datasets=("me/d",))), str)
+    assert isinstance(describe("me/x", content), str)
+    assert isinstance(can_build(asdict(content.backbone)), bool)
+    assert decode(encode(content).weights).metadata == content.metadata
     with pytest.raises(BackboneMismatchError):
-        check_match(prompts, backbone(), "error", "0" * 64)
+        check_match(content, backbone(), "error", "0" * 64)
 
 
 @settings(FUZZ, max_examples=600)
@@ -67,32 +67,26 @@ def test_any_value_in_any_place(place, value):
     parent = forgery.config
     for key in place.split("/")[:-1]:
         parent = parent.get(key) if isinstance(parent, dict) else None
-    if not isinstance(parent, dict) or place.startswith("weights"):
+    if not isinstance(parent, dict):
         return
     put(forgery.config, place, copy.deepcopy(value))
     try:
-        pair = forgery.sync().bytes()
-    except UnicodeEncodeError:  # lone surrogates: not even a file
-        return
-    try:
-        prompts = decode(*pair)
+        content = decode(forgery.bytes())
     except LPTError:
         return
-    use(prompts)
+    use(content)
 
 
 @settings(FUZZ, max_examples=600)
 @given(edits())
-def test_edited_header_bytes(changes):
-    """Size and sha256 told anew, so that the header itself is what is read."""
-    forgery = Forgery.start()
-    changes = [(place % 3000, length, junk) for place, length, junk in changes]
-    pair = forgery.with_weights(edited(Forgery.start().sync().bytes()[1], changes))
+def test_edited_text_of_the_configuration(changes):
+    """The hashes are right, so the text itself is read."""
+    edit = lambda text: edited(text.encode(), changes).decode("utf-8", "replace")  # noqa: E731
     try:
-        prompts = decode(*pair)
+        content = decode(Forgery.start().bytes(edit_config=edit))
     except LPTError:
         return
-    use(prompts)
+    use(content)
 
 
 def test_timm_lists_are_large_enough_to_matter():

@@ -1,4 +1,4 @@
-"""Who may read and write what: the right message each, and where the token goes."""
+"""Permissions to read and write, their messages, and the places that the token is sent to."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from lpt_peft.errors import (
     PromptFileIntegrityError,
 )
 from lpt_peft.hub import read_prompts
+from tests.checkpoint.adapters import IMAGES, tiny_adapter
 from tests.conftest import tiny_vit
-from tests.hub.conftest import IMAGES, REPO, adapter_of
+from tests.hub.conftest import REPO
 
 
 @pytest.fixture
 def private(local):
-    adapter_of().push_to_hub(REPO, private=True)
+    tiny_adapter().push_to_hub(REPO, private=True)
     local.requests.clear()
     return local
 
@@ -34,7 +35,7 @@ def private(local):
 def test_a_private_repository_looks_missing(private, monkeypatch):
     read_prompts(REPO)
     for token in ("hf_stranger", False):
-        with pytest.raises(HubNotFoundError, match=r"no such repository, or it is private.*hf auth login"):
+        with pytest.raises(HubNotFoundError, match=r"repository does not exist, or it is private.*hf auth login"):
             read_prompts(REPO, token=token)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubNotFoundError, match="or it is private"):
@@ -45,36 +46,36 @@ def test_a_private_repository_looks_missing(private, monkeypatch):
 
 
 def test_a_gated_repository(local):
-    adapter_of().push_to_hub(REPO)
+    tiny_adapter().push_to_hub(REPO)
     local.hub.repositories[REPO].gated = True
     for token in ("hf_stranger", False):
-        with pytest.raises(HubAccessError, match=rf"gated. Ask for it at {local.endpoint}/{REPO}"):
+        with pytest.raises(HubAccessError, match=rf"gated. Request it at {local.endpoint}/{REPO}"):
             read_prompts(REPO, token=token)
     read_prompts(REPO, token="hf_write")
 
 
 def test_wrong_and_read_only_tokens(local):
-    adapter_of().push_to_hub(REPO)
-    with pytest.raises(HubAccessError, match=r"token is not valid.*Invalid credentials.*Make a new one"):
+    tiny_adapter().push_to_hub(REPO)
+    with pytest.raises(HubAccessError, match=r"token is not valid.*Invalid credentials.*Create a new token"):
         read_prompts(REPO, token="hf_wrong")
     with pytest.raises(HubAccessError, match="token is not valid"):
-        adapter_of().push_to_hub(REPO, token="hf_wrong")
-    with pytest.raises(HubAccessError, match=r"may not do that.*write role"):
-        adapter_of(1).push_to_hub(REPO, token="hf_read")
-    with pytest.raises(HubAccessError, match="may not do that"):
-        adapter_of(1).push_to_hub("me/new", token="hf_read")
-    with pytest.raises(HubAccessError, match="may not do that"):
-        adapter_of(1).push_to_hub(REPO, token="hf_stranger")
+        tiny_adapter().push_to_hub(REPO, token="hf_wrong")
+    with pytest.raises(HubAccessError, match=r"lacks the permission.*write role"):
+        tiny_adapter(seed=1).push_to_hub(REPO, token="hf_read")
+    with pytest.raises(HubAccessError, match="lacks the permission"):
+        tiny_adapter(seed=1).push_to_hub("me/new", token="hf_read")
+    with pytest.raises(HubAccessError, match="lacks the permission"):
+        tiny_adapter(seed=1).push_to_hub(REPO, token="hf_stranger")
     with pytest.raises(PermissionError):  # as a caller would expect
-        adapter_of(1).push_to_hub(REPO, token=False)
+        tiny_adapter(seed=1).push_to_hub(REPO, token=False)
     assert len(local.hub.repositories[REPO].history) == 2
     assert local.hub.repositories.keys() == {REPO}
 
 
 @pytest.mark.parametrize("repo_id", ["a/b/c", "-a/b", "a..b", "a/b.git", "", "a b", "../x", "a--b"])
-def test_names_that_are_none(local, repo_id):
+def test_invalid_names(local, repo_id):
     with pytest.raises(ConfigError, match="owner/name"):
-        adapter_of().push_to_hub(repo_id)
+        tiny_adapter().push_to_hub(repo_id)
     assert local.requests == []
     with pytest.raises(LPTError):
         read_prompts(repo_id)
@@ -82,19 +83,19 @@ def test_names_that_are_none(local, repo_id):
 
 
 def test_arguments(local):
-    with pytest.raises(ConfigError, match="give one of them"):
+    with pytest.raises(ConfigError, match="give only one"):
         read_prompts(REPO, local_files_only=True, force_download=True)
     with pytest.raises(ConfigError, match=r"refuses the model card.*Check license="):
-        adapter_of().push_to_hub(REPO, license="not-a-license")
+        tiny_adapter().push_to_hub(REPO, license="not-a-license")
     with pytest.raises(ConfigError, match="commit_message"):
-        adapter_of().push_to_hub(REPO, commit_message="")
+        tiny_adapter().push_to_hub(REPO, commit_message="")
 
 
 # -- tokens -----------------------------------------------------------------------------------------------
 
 
 def test_the_token_goes_to_the_hub_alone(private):
-    adapter_of(1).push_to_hub(REPO, token="hf_write")
+    tiny_adapter(seed=1).push_to_hub(REPO, token="hf_write")
     read_prompts(REPO, token="hf_write")
     elsewhere = [request for request in private.requests if request.host.startswith("localhost")]
     at_the_hub = [request for request in private.requests if not request.host.startswith("localhost")]
@@ -106,7 +107,7 @@ def test_the_token_goes_to_the_hub_alone(private):
 
 
 def test_false_sends_no_token(local):
-    adapter_of().push_to_hub(REPO)
+    tiny_adapter().push_to_hub(REPO)
     local.requests.clear()
     read_prompts(REPO, token=False)
     assert {request.token for request in local.requests} == {None}
@@ -123,12 +124,12 @@ def test_the_token_is_never_printed(local, capfd, monkeypatch):
     monkeypatch.setattr(logging.getLogger(), "level", logging.DEBUG)
     logging.getLogger().addHandler(handler)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", local.endpoint)
-    adapter_of().push_to_hub(REPO)
+    tiny_adapter().push_to_hub(REPO)
     shown = []
     for kind in ("drop", 500, 401, 403, "html"):
         for call in (
             lambda: read_prompts(REPO, token=secret),
-            lambda: adapter_of(1).push_to_hub(REPO, token=secret),
+            lambda: tiny_adapter(seed=1).push_to_hub(REPO, token=secret),
         ):
             with local.fault("GET", ".", kind), local.fault("HEAD", ".", kind), local.fault("POST", ".", kind):
                 with pytest.raises(HubError) as caught:
@@ -157,8 +158,8 @@ def test_a_server_that_echoes_the_token_is_not_quoted(local):
 
 @pytest.mark.parametrize("token", ["hf_secret\n", " hf_secret", "hf_\u00e9secret", ""])
 def test_a_token_that_no_header_can_carry(local, token):
-    for call in (lambda: read_prompts(REPO, token=token), lambda: adapter_of().push_to_hub(REPO, token=token)):
-        with pytest.raises(ConfigError, match="Copy it anew") as caught:
+    for call in (lambda: read_prompts(REPO, token=token), lambda: tiny_adapter().push_to_hub(REPO, token=token)):
+        with pytest.raises(ConfigError, match="Copy it again") as caught:
             call()
         assert "secret" not in str(caught.value)
     assert local.requests == []
@@ -168,36 +169,36 @@ def test_a_token_that_no_header_can_carry(local, token):
 
 
 def test_the_cache_alone(local):
-    adapter_of().push_to_hub(REPO)
+    tiny_adapter().push_to_hub(REPO)
     with pytest.raises(HubUnavailableError, match=r"not in the local cache.*local_files_only=True"):
         read_prompts(REPO, local_files_only=True)
     assert [request.method for request in local.requests].count("HEAD") == 0
     read_prompts(REPO)
     local.requests.clear()
     twin = LongTailPromptAdapter.from_pretrained(REPO, tiny_vit(), local_files_only=True)
-    assert torch.equal(twin(IMAGES), adapter_of()(IMAGES))
+    assert torch.equal(twin(IMAGES), tiny_adapter()(IMAGES))
     assert local.requests == []
     with pytest.raises(HubUnavailableError, match="not in the local cache"):
         read_prompts(REPO, local_files_only=True, revision="other")
 
 
 def test_no_connection_with_and_without_cache(local):
-    adapter_of().push_to_hub(REPO)
-    adapter_of(1).push_to_hub("me/second")
+    tiny_adapter().push_to_hub(REPO)
+    tiny_adapter(seed=1).push_to_hub("me/second")
     read_prompts(REPO)
     for kind in ("drop", "reset", 503, 500):
         with local.fault("HEAD", ".", kind), local.fault("GET", ".", kind):
-            assert read_prompts(REPO).config["prompt"]["phase"] == "group"
+            assert read_prompts(REPO).phase == "group"
             with pytest.raises(
-                HubUnavailableError, match=r"(no connection|out of order).*Nor is all of it in the local cache"
+                HubUnavailableError, match=r"(is no connection|out of order).*The local cache does not hold it either"
             ):
                 read_prompts("me/second")
             with pytest.raises(ConnectionError):  # as a caller would expect
                 read_prompts(REPO, force_download=True)
 
 
-def test_half_a_cache_is_not_enough(local, tmp_path):
-    adapter_of().push_to_hub(REPO)
+def test_a_cache_without_the_file_or_with_a_damaged_file(local, tmp_path):
+    tiny_adapter().push_to_hub(REPO)
     read_prompts(REPO, cache_dir=tmp_path / "mine")
     (weights,) = (tmp_path / "mine").rglob("prompts.safetensors")
     data = bytearray(weights.read_bytes())
@@ -208,11 +209,11 @@ def test_half_a_cache_is_not_enough(local, tmp_path):
     weights.write_bytes(data)  # a plain file, as the client keeps it where there are no links
     with pytest.raises(PromptFileIntegrityError, match="a byte changed"):
         read_prompts(REPO, cache_dir=tmp_path / "mine", local_files_only=True)
-    assert read_prompts(REPO, cache_dir=tmp_path / "mine").config["prompt"]["phase"] == "group"
+    assert read_prompts(REPO, cache_dir=tmp_path / "mine").phase == "group"
 
 
-def test_errors_of_the_local_disk_are_themselves(local, tmp_path):
-    adapter_of().push_to_hub(REPO)
+def test_errors_of_the_local_disk_stay_as_they_are(local, tmp_path):
+    tiny_adapter().push_to_hub(REPO)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file") as caught:
         read_prompts(REPO, cache_dir=tmp_path / "file")

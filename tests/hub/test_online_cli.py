@@ -13,12 +13,13 @@ from safetensors.torch import save
 
 from lpt_peft import LongTailPromptAdapter
 from lpt_peft.cli import main
-from tests.hub.conftest import REPO, adapter_of
+from tests.checkpoint.adapters import tiny_adapter
+from tests.hub.conftest import REPO
 
 
 @pytest.fixture
 def folder(tmp_path):
-    adapter_of().save_pretrained(tmp_path / "prompts", training={"metrics": {"few": 0.5}, "rule": "few: n < 20"})
+    tiny_adapter().save_pretrained(tmp_path / "prompts", training={"metrics": {"few": 0.5}, "rule": "few: n < 20"})
     (tmp_path / "prompts" / "secret.txt").write_text("not to be sent")
     return tmp_path / "prompts"
 
@@ -38,7 +39,7 @@ def test_push_inspect_pull(local, folder, tmp_path, capsys):
     assert "few-shot accuracy (few: n < 20)" in card
 
     assert main(["inspect", REPO]) == 0
-    assert f"{REPO}: prompt file, format 1" in capsys.readouterr().out
+    assert f"{REPO}: prompt file, format 2" in capsys.readouterr().out
     assert main(["inspect", REPO, "--json", "--revision", commit.oid]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((folder / "config.json").read_text())
 

@@ -1,4 +1,4 @@
-"""Faults on every route of a push and of a pull: the right bytes, or one `HubError`; never half of anything."""
+"""Faults on every route of a push and a pull: the right bytes, or one `HubError`, and nothing incomplete."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from lpt_peft import LongTailPromptAdapter
-from lpt_peft.checkpoint import decode, encode
+from lpt_peft.checkpoint import decode
 from lpt_peft.errors import HubError, HubIntegrityError, HubUnavailableError, PromptFileError
-from lpt_peft.hub import Place, pull, push_files
+from lpt_peft.hub import HubLocation, pull, push
+from tests.checkpoint.adapters import IMAGES, tiny_adapter, tiny_content, tiny_encoded
 from tests.conftest import tiny_vit
-from tests.hub.conftest import IMAGES, REPO, adapter_of
+from tests.hub.conftest import REPO
 from tests.hub.server import KINDS
 
 ALWAYS = [(kind, 10**6) for kind in (*KINDS, 500, 404, 403, 400)]
@@ -27,9 +28,7 @@ def with_faults(*more):
 
 
 PULL = {
-    "look at config": ("HEAD", "/config.json$"),
-    "config": ("GET", "/config.json$"),
-    "look at weights": ("HEAD", "/prompts.safetensors$"),
+    "size": ("HEAD", "/prompts.safetensors$"),
     "weights": ("GET", "^/objects/"),
 }
 PUSH = {
@@ -42,7 +41,7 @@ PUSH = {
     "verify": ("POST", "/verify$"),
     "commit": ("POST", "/commit/"),
 }
-CONFIG, WEIGHTS = encode(adapter_of(1))
+WEIGHTS, CONFIG, _ = tiny_encoded(1)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +50,7 @@ def quiet():
 
 
 def attempt(call):
-    """What `call` returns, and its HubError, whose message is fit to be read; any other error is a failure."""
+    """Result of `call`, and the message of its HubError, which is checked; any other error fails the test."""
     try:
         return call(), None
     except HubError as error:
@@ -65,16 +64,16 @@ def attempt(call):
 @with_faults((503, 10**6), (429, 10**6), ("reset", 1), ("truncate", 1), ("hang", 1), ("html", 1))
 @pytest.mark.parametrize("route", PULL)
 def test_pull(local, route, kind, times):
-    if kind == "hang" and times > 1 and route in ("config", "weights"):
+    if kind == "hang" and times > 1 and route == "weights":
         times = 2  # the client tries six times, for a second each
-    local.hub.create(REPO, "hf_write", private=False).put({"config.json": CONFIG, "prompts.safetensors": WEIGHTS})
+    local.hub.create(REPO, "hf_write", private=False).put({"prompts.safetensors": WEIGHTS})
     with local.fault(*PULL[route], kind, times) as fault:
-        pulled, error = attempt(lambda: pull(Place(repo_id=REPO)))
-        assert error or (pulled.config, pulled.weights) == (CONFIG, WEIGHTS)
+        pulled, error = attempt(lambda: pull(HubLocation(repo_id=REPO)))
+        assert error or pulled.weights == WEIGHTS
         assert fault.met
-    # Whatever happened, what is in the cache is right or is not trusted.
-    pulled = pull(Place(repo_id=REPO))
-    assert (pulled.config, pulled.weights) == (CONFIG, WEIGHTS)
+    # Afterwards the cache is right, or is not trusted.
+    pulled = pull(HubLocation(repo_id=REPO))
+    assert pulled.weights == WEIGHTS
 
 
 @with_faults()
@@ -84,13 +83,13 @@ def test_push(local, route, kind, times):
     old = repository.put({"notes.txt": b"here before"})
     with local.fault(*PUSH[route], kind, times) as fault:
         timeout = 0.5 if kind == "hang" else 30
-        done, _ = attempt(lambda: push_files(CONFIG, WEIGHTS, REPO, timeout=timeout))
+        done, _ = attempt(lambda: push(tiny_content(1), REPO, timeout=timeout))
         assert fault.met
     head = repository.at("main")
-    if (route, kind) == ("commit", "flip") and done:  # only TLS guards that; readers notice
+    if (route, kind) == ("commit", "flip") and done:  # only TLS prevents that; readers find it
         with contextlib.suppress(PromptFileError):
-            pulled = pull(Place(repo_id=REPO))
-            assert decode(pulled.config, pulled.weights).config == decode(CONFIG, WEIGHTS).config
+            pulled = pull(HubLocation(repo_id=REPO))
+            assert decode(pulled.weights).config == tiny_content(1).config
     elif done or head.oid != old:  # a commit whose answer was lost is a commit
         assert head.parent == old
         assert head.files["config.json"].content == CONFIG
@@ -99,48 +98,46 @@ def test_push(local, route, kind, times):
         assert head.files.keys() == {".gitattributes", "notes.txt"}
 
 
-def test_one_broken_answer_of_a_download_is_got_over(local):
-    """What the client repeats by itself it still repeats beneath us."""
-    local.hub.create(REPO, "hf_write", private=False).put({"config.json": CONFIG, "prompts.safetensors": WEIGHTS})
+def test_the_client_repeats_a_broken_download(local):
+    """The client's own retries still work."""
+    local.hub.create(REPO, "hf_write", private=False).put({"prompts.safetensors": WEIGHTS})
     with local.fault("GET", "^/objects/", "drop", 1) as fault:
-        assert pull(Place(repo_id=REPO)).weights == WEIGHTS
+        assert pull(HubLocation(repo_id=REPO)).weights == WEIGHTS
         assert fault.met == 1
 
 
-@pytest.mark.parametrize("name", ["config", "weights"])
-def test_a_flipped_bit_is_fetched_once_more_then_refused(local, name):
-    local.hub.create(REPO, "hf_write", private=False).put({"config.json": CONFIG, "prompts.safetensors": WEIGHTS})
-    with local.fault(*PULL[name], "flip", 1) as fault:
-        pulled = pull(Place(repo_id=REPO))
-        assert (pulled.config, pulled.weights) == (CONFIG, WEIGHTS)
+def test_a_flipped_bit_is_fetched_once_more_then_refused(local):
+    local.hub.create(REPO, "hf_write", private=False).put({"prompts.safetensors": WEIGHTS})
+    with local.fault(*PULL["weights"], "flip", 1) as fault:
+        pulled = pull(HubLocation(repo_id=REPO))
+        assert pulled.weights == WEIGHTS
         assert fault.met == 1
-    with local.fault(*PULL[name], "flip") as fault:
+    with local.fault(*PULL["weights"], "flip") as fault:
         with pytest.raises(HubIntegrityError, match="arrived damaged twice"):
-            pull(Place(repo_id=REPO, force_download=True))
+            pull(HubLocation(repo_id=REPO, force_download=True))
         assert fault.met == 2
 
 
 def test_a_failed_load_changes_nothing(local):
-    adapter_of(1).push_to_hub(REPO)
-    adapter = adapter_of(2)
-    vit, wanted = tiny_vit(), adapter(IMAGES)
+    tiny_adapter(seed=1).push_to_hub(REPO)
+    adapter = tiny_adapter(seed=2)
+    vit, expected = tiny_vit(), adapter(IMAGES)
     before = [type(module) for module in vit.modules()]
-    for route in ("config", "weights"):
-        with local.fault(*PULL[route], "flip"):
-            with pytest.raises(HubError):
-                LongTailPromptAdapter.from_pretrained(REPO, vit)
-            with pytest.raises(HubError):
-                adapter.load_prompts(REPO)
+    with local.fault(*PULL["weights"], "flip"):
+        with pytest.raises(HubError):
+            LongTailPromptAdapter.from_pretrained(REPO, vit)
+        with pytest.raises(HubError):
+            adapter.load_prompts(REPO)
     assert [type(module) for module in vit.modules()] == before
-    assert torch.equal(adapter(IMAGES), wanted)
-    assert torch.equal(LongTailPromptAdapter.from_pretrained(REPO, vit)(IMAGES), adapter_of(1)(IMAGES))
+    assert torch.equal(adapter(IMAGES), expected)
+    assert torch.equal(LongTailPromptAdapter.from_pretrained(REPO, vit)(IMAGES), tiny_adapter(seed=1)(IMAGES))
 
 
-def test_a_hub_that_says_nothing_is_given_up_in_time(local):
+def test_a_silent_hub_times_out(local):
     with local.fault("POST", "/repos/create$", "hang"), pytest.raises(HubUnavailableError, match=r"0\.2 s.*timeout="):
-        push_files(CONFIG, WEIGHTS, REPO, timeout=0.2)
+        push(tiny_content(1), REPO, timeout=0.2)
 
 
-def test_a_mirror_that_tells_no_size_or_commit_is_no_hub(local):
-    with local.fault("HEAD", "/config.json$", "html"), pytest.raises(HubError, match="Is HF_ENDPOINT a Hub"):
-        pull(Place(repo_id=REPO))
+def test_a_mirror_that_states_no_size_or_commit_is_refused(local):
+    with local.fault("HEAD", "/prompts.safetensors$", "html"), pytest.raises(HubError, match="Is HF_ENDPOINT a Hub"):
+        pull(HubLocation(repo_id=REPO))

@@ -1,4 +1,4 @@
-"""A round trip through xet's chunk store, where hf_xet takes a folder for a store; the LFS way is tested elsewhere."""
+"""A round trip through xet's chunk store, which is a folder here; LFS is tested elsewhere."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lpt_peft import LongTailPromptAdapter
-from lpt_peft.checkpoint import encode
+from tests.checkpoint.adapters import IMAGES, tiny_adapter, tiny_encoded
 from tests.conftest import tiny_vit
-from tests.hub.conftest import IMAGES, REPO, adapter_of
+from tests.hub.conftest import REPO
 from tests.hub.repositories import Refused
 
 try:
@@ -56,8 +56,8 @@ def store(local, tmp_path, monkeypatch):
 
 
 def test_push_and_pull(local, store):
-    adapter = adapter_of()
-    _, weights = encode(adapter)
+    adapter = tiny_adapter()
+    weights = tiny_encoded().weights
     store.announce(weights)
     adapter.push_to_hub(REPO)
     assert local.hub.repositories[REPO].at("main").files["prompts.safetensors"].content == weights

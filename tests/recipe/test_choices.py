@@ -46,7 +46,7 @@ def watched_epochs(settings, dataset, labels, validation):
 
     adapter = tiny_adapter()
     history = train(adapter, dataset, labels, settings, validation=Recording(*validation.tensors), progress=False)
-    return adapter, history, seen
+    return adapter, history, seen[1:]  # the first read is the check before training
 
 
 @pytest.mark.parametrize("average", [None, 0.5])

@@ -108,12 +108,6 @@ def test_the_loss_takes_the_scale_of_the_head(monkeypatch):
     assert seen[0]["scale"] == 7.0
 
 
-def test_progress_bar_is_shown_on_request(capsys):
-    dataset, labels = striped_data()
-    run_phase(tiny_adapter(), dataset, labels, SETTINGS, PHASE, name="shared", progress="stripes")
-    assert "stripes: shared: 100%" in capsys.readouterr().err
-
-
 def test_predict_keeps_order_type_and_mode():
     dataset, labels = striped_data()
     adapter = tiny_adapter().train()

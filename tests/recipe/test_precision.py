@@ -13,11 +13,11 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import TensorDataset
 
 from lpt_peft import LongTailPromptAdapter, ShotMetrics
-from lpt_peft.checkpoint import load_prompts
 from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.errors import BackboneMismatchError, ConfigError, StateError
 from lpt_peft.recipe import PhaseSettings, Splits, evaluate, fit, make_accelerator, predict, run_phase, train
 from lpt_peft.recipe.parallel import check_precision
+from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.training.loop import Loop
 from tests.conftest import tiny_vit
 from tests.recipe.tiny import COUNTS, PHASE, SETTINGS, SHORT, NoiseFreeLoss, result_of, same, striped_data, tiny_adapter
@@ -107,7 +107,7 @@ def test_a_run_on_a_cast_backbone(tmp_path):
     assert config["backbone"]["fingerprint"] == fingerprint
     assert config["training"]["recipe"]["backbone_dtype"] == "bfloat16"
 
-    loaded = load_prompts(tmp_path / "run" / "prompts", tiny_vit())
+    loaded = LongTailPromptAdapter.from_pretrained(tmp_path / "run" / "prompts", tiny_vit())
     test = striped_data(2)[0]
     full = predict(loaded, test)[0].logits
     loaded.cast_backbone(torch.bfloat16)
@@ -115,7 +115,7 @@ def test_a_run_on_a_cast_backbone(tmp_path):
     assert not torch.equal(predict(loaded, test)[0].logits, full)
     assert evaluate(loaded, test, ShotMetrics.from_rule("lpt", COUNTS)) == results["test"]
     with pytest.raises(BackboneMismatchError, match="Or was the model cast"):
-        load_prompts(tmp_path / "run" / "prompts", tiny_vit().bfloat16())
+        LongTailPromptAdapter.from_pretrained(tmp_path / "run" / "prompts", tiny_vit().bfloat16())
 
     class Interrupting(NoiseFreeLoss):
         def forward(self, output, target, epoch):
@@ -142,9 +142,9 @@ def test_unsupported_casts_are_refused():
     with pytest.raises(ConfigError, match='backbone_dtype="float16" needs mixed_precision="fp16".*not "no"'):
         train(tiny_adapter(), dataset, labels, float16, progress=False)
     with pytest.raises(ConfigError, match="different 16-bit dtypes"):
-        check_precision(BFLOAT16, SimpleNamespace(mixed_precision="fp16"))
+        check_precision(BFLOAT16, SimpleNamespace(mixed_precision="fp16", scaler=object()))
     for settings, precision in ((float16, "fp16"), (BFLOAT16, "bf16"), (BFLOAT16, "no"), (SHORT, "fp16")):
-        check_precision(settings, SimpleNamespace(mixed_precision=precision))
+        check_precision(settings, SimpleNamespace(mixed_precision=precision, scaler=object()))
 
     class Probe(torch.nn.Module):
         def __init__(self):
@@ -205,7 +205,7 @@ def compiled_run(steps, restored=None, dtype=None):
         criterion=NoiseFreeLoss(PHASE.epochs),
         accelerator=make_accelerator(settings),
         history=[],
-        progress=False,
+        reporter=Reporter(False, True),
     )
     run = loop.start_phase(adapter, "group", PHASE)
     if restored is not None:

@@ -1,8 +1,7 @@
-"""How each family of timm's ViTs comes from its forward arguments to tokens, and from tokens to its feature.
+"""Families of timm's ViTs: from forward arguments to tokens, and from tokens to the feature.
 
-Each class restates the few lines that stand before and behind the blocks in the model's own forward;
-tests hold every model to `forward_head(forward_features(x), pre_logits=True)`. Not here: what all
-families do alike (`timm/vit.py`).
+Each class repeats the few lines before and after the blocks in the model's own forward; tests compare every model with
+`forward_head(forward_features(x), pre_logits=True)`. Not here: the code that families share (`vit.py`).
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from lpt_peft.errors import BackboneError, InputError
 
 
 def open_backbone(model: nn.Module) -> TimmBackbone:
-    """The driver for a timm model.
+    """Return the driver for a timm model.
 
     Raises:
-        BackboneError: The model is not a plain ViT; the message says why, and what works.
+        BackboneError: The model is not a plain ViT; the message gives the reason and alternatives.
     """
-    # timm's features_only=True puts a plain ViT into a wrapper that returns feature maps.
+    # timm's features_only=True wraps a plain ViT into a module that returns feature maps.
     vit: Any = model.model if type(model).__name__ == "FeatureGetterNet" else model
     for cls in type(vit).__mro__:
         if (family := FAMILIES.get(f"{cls.__module__}.{cls.__name__}")) is not None:
@@ -36,13 +35,13 @@ def open_backbone(model: nn.Module) -> TimmBackbone:
                 if replaced or getattr(type(vit), method) is not getattr(cls, method):
                     how = f"has {method} replaced on the object" if replaced else f"overrides {cls.__name__}.{method}"
                     raise BackboneError(
-                        f"{type(vit).__name__} {how}, so its way from image to feature is not known here. What works: "
-                        f"{cls.__name__} itself and subclasses that keep that method."
+                        f"{type(vit).__name__} {how}, so the steps from image to feature are unknown. Supported: "
+                        f"{cls.__name__} and subclasses that keep that method."
                     )
             if missing := [method for method in family.needs if not hasattr(vit, method)]:
                 raise BackboneError(
-                    f"{cls.__name__} of timm {timm.__version__} has no {missing[0]}, through which images reach its "
-                    "blocks in later versions. Upgrade timm (pip install -U timm)."
+                    f"{cls.__name__} of timm {timm.__version__} has no {missing[0]}, which prompts need; later "
+                    "versions have it. Upgrade timm (pip install -U timm)."
                 )
             backbone = family(vit)
             backbone.model = model
@@ -54,30 +53,30 @@ class PlainViT(TimmBackbone):
     """ViT, DeiT 3, hybrid (convolutional stem), ViTamin, FlexiViT, SigLIP, DINOv2: `VisionTransformer`."""
 
     def embed(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Stream:
-        """Images (B, 3, H, W) float to the tokens that enter block 1; masks as in VisionTransformer.forward."""
+        """Compute tokens from images (B, 3, H, W); masks as in VisionTransformer.forward."""
         vit = self.vit
         tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
         masked = attn_mask is not None or is_causal
         return _same_for_all(self, tokens, {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {})
 
     def feature(self, stream: Stream) -> Tensor:
-        """Norm, pool, norm of the pooled."""
+        """Apply norm, pool and fc_norm."""
         return self.vit.fc_norm(self.vit.pool(self.vit.norm(stream.tokens)))
 
 
 class DistilledViT(PlainViT):
-    """DeiT with a distillation token: the mean of both tokens, as its two heads' logits are averaged."""
+    """DeiT with a distillation token; the feature is the mean of both tokens, as the logits of both heads are."""
 
     def feature(self, stream: Stream) -> Tensor:
-        """Mean of class and distillation token."""
+        """Average class and distillation token."""
         return self.vit.norm(stream.tokens)[:, :2].mean(1)
 
 
 class _TokenOrMeanViT(TimmBackbone):
-    """What BEiT, the relpos ViTs and early versions of Eva do alike behind the blocks."""
+    """Pooling of BEiT, the relpos ViTs and early versions of Eva."""
 
     def feature(self, stream: Stream) -> Tensor:
-        """Norm, CLS or mean of the patches, norm of the pooled."""
+        """Apply norm, take CLS or the mean of the patches, and apply fc_norm."""
         vit, tokens = self.vit, self.vit.norm(stream.tokens)
         if vit.global_pool:
             tokens = tokens[:, vit.num_prefix_tokens :].mean(1) if vit.global_pool == "avg" else tokens[:, 0]
@@ -88,7 +87,7 @@ class EvaViT(_TokenOrMeanViT):
     """EVA-02, DINOv3, Perception Encoder, ViT with RoPE, Sapiens 2: `Eva`."""
 
     def embed(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Stream:
-        """Images (B, 3, H, W) float to tokens and the rotary embedding, one a block where it is mixed."""
+        """Compute tokens and the rotary embedding, or an embedding per block, from images (B, 3, H, W)."""
         vit = self.vit
         tokens, rope = vit._pos_embed(vit.patch_embed(images))
         if hasattr(vit, "norm_pre"):  # timm 1.0.16
@@ -97,11 +96,11 @@ class EvaViT(_TokenOrMeanViT):
         masked = attn_mask is not None or is_causal
         common: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {}
         if getattr(vit, "rope_mixed", False) and rope is not None:
-            return Stream(tokens, {"blocks": [{**common, "rope": one} for one in rope]})
+            return Stream(tokens, {"blocks": [{**common, "rope": table} for table in rope]})
         return _same_for_all(self, tokens, {**common, "rope": rope})
 
     def feature(self, stream: Stream) -> Tensor:
-        """Norm, pool, norm of the pooled."""
+        """Apply norm, pool and fc_norm."""
         if not hasattr(self.vit, "pool"):  # before timm 1.0.16
             return super().feature(stream)
         return self.vit.fc_norm(self.vit.pool(self.vit.norm(stream.tokens)))
@@ -111,7 +110,7 @@ class BeitViT(_TokenOrMeanViT):
     """BEiT and BEiT v2."""
 
     def embed(self, images: Tensor) -> Stream:
-        """Images (B, 3, H, W) float to tokens and the bias that blocks share, if they do."""
+        """Compute tokens, and the bias that blocks share, from images (B, 3, H, W)."""
         vit = self.vit
         patches = vit.patch_embed(images)
         tokens = torch.cat((vit.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)
@@ -124,7 +123,7 @@ class RelPosViT(_TokenOrMeanViT):
     """ViT with relative position bias: `VisionTransformerRelPos`."""
 
     def embed(self, images: Tensor) -> Stream:
-        """Images (B, 3, H, W) float to tokens and the bias that blocks share, if they do."""
+        """Compute tokens, and the bias that blocks share, from images (B, 3, H, W)."""
         vit = self.vit
         tokens = vit.patch_embed(images)
         if vit.cls_token is not None:
@@ -134,7 +133,7 @@ class RelPosViT(_TokenOrMeanViT):
 
 
 class NaFlexViT(TimmBackbone):
-    """ViT on images of any size and shape, padded to one batch: `NaFlexVit`."""
+    """ViT for images of any size and shape, padded to a batch: `NaFlexVit`."""
 
     needs = ("_forward_embeds",)  # timm 1.0.18
 
@@ -145,10 +144,10 @@ class NaFlexViT(TimmBackbone):
         patch_valid: Tensor | None = None,
         attn_mask: Tensor | None = None,
     ) -> Stream:
-        """Images (B, 3, H, W) float, or patches with coordinates and validity, as in NaFlexVit.forward.
+        """Compute tokens from images (B, 3, H, W), or from patches with coordinates and validity.
 
         Raises:
-            InputError: Patches without their coordinates or their validity.
+            InputError: Patches without coordinates or validity.
         """
         vit = self.vit
         padded = isinstance(x, Mapping) or patch_coord is not None
@@ -158,7 +157,7 @@ class NaFlexViT(TimmBackbone):
         if padded and (patch_coord is None or patch_valid is None):
             raise InputError("Patches of NaFlexVit need patch_coord (B, N, 2) and patch_valid (B, N): give both.")
         if not padded:
-            patch_valid = attn_mask = None  # images are not masked, as upstream
+            patch_valid = attn_mask = None  # images have no masks, as in timm
         made = vit._forward_embeds(x, patch_coord=patch_coord, patch_valid=patch_valid, attn_mask=attn_mask)
         tokens, rope, kept = made["patches"], made["rope_embeds"], made["keep_indices"]
         common = {"attn_mask": made["attn_mask"]}
@@ -171,18 +170,18 @@ class NaFlexViT(TimmBackbone):
             if kept is not None:
                 from timm.layers import apply_keep_indices_nlc  # noqa: PLC0415 - not in every timm
 
-                each = [apply_keep_indices_nlc(tokens, one, kept, pos_embed_has_batch=padded) for one in each]
-            blocks = [{**common, "rope": one} for one in each]
+                each = [apply_keep_indices_nlc(tokens, table, kept, pos_embed_has_batch=padded) for table in each]
+            blocks = [{**common, "rope": table} for table in each]
         return Stream(tokens, {"blocks": blocks, "patch_valid": made["patch_valid"]})
 
     def feature(self, stream: Stream) -> Tensor:
-        """Norm, pool over valid patches, norm of the pooled."""
+        """Apply norm, pool over valid patches, and apply fc_norm."""
         vit = self.vit
         return vit.fc_norm(vit._pool(vit.norm(stream.tokens), patch_valid=stream.context["patch_valid"]))
 
 
 class _EncoderViT(TimmBackbone):
-    """What the vision encoders of language models do alike: a classifier around an encoder, or the encoder alone."""
+    """Vision encoders of language models: a classifier around an encoder, or the encoder alone."""
 
     restated = ("forward",)
 
@@ -192,17 +191,17 @@ class _EncoderViT(TimmBackbone):
 
 
 class GridViT(_EncoderViT):
-    """Qwen 3 and DeepSeek: tokens are a grid, which a merger may shrink."""
+    """Qwen 3 and DeepSeek: tokens form a grid, which a merger may shrink."""
 
     def embed(self, images: Tensor) -> Stream:
-        """Images (B, 3, H, W) float to tokens and the rotary embedding."""
+        """Compute tokens and the rotary embedding from images (B, 3, H, W)."""
         grid = self.vit.patch_embed(images)
         tokens, rope = self.vit._pos_embed(grid)
         stream = _same_for_all(self, tokens, {"rope": rope})
         return Stream(stream.tokens, {**stream.context, "grid": grid.shape[1:3]})
 
     def feature(self, stream: Stream) -> Tensor:
-        """The encoder's tokens, merged where the classifier has a merger, their mean, and its norm."""
+        """Merge tokens if the classifier has a merger, average them and apply its norm."""
         vit, model = self.vit, self.classifier
         tokens = stream.tokens if not hasattr(vit, "norm") else vit.norm(stream.tokens)
         grid = tokens.unflatten(1, stream.context["grid"])
@@ -222,7 +221,7 @@ class Gemma4ViT(_EncoderViT):
         patch_coord: Tensor | None = None,
         patch_valid: Tensor | None = None,
     ) -> Stream:
-        """Images (B, 3, H, W) float or padded patches, as in Gemma4VitClassifier.forward."""
+        """Compute tokens from images (B, 3, H, W) or padded patches, as in Gemma4VitClassifier.forward."""
         vit = self.vit
         if isinstance(x, Mapping):
             patch_coord, patch_valid = x.get("patch_coord", patch_coord), x.get("patch_valid", patch_valid)
@@ -237,7 +236,7 @@ class Gemma4ViT(_EncoderViT):
         return Stream(tokens, {**stream.context, "position": position, "padding": padding})
 
     def feature(self, stream: Stream) -> Tensor:
-        """Mean of the valid tokens, or of the pooler's where the encoder has one in use, and the classifier's norm."""
+        """Average the valid tokens, or those of the encoder's pooler, and apply the classifier's norm."""
         vit, model, tokens, padding = self.vit, self.classifier, stream.tokens, stream.context["padding"]
         if vit is not model and vit.global_pool == "soft":
             tokens, _ = vit.pooler(tokens, stream.context["position"], padding)

@@ -1,6 +1,6 @@
-"""A plain timm VisionTransformer from its tensors alone: sizes from shapes, names as timm has had them since 0.5.
+"""Building a plain timm VisionTransformer from its state dict; the shapes give the sizes.
 
-Not here: pretrained models by name (`loading.py`).
+Names of tensors are timm's since 0.5. Not here: pretrained models by name (`lpt_peft/backbones/loading.py`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _HEADS = ("head.", "head_dist.", "pre_logits.")
 
 
 def vit_from_weights(tensors: Mapping[str, Tensor], *, norm_eps: float, num_heads: int | None = None) -> Any:
-    """The ViT these tensors are of, in eval mode, without a classification head.
+    """Build the ViT that has these tensors, in eval mode, without a classifier.
 
     Args:
-        tensors: Its state dict, float32; heads are left out.
-        norm_eps: eps of every LayerNorm, which tensors do not tell.
-        num_heads: Heads of the attention, which they do not tell either; None is one for each 64 of the width.
+        tensors: Its state dict, float32; classifiers are left out.
+        norm_eps: eps of every LayerNorm, which the tensors do not show.
+        num_heads: Heads of the attention, which the tensors do not show; None is the width divided by 64.
 
     Raises:
-        BackboneError: They are not those of a plain ViT with a class token.
+        BackboneError: The tensors are not those of a plain ViT with a class token.
     """
     state = {name: tensor for name, tensor in tensors.items() if not name.startswith(_HEADS)}
     try:
@@ -41,12 +41,12 @@ def vit_from_weights(tensors: Mapping[str, Tensor], *, norm_eps: float, num_head
         raise BackboneError(f"These are not the tensors of a plain ViT with a class token: {error!r:.200}.") from error
     if blocks != set(range(len(blocks))):
         raise BackboneError(f"These are not the tensors of a plain ViT: its blocks are {sorted(blocks)[:20]}.")
-    # Before it is built: sizes that the other tensors do not have could ask for any amount of memory.
-    wanted: dict[str, tuple[int, ...]] = {"pos_embed": (1, side * side + 1, width)}
+    # Before building: inconsistent sizes could need any amount of memory.
+    expected: dict[str, tuple[int, ...]] = {"pos_embed": (1, side * side + 1, width)}
     for block in blocks:
-        wanted[f"blocks.{block}.attn.qkv.weight"] = (3 * width, width)
-        wanted[f"blocks.{block}.mlp.fc1.weight"] = (hidden, width)
-    for name, shape in wanted.items():
+        expected[f"blocks.{block}.attn.qkv.weight"] = (3 * width, width)
+        expected[f"blocks.{block}.mlp.fc1.weight"] = (hidden, width)
+    for name, shape in expected.items():
         if min(shape) < 1 or name not in state or tuple(state[name].shape) != shape:
             found = tuple(state[name].shape) if name in state else "missing"
             raise BackboneError(f"These are not the tensors of a plain ViT: {name} is {found}, not {shape}.")
@@ -54,7 +54,7 @@ def vit_from_weights(tensors: Mapping[str, Tensor], *, norm_eps: float, num_head
         raise BackboneError(f"These are not the tensors of a plain ViT: patches of {patch} px, {channels} channels.")
     heads = num_heads or width // 64
     if heads < 1 or width % heads:
-        raise BackboneError(f"A width of {width} does not tell the number of heads: give num_heads=.")
+        raise BackboneError(f"The number of heads does not follow from the width {width}: give num_heads=.")
     vit = VisionTransformer(
         img_size=side * patch,
         patch_size=patch,
@@ -70,12 +70,12 @@ def vit_from_weights(tensors: Mapping[str, Tensor], *, norm_eps: float, num_head
     try:
         vit.load_state_dict(state)
     except RuntimeError as error:
-        raise BackboneError(f"The tensors do not fit a plain ViT of their own sizes: {error!s:.400}") from error
+        raise BackboneError(f"The tensors do not fit a plain ViT of these sizes: {error!s:.400}") from error
     return vit.eval()
 
 
 def architecture_of(vit: Any) -> str:
-    """Timm's name for a plain ViT of these sizes, where it has one."""
+    """Return timm's name for a plain ViT of these sizes, or the class name."""
     (side, _), (patch, _) = vit.patch_embed.img_size, vit.patch_embed.patch_size
-    name = f"vit_{_WIDTHS.get(vit.embed_dim, 'of_no_name')}_patch{patch}_{side}"
+    name = f"vit_{_WIDTHS.get(vit.embed_dim, 'unnamed')}_patch{patch}_{side}"
     return name if name in timm.list_models() else type(vit).__name__

@@ -1,7 +1,7 @@
-"""Why a timm model cannot take prompts, in one sentence, and what can.
+"""Reasons why a timm model cannot take prompts, with alternatives.
 
-Judged by the module that defines the model's class and, where that is not known here, by what the model is
-made of; no list of model names. Not here: what can take prompts (`timm/families.py`).
+The reason follows from the module that defines the model's class, or from the parts of the model; there is no list of
+model names. Not here: models that take prompts (`families.py`).
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from torch import nn
 
 _CONVOLUTION = "it has no attention over tokens, so there are no keys and values to add a prompt to"
-_CHANNELS = "its attention weighs channels by each other, not tokens, so a prompt token has nothing to be attended by"
-_STAGES = "its tokens lie on a grid that is cut into windows or shrinks between stages, and a prompt has no place on it"
-_LOCAL = "its attention is made from positions or neighbourhoods on a grid, where a prompt has no place"
-_LATER = "a prompt could enter its attention, but its blocks are not one plain chain; this is not supported yet"
+_CHANNELS = "its attention is between channels, not between tokens, so no token can attend to a prompt"
+_STAGES = "its tokens lie on a grid that has windows or shrinks between stages, and a prompt has no place on it"
+_LOCAL = "its attention depends on positions or neighborhoods on a grid, and a prompt has no place on it"
+_LATER = "a prompt could enter its attention, but its blocks are not a single chain; this is not supported yet"
 
-_NEAREST = {
+_ALTERNATIVES = {
     _CONVOLUTION: '"vit_small_patch16_224" or, with convolutions in front of its blocks, "vit_small_r26_s32_224"',
     _CHANNELS: '"deit3_small_patch16_224"',
     _STAGES: '"vit_base_patch16_224" or, for large images, "vit_base_patch16_dinov3"',
@@ -22,7 +22,7 @@ _NEAREST = {
     _LATER: '"deit3_small_patch16_224"',
 }
 
-_WHY = {
+_REASONS = {
     "xcit": _CHANNELS,
     "davit": _CHANNELS,
     "volo": _LOCAL,
@@ -38,10 +38,10 @@ _WHY = {
 
 
 def reason(model: nn.Module) -> str:
-    """The sentence that refuses `model`."""
+    """Return why `model` cannot take prompts, as a message."""
     kind, module = type(model).__name__, type(model).__module__
-    why = _WHY.get(module.rpartition(".")[2]) or _by_structure(model)
-    return f"timm's {kind} cannot take prompts: {why}. What works: plain ViTs, for example {_NEAREST[why]}."
+    why = _REASONS.get(module.rpartition(".")[2]) or _by_structure(model)
+    return f"timm's {kind} cannot take prompts: {why}. Supported: plain ViTs, for example {_ALTERNATIVES[why]}."
 
 
 def _by_structure(model: nn.Module) -> str:

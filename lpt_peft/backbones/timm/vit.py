@@ -1,7 +1,6 @@
-"""timm's plain ViTs as a Backbone: what all families do alike, and the choice of the family.
+"""Backbone for timm's plain ViTs: the code that all families share.
 
-Not here: how each family comes from image to tokens and from tokens to feature (`timm/families.py`), and how a
-block takes prompts (`lpt_peft.prompting`).
+Not here: the steps from image to tokens and from tokens to feature (`families.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from lpt_peft._tensors import plain_tensors
 from lpt_peft.backbones.base import BackboneInfo, Stream
 from lpt_peft.prompting import attach_blocks, attentions_of, detach_blocks, run_block
 
-# Arguments that a prompt file may hand to timm.create_model: sizes and switches that fix the weights' meaning.
+# Arguments that a prompt file records: sizes and switches that determine what the weights mean.
 MODEL_ARGS = frozenset(
     (
         *("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio"),
@@ -30,19 +29,19 @@ MODEL_ARGS = frozenset(
 
 
 class TimmBackbone:
-    """`lpt_peft.backbones.base.Backbone` for timm, up to `embed` and `feature`, which a family adds.
+    """`lpt_peft.backbones.base.Backbone` for timm; each family adds `embed` and `feature`.
 
     Attributes:
-        model: The user's very object: the classifier, or what wraps it.
+        model: The user's model: the classifier, or a wrapper around it.
         classifier: timm's model.
-        vit: The module that holds the blocks: the classifier itself, or the encoder inside it.
+        vit: The module that holds the blocks: the classifier, or the encoder inside it.
     """
 
     runs_own_forward = False
     restated: ClassVar[tuple[str, ...]] = ("forward", "forward_features", "forward_head")
-    """Methods of the model whose steps the family's `embed` and `feature` take: an override of one is refused."""
+    """Methods of the model that `embed` and `feature` follow; models that override them are refused."""
     needs: ClassVar[tuple[str, ...]] = ()
-    """Methods of the model that the family calls and that some supported version of timm lacks: refused there."""
+    """Methods of the model that `embed` calls and that older versions of timm lack."""
 
     def __init__(self, model: Any) -> None:
         self.model = self.classifier = model
@@ -58,23 +57,23 @@ class TimmBackbone:
 
     @property
     def pooling(self) -> str:
-        """How tokens become the feature; `reset_classifier(n, pooling)` changes it."""
+        """Kind of pooling; `reset_classifier(n, pooling)` changes it."""
         return getattr(self.classifier, "global_pool", "")
 
     def attach(self) -> None:
-        """Swap the classes of blocks and attentions, then check one block of each kind."""
+        """Let all blocks take prompts and check one block of each kind."""
         attach_blocks(self.blocks, self.dim, hint="Build the ViT with timm's own classes (block_fn=, attn_layer=).")
 
     def detach(self) -> None:
-        """Give every block and attention its original class back."""
+        """Restore the original class of every module."""
         detach_blocks(self.blocks)
 
     def embed(self, *args: Any, **kwargs: Any) -> Stream:
-        """The model's forward arguments to tokens; `context["blocks"]` holds the keyword arguments of each block."""
+        """Compute tokens from the forward arguments; `context["blocks"]` holds the keyword arguments of each block."""
         raise NotImplementedError
 
     def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Blocks from `start` on, one for each prompt (n, d) or (B, n, d)."""
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d)."""
         _warn_of_ignored_lora(self.vit.blocks[0])
         tokens = stream.tokens
         for layer, prompt in enumerate(prompts, start):
@@ -85,7 +84,7 @@ class TimmBackbone:
         return Stream(tokens, stream.context)
 
     def pool(self, stream: Stream) -> Tensor:
-        """What the model's own head would see (B, d), without dropout; CLS or patch mean where it pools nothing."""
+        """Compute the input of the model's classifier (B, d), without dropout; CLS or patch mean if it has no pool."""
         feature = self.feature(stream)
         if feature.ndim == 2:
             return feature
@@ -94,11 +93,11 @@ class TimmBackbone:
         return feature.flatten(1, -2)[:, self.vit.num_prefix_tokens :].mean(1)
 
     def feature(self, stream: Stream) -> Tensor:
-        """`forward_head(norm(tokens), pre_logits=True)` without its dropout: (B, d), or tokens where nothing pools."""
+        """Compute `forward_head(norm(tokens), pre_logits=True)` without dropout: (B, d), or tokens if not pooled."""
         raise NotImplementedError
 
     def info(self) -> BackboneInfo:
-        """What timm recorded when it built the model."""
+        """Return what timm recorded when it built the model."""
         cfg: dict[str, Any] = getattr(self.classifier, "pretrained_cfg", None) or {}
         recorded = _model_args(self.classifier)
         return BackboneInfo(
@@ -119,7 +118,7 @@ class TimmBackbone:
         )
 
     def preprocess(self) -> dict[str, Any]:
-        """The data configuration (timm) of this model, with the image size it was built for."""
+        """Return timm's data configuration of this model, with the image size it was built for."""
         config = resolve_model_data_config(self.classifier)
         size = getattr(getattr(self.vit, "patch_embed", None), "img_size", None) or config["input_size"][1:]
         channels = _model_args(self.classifier).get("in_chans", config["input_size"][0])
@@ -133,23 +132,23 @@ class TimmBackbone:
         }
 
     def frozen_tensors(self) -> Iterable[Tensor]:
-        """The state dict without the classification heads."""
+        """Return the state dict without the classifiers."""
         heads = ("head.", "head_dist.")
         state = self.classifier.state_dict()
         return list(plain_tensors(value for name, value in state.items() if not name.startswith(heads)))
 
 
 def _model_args(model: Any) -> dict[str, Any]:
-    """Arguments that timm recorded when it built the model; before timm 1.0.31, those that can be read off the model.
+    """Arguments that timm recorded when it built the model; before timm 1.0.31, what the model's attributes show.
 
-    Weights alone do not show these arguments: the same tensors serve every pool and many image sizes.
+    Weights do not show them: the same tensors work with every pooling and many image sizes.
     """
     if (recorded := getattr(model, "_model_args", None)) is not None:
         return dict(recorded)
     config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     embedding: Any = getattr(model, "patch_embed", None)
     found: dict[str, Any] = {name: getattr(model, name, None) for name in ("global_pool", "dynamic_img_size")}
-    if found["global_pool"] == "map":  # has weights of its own, which the fingerprint covers
+    if found["global_pool"] == "map":  # has weights, which are part of the fingerprint
         del found["global_pool"]
     if embedding is not None:
         found |= {name: getattr(embedding, name, None) for name in ("img_size", "dynamic_img_pad")}
@@ -159,13 +158,13 @@ def _model_args(model: Any) -> dict[str, Any]:
 
 
 def _num_heads(block: nn.Module) -> int:
-    """Heads of a block's (first) attention, or of the block where attention is written into it."""
+    """Heads of a block's first attention, or of the block if it computes attention itself."""
     holder: Any = next(iter(attentions_of(block)), block)
     return int(holder.num_heads)
 
 
 def _warn_of_ignored_lora(block: nn.Module) -> None:
-    """Say where timm reads `qkv.weight` directly, past the LoRA that PEFT put around `qkv` (Beit, Eva)."""
+    """Warn where timm reads `qkv.weight` directly and ignores PEFT's LoRA on `qkv` (Beit, Eva)."""
     for attention in attentions_of(block):
         reads_weight = getattr(attention, "q_bias", None) is not None and not attention.qkv_bias_separate
         if reads_weight and hasattr(attention.qkv, "base_layer"):

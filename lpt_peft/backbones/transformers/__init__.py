@@ -1,4 +1,4 @@
-"""transformers' vision encoders: finding the tower, driving it, describing it, loading it by name."""
+"""Backbone for transformers' vision encoders: find the tower, run it, describe it, load it by name."""
 
 from lpt_peft.backbones.transformers.vit import TransformersViT, open_backbone
 

@@ -1,8 +1,8 @@
-"""What a prompt file says of a transformers model: identity, sizes, and how images must come.
+"""Description of a transformers model for prompt files: identity, sizes and preprocessing.
 
-A model does not carry its image processor. What is written down is the config's image size and what is usual in its
-family: the default of its processor class, or ImageNet's statistics where published checkpoints have these. A
-checkpoint's own processor knows better.
+A model does not include its image processor. The description has the image size of the config and the usual values of
+the family: the defaults of its processor class, or ImageNet's statistics if published checkpoints use them. The
+processor of a checkpoint may differ.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.models.auto import image_processing_auto
 
 from lpt_peft.backbones.base import BackboneInfo
 
-# Config keys that fix the weights' shapes and meaning; a prompt file carries no others.
+# Config keys that determine shapes and meaning of the weights; a prompt file records no others.
 MODEL_ARGS = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
     *("num_key_value_heads", "image_size", "patch_size", "num_channels", "num_patches", "num_frames", "tubelet_size"),
@@ -29,7 +29,7 @@ MODEL_ARGS = (
     *("use_relative_position_bias", "use_shared_relative_position_bias", "use_absolute_position_embeddings"),
     *("use_mean_pooling", "use_head", "vision_use_head"),
 )
-# Families whose published checkpoints have ImageNet's statistics, whatever the default of their processor class.
+# Families whose published checkpoints use ImageNet's statistics, unlike the default of their processor class.
 _IMAGENET_FAMILIES = frozenset(
     (
         *("deit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa", "internvl_vision", "pixio"),
@@ -41,7 +41,7 @@ _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 
 
 
 def info(model: Any, config: Any, depth: int, frozen: Iterable[Tensor]) -> BackboneInfo:
-    """What the config of the whole model and that of its layers tell."""
+    """Return the description from the configs of the model and of its layers."""
     origin = getattr(model.config, "_name_or_path", "") or ""
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", origin) is not None and not Path(origin).exists()
     recorded = {key: getattr(config, key, None) for key in MODEL_ARGS}
@@ -64,13 +64,13 @@ def info(model: Any, config: Any, depth: int, frozen: Iterable[Tensor]) -> Backb
 
 
 def preprocess(model: Any, config: Any) -> dict[str, Any]:
-    """input_size, mean, std, interpolation, crop_pct 1.0, crop_mode "center"; 0.5 and bicubic where nothing tells."""
+    """Return the preprocessing without a crop; mean and std 0.5 and bicubic if the family has no processor."""
     processor = next(_processors(model.config.model_type, config.model_type), None)
     channels = getattr(config, "num_channels", 3)
     mean, std = (getattr(processor, name, None) or [0.5] * channels for name in ("image_mean", "image_std"))
     if config.model_type in _IMAGENET_FAMILIES:
         mean, std = _IMAGENET
-    elif hasattr(config, "norm_mean"):  # RADIO normalises by itself
+    elif hasattr(config, "norm_mean"):  # RADIO normalizes in its forward
         mean, std = [0.0] * channels, [1.0] * channels
     size = getattr(config, "image_size", None) or isqrt(config.num_patches) * config.patch_size
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
@@ -85,7 +85,7 @@ def preprocess(model: Any, config: Any) -> dict[str, Any]:
 
 
 def _processors(*model_types: str) -> Iterator[Any]:
-    """The image processor classes of these families, as far as they can be imported here."""
+    """Image processor classes of these families that can be imported."""
     names: Any = getattr(image_processing_auto, "IMAGE_PROCESSOR_MAPPING_NAMES", {})
     for model_type in model_types:
         for family in (model_type, model_type.removesuffix("_vision_model"), model_type.removesuffix("_model")):

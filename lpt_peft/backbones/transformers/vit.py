@@ -1,9 +1,8 @@
-"""transformers' vision encoders as a Backbone, driven through the model's own forward.
+"""Backbone for transformers' vision encoders, through the model's own forward.
 
-No model's forward is restated: its layers record what they are given (`embed`), run with prompts (`run`), and hand
-out the final tokens for the model to normalise and pool (`pool`). So every signature stays: pixel masks, spatial
-shapes, position interpolation. Not here: finding tower and layers (`detect.py`), and what prompt files say of the
-model (`info.py`).
+No forward is copied: the layers record their arguments (`embed`), run with prompts (`run`), and return the final tokens
+for the model to normalize and pool (`pool`). All arguments work: pixel masks, spatial shapes, position interpolation.
+Not here: finding tower and layers (`detect.py`), and the description for prompt files (`info.py`).
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lpt_peft._tensors import plain_tensors
-from lpt_peft.backbones.base import BackboneInfo, Stream
-from lpt_peft.backbones.transformers.detect import WORKS, Parts, attention_config, find_parts, linear_within
+from lpt_peft.backbones.base import BackboneInfo, Stream, not_floating
+from lpt_peft.backbones.transformers.detect import SUPPORTED, Parts, attention_config, find_parts, linear_within
 from lpt_peft.backbones.transformers.info import info, preprocess
 from lpt_peft.errors import BackboneError, InputError
 from lpt_peft.prompting import Recorder, attach_blocks, batched, detach_blocks, pass_through, recording
@@ -24,10 +23,10 @@ _CLS_NAMES = frozenset(("cls_token", "class_embedding", "class_token", "cls_embe
 
 
 def open_backbone(model: nn.Module) -> TransformersViT:
-    """The driver for a transformers model; of a model with a text tower, its vision tower.
+    """Return the driver for a transformers model; of a model with a text tower, for its vision tower.
 
     Raises:
-        BackboneError: There is no plain ViT in it; the message says what works.
+        BackboneError: It contains no plain ViT; the message gives the reason and alternatives.
     """
     return TransformersViT(model, find_parts(model))
 
@@ -35,9 +34,9 @@ def open_backbone(model: nn.Module) -> TransformersViT:
 class TransformersViT:
     """`lpt_peft.backbones.base.Backbone` for vision encoders of transformers.
 
-    The feature: for a classification model, what enters its classifier. For others the model's own pooling where it is
-    learnt with the encoder (CLIP's normalised CLS, SigLIP's attention head, RADIO's summary); the CLS token where the
-    pooler is a dense layer, which few checkpoints train; else the mean of all tokens, padding too.
+    The feature of a classification model is the input of its classifier. For other models it is the model's pooling if
+    that is trained with the encoder (CLIP's normalized CLS, SigLIP's attention head, RADIO's summary); the CLS token if
+    the pooler is a dense layer, which few checkpoints train; otherwise the mean of all tokens, including padding.
     """
 
     runs_own_forward = True
@@ -50,8 +49,8 @@ class TransformersViT:
         width = getattr(self._config, "hidden_size", None)
         if not isinstance(width, int):
             raise BackboneError(
-                f"{type(parts.tower).__name__} has no one width for all its layers (hidden_size in its config), so it "
-                f"is not a plain ViT. {WORKS}"
+                f"{type(parts.tower).__name__} has no common width of its layers (hidden_size in its config), so it "
+                f"is not a plain ViT. {SUPPORTED}"
             )
         self.dim: int = width
         self.feature_dim: int = self.dim
@@ -68,8 +67,8 @@ class TransformersViT:
         return tuple(self._parts.layers)
 
     def attach(self) -> None:
-        """Swap the classes of layers and attentions, then check one layer of each kind."""
-        attach_blocks(self.blocks, self.dim, hint=WORKS)
+        """Let all layers take prompts and check one layer of each kind."""
+        attach_blocks(self.blocks, self.dim, hint=SUPPORTED)
         try:
             self._pass_through_heads()
         except BackboneError:
@@ -77,25 +76,25 @@ class TransformersViT:
             raise
 
     def detach(self) -> None:
-        """Give every module its original class back."""
+        """Restore the original class of every module."""
         detach_blocks([*self.blocks, *self._heads()])
 
     def embed(self, *args: Any, **kwargs: Any) -> Stream:
-        """What the model's own forward takes (of a model with a text tower: the vision tower's) to block 1's tokens.
+        """Compute the tokens that enter the first layer from the arguments of the model's (or vision tower's) forward.
 
         Raises:
-            BackboneError: The model does something to tokens between layers, packs images into one sequence, or
-                checkpoints by re-entrance.
-            InputError: There are labels.
+            BackboneError: The model changes tokens between layers, packs images into one sequence, or uses re-entrant
+                checkpointing.
+            InputError: Labels are given.
         """
         self._refuse_reentrant()
         if kwargs.get("labels") is not None:
             raise InputError(
-                "labels= is for the loss of the model's own head, and the adapter answers with the logits of its own: "
-                "leave it out and call your criterion on them."
+                "labels= is for the loss of the model's own classifier, which the adapter does not use: leave it out "
+                "and call your criterion on the adapter's logits."
             )
         if "return_dict" in kwargs or not getattr(self._parts.driven.config, "return_dict", True):
-            kwargs["return_dict"] = True  # how the answer is read here; the adapter's own is a tensor anyhow
+            kwargs["return_dict"] = True  # for `pool`; the adapter returns a tensor in any case
         calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
         def record(tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -106,21 +105,22 @@ class TransformersViT:
         tokens: Any = calls[0][0] if calls else None
         if len(calls) != len(self.blocks) or any(call[0] is not tokens for call in calls):
             raise BackboneError(
-                f"{type(self._parts.tower).__name__} changes tokens between its layers or leaves layers out, and "
-                "prompts have no defined place there. Switch that off in its config (for YOLOS: "
-                "use_mid_position_embeddings=False)."
+                f"{type(self._parts.tower).__name__} changes tokens between its layers or skips layers, and prompts "
+                "are not defined there. Turn that off in its config (for YOLOS: use_mid_position_embeddings=False)."
             )
         given = (*args, *(value for name, value in kwargs.items() if name.startswith("pixel_values")))
         images = ([value for value in given if isinstance(value, Tensor)] or [tokens])[0]
+        if not images.is_floating_point():  # transformers would cast raw pixels
+            raise InputError(not_floating(images))
         if images.shape[0] != tokens.shape[0]:  # len() would fix the batch size when exporting
             raise BackboneError(
                 f"{type(self._parts.tower).__name__} packs {len(images)} images into {len(tokens)} token sequences, so "
-                "there is no feature for each image. Give it one image size, unpacked, or use another ViT."
+                "there is no feature per image. Give images of the same size, not packed, or use another ViT."
             )
         return Stream(tokens, {"layers": [call[1:] for call in calls], "call": (args, kwargs)})
 
     def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Layers from `start` on, one for each prompt (n, d) or (B, n, d), cast to the tokens' dtype."""
+        """Run layers from `start`, one per prompt (n, d) or (B, n, d), cast to the tokens' dtype."""
         tokens = stream.tokens
         stop = start + len(prompts)
         given = stream.context["layers"][start:stop]
@@ -129,10 +129,10 @@ class TransformersViT:
         return Stream(tokens, stream.context)
 
     def pool(self, stream: Stream) -> Tensor:
-        """Tokens (B, N, d) to the feature (B, feature_dim), by what the model's own forward does behind the layers.
+        """Compute the feature (B, feature_dim) from tokens (B, N, d), as the model's forward does after its layers.
 
-        The model runs once more around its layers, patch embedding included: about 1 % of a forward. What is random
-        in there (masking, dropout) draws anew; of its result only the number of tokens matters.
+        The model runs again without its layers, including the patch embedding: about 1 % of a forward. Random steps
+        (masking, dropout) draw again; only the number of their tokens matters.
         """
         args, kwargs = stream.context["call"]
         out = self._drive(lambda *_: stream.tokens, *args, **kwargs)
@@ -140,15 +140,15 @@ class TransformersViT:
         return feature
 
     def info(self) -> BackboneInfo:
-        """What the model's config records."""
+        """Return what the model's config records."""
         return info(self._named, self._config, len(self.blocks), self.frozen_tensors())
 
     def preprocess(self) -> dict[str, Any]:
-        """Image size of the config, normalisation of the family's image processor; no crop beyond the image."""
+        """Return the image size of the config and the normalization of the family's image processor."""
         return preprocess(self._named, self._config)
 
     def frozen_tensors(self) -> Iterable[Tensor]:
-        """The state dict of the vision part, without the classifier."""
+        """Return the state dict of the vision model, without the classifier."""
         state = self._parts.driven.state_dict()
         return list(plain_tensors(v for name, v in state.items() if name.partition(".")[0] not in self._parts.heads))
 
@@ -157,7 +157,7 @@ class TransformersViT:
         if _pools_summary(tower):
             return out.summary
         pooled = getattr(out, "pooler_output", None)
-        if hasattr(getattr(tower, "pooler", None), "dense"):  # tanh of a dense layer, untrained more often than not
+        if hasattr(getattr(tower, "pooler", None), "dense"):  # tanh of a dense layer, which is usually not trained
             pooled = None
         if _has_cls(tower):
             return tokens[:, 0] if pooled is None else pooled
@@ -166,11 +166,11 @@ class TransformersViT:
         return tokens.mean(1)
 
     def _drive(self, record: Recorder, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's own forward: layers answer as `record` does, classifiers with what enters them.
+        """Run the model's forward with `record` in place of layers; classifiers return their input.
 
-        Of two classifiers (CLS and distillation token) the model's own average is what remains.
+        The inputs of two classifiers (CLS and distillation token) are averaged by the model.
         """
-        self._pass_through_heads()  # PEFT may have put a wrapper around one since attach()
+        self._pass_through_heads()  # PEFT may have wrapped a classifier since attach()
         with recording([*self.blocks, *self._heads()], record):
             return self._parts.driven(*args, **kwargs)
 
@@ -187,8 +187,8 @@ class TransformersViT:
                 function: Any = getattr(layer, "_gradient_checkpointing_func", None)
                 if getattr(function, "keywords", {}).get("use_reentrant", False):
                     raise BackboneError(
-                        "Re-entrant checkpointing gives prompts no gradient. Call model.gradient_checkpointing_enable("
-                        'gradient_checkpointing_kwargs={"use_reentrant": False}).'
+                        "Re-entrant checkpointing passes no gradient to prompts. Call "
+                        'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}).'
                     )
 
 
@@ -197,5 +197,5 @@ def _has_cls(tower: nn.Module) -> bool:
 
 
 def _pools_summary(tower: nn.Module) -> bool:
-    """RADIO: several CLS tokens, of which some make the summary."""
+    """Whether some of several CLS tokens form the summary (RADIO)."""
     return hasattr(tower, "summary_idxs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +9,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lpt_peft._prompt_content import replace_prompts
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.backbones.loading import build_backbone
-from lpt_peft.checkpoint.swap import swap_prompts
+from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.paths import prompt_folder
 from lpt_peft.cli.common.run_settings import RunSettings
-from lpt_peft.hub.load import read_prompts
+from lpt_peft.hub import read_prompts
+from lpt_peft.recipe.training.head_init import copy_head_rows
 
 
 def build_run_backbone(run: RunSettings) -> nn.Module:
@@ -51,8 +52,6 @@ def build_adapter(run: RunSettings, class_names: Sequence[str]) -> LongTailPromp
 def _start_from(source: str, adapter: LongTailPromptAdapter, class_names: Sequence[str]) -> None:
     folder = Path(source)
     prompts = read_prompts(str(prompt_folder(folder)) if folder.is_dir() else source)
-    swap_prompts(adapter, prompts, part="shared")
-    if prompts.metadata.label_names == tuple(class_names):
-        adapter.head.weight.copy_(prompts.tensors["head.weight"])
-    else:
-        warnings.warn(f"The classes of {source} are not those of the images: the head is new.", stacklevel=2)
+    replace_prompts(adapter, prompts, part="shared")
+    head = prompts.tensors["head.weight"]
+    notice(f"{source}: {copy_head_rows(adapter.head, class_names, head, prompts.metadata.label_names)}.")

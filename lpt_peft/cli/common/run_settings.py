@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from lpt_peft._json import loads
 from lpt_peft.cli.common.messages import without_errno
-from lpt_peft.cli.common.paths import SETTINGS, home_path
+from lpt_peft.cli.common.paths import home_path
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe.settings import TrainSettings, known, refuse_invalid
 
@@ -78,7 +79,7 @@ class RunSettings:
     img_size: int | None = None
     """Side of an image in pixels; None: the backbone's."""
     start_from: str | None = None
-    """A prompt file, in a folder or on the Hub: start from its shared prompt, and its head if the classes match."""
+    """A prompt file, in a folder or on the Hub: start from its shared prompt and the head rows of equal classes."""
     shot_rule: Literal["lift", "oltr", "lpt"] = "lpt"
     """Which training counts make a class many-, medium- or few-shot."""
     prompts: Annotated[PromptSettings, tyro.conf.arg(name="")] = field(default_factory=PromptSettings)
@@ -155,12 +156,10 @@ def read_settings(file: Path) -> dict[str, Any]:
         ConfigError: The file cannot be read, or is not a JSON object.
     """
     try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        data = file.read_bytes()
+    except OSError as error:
         raise ConfigError(f"The settings {file} cannot be read: {without_errno(str(error))}.") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"The settings {file} must be one JSON object, as {SETTINGS} of an output folder.")
-    return content
+    return loads(data, f"The settings file {file}", ConfigError)
 
 
 def _numbers(name: str, value: Any, size: int) -> tuple[Any, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from lpt_peft._numbers import checked_integer
 from lpt_peft.errors import ConfigError
-from lpt_peft.samplers.checks import Labels, checked_integer, checked_labels
+from lpt_peft.samplers.checks import Labels, checked_labels
 
 
 def split_validation(labels: Labels, share: float, *, seed: int = 0) -> tuple[list[int], list[int]]:

@@ -19,7 +19,8 @@ from uuid import uuid4
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lpt_peft.checkpoint.files import sync_folder, write_through
+from lpt_peft._files import make_folder, write_atomic_folder
+from lpt_peft._json import loads
 from lpt_peft.errors import StateError
 
 TENSORS, NUMBERS = "state.safetensors", "state.json"
@@ -45,26 +46,19 @@ def write_checkpoint(
     content = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
     text = json.dumps({**numbers, "sha256": digest}, indent=1, allow_nan=False).encode()
-    temporary = folder / f"{name}.{uuid4().hex}{_TEMPORARY}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         _remove_leftovers(folder)
         if not (folder / name).exists():
-            temporary.mkdir()
-            write_through(temporary / TENSORS, content)
-            write_through(temporary / NUMBERS, text)
-            sync_folder(temporary)
-            temporary.rename(folder / name)
-            sync_folder(folder)
+            write_atomic_folder(folder / name, {TENSORS: content, NUMBERS: text})
         for old in checkpoints(folder)[:-keep]:
             _discard(old)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         earlier = checkpoints(folder)
         intact = f"The last checkpoint, {earlier[-1]}, is intact" if earlier else "There is no earlier checkpoint"
         raise StateError(
-            f"The checkpoint {folder / name} cannot be written: {error}. {intact}. Fix the cause and run the same "
-            "command again."
+            f"The checkpoint {folder / name} cannot be written: {error.strerror or error}. {intact}. Fix the cause and "
+            "run the same command again."
         ) from error
 
 
@@ -75,12 +69,12 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         StateError: It is damaged.
     """
     try:
-        numbers = json.loads((path / NUMBERS).read_bytes())
+        numbers = loads((path / NUMBERS).read_bytes(), NUMBERS, StateError)
         content = (path / TENSORS).read_bytes()
         if hashlib.sha256(content).hexdigest() != numbers.pop("sha256"):
             raise ValueError(f"the bytes of {TENSORS} differ from those written")
         return load(content), numbers
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, StateError) as error:
         raise StateError(
             f"The checkpoint {path} is damaged: {error}. Remove it to resume from the previous checkpoint."
         ) from error

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.errors import StateError
+from lpt_peft.recipe.parallel import on_main_process
 from lpt_peft.recipe.resume.checkpoint_io import checkpoints, read_checkpoint, remove_checkpoints, write_checkpoint
 from lpt_peft.recipe.settings import RESUME_IGNORED_FIELDS, TrainSettings
 from lpt_peft.recipe.training.phase import PhaseRun
@@ -28,6 +28,7 @@ from lpt_peft.recipe.training.phase import PhaseRun
 class SavedRun:
     """Content of a checkpoint."""
 
+    path: Path
     phase: str
     history: list[dict[str, Any]]
     adapter: Mapping[str, Tensor]
@@ -57,20 +58,13 @@ class Checkpoints:
         Raises:
             StateError: It is damaged, or belongs to a different run; the message lists the differences.
         """
-        answer: list[Any] = [None, None]
-        if self._accelerator.is_main_process:
-            try:
-                if not resume:
-                    remove_checkpoints(self.folder)
-                answer[0] = self._read()
-            except StateError as error:
-                answer[1] = str(error)
-        if self._accelerator.num_processes > 1:
-            broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise StateError(answer[1])
-        saved: SavedRun | None = answer[0]
-        return saved
+
+        def read() -> SavedRun | None:
+            if not resume:
+                remove_checkpoints(self.folder)
+            return self._read()
+
+        return on_main_process(self._accelerator, read)
 
     def save(self, adapter: LongTailPromptAdapter, run: PhaseRun, history: list[dict[str, Any]]) -> Path:
         """Write the state after the last step; return the checkpoint's path.
@@ -87,15 +81,10 @@ class Checkpoints:
             )
         number = list(self._settings.plan).index(run.name) + 1
         name = f"{number}-{run.name}-{run.step:08}"
-        if self._accelerator.is_main_process:
-            write_checkpoint(
-                self.folder,
-                name,
-                {**{f"adapter/{name}": tensor for name, tensor in trained.items()}, **tensors},
-                {"format_version": 1, "about": self._identity, "phase": run.name, "run": numbers, "history": history},
-                self._settings.keep_checkpoints,
-            )
-        self._accelerator.wait_for_everyone()
+        content = {"format_version": 1, "about": self._identity, "phase": run.name, "run": numbers, "history": history}
+        tensors |= {f"adapter/{key}": tensor for key, tensor in trained.items()}
+        keep = self._settings.keep_checkpoints
+        on_main_process(self._accelerator, lambda: write_checkpoint(self.folder, name, tensors, content, keep))
         return self.folder / name
 
     def _read(self) -> SavedRun | None:
@@ -112,7 +101,7 @@ class Checkpoints:
             )
         trained = {key.removeprefix("adapter/"): t for key, t in tensors.items() if key.startswith("adapter/")}
         remaining = {key: tensor for key, tensor in tensors.items() if not key.startswith("adapter/")}
-        return SavedRun(numbers["phase"], numbers["history"], trained, remaining, numbers["run"])
+        return SavedRun(found[-1], numbers["phase"], numbers["history"], trained, remaining, numbers["run"])
 
 
 def run_identity(

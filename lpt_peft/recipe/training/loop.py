@@ -1,12 +1,11 @@
-"""The training loop of all phases: steps, validation, checkpoints, progress bar.
+"""The training loop of all phases: steps, validation, checkpoints, progress.
 
 Not here: a single step (`phase.py`), and the phases of a run (`recipe/train.py`).
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
 from lpt_peft.metrics import ShotResult
 from lpt_peft.metrics.result import SHOTS
 from lpt_peft.recipe.loading.batches import batches, steps_per_epoch
 from lpt_peft.recipe.loading.loader import open_batches
+from lpt_peft.recipe.progress import Progress, Reporter
 from lpt_peft.recipe.resume.interrupt import Interruption
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 from lpt_peft.recipe.training.criteria import Criterion, build_criterion
 from lpt_peft.recipe.training.phase import PhaseRun
+from lpt_peft.recipe.training.rare_predictions import RarePredictionMonitor
 
 History = list[dict[str, Any]]
 
@@ -39,7 +39,7 @@ class Loop:
     criterion: Criterion | None
     accelerator: Accelerator
     history: History
-    progress: bool | str
+    reporter: Reporter
     validate: Callable[[], ShotResult] | None = None
     save: Callable[[PhaseRun], Path] | None = None
 
@@ -57,6 +57,7 @@ class Loop:
             criterion=criterion,
             steps=steps_per_epoch(len(self.labels), self.settings),
             accelerator=self.accelerator,
+            monitor=RarePredictionMonitor(self.labels, len(head.weight), self.accelerator.device),
         )
 
     def run(self, run: PhaseRun) -> None:
@@ -73,24 +74,32 @@ class Loop:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         run.model.train()
-        if self.settings.compile and self.progress and self.accelerator.is_main_process and not run.finished:
-            tqdm.write(f"{run.name}: compiling the model; the first step takes about a minute", file=sys.stderr)
         if not run.finished:
+            if self.settings.compile:
+                self.reporter.note(f"{run.name}: compiling the model; the first step takes about a minute")
             interruption = Interruption(watch=self.save is not None)
-            with self._bar(run) as bar, interruption, open_batches(loader) as steps:
+            with self._progress(run) as progress, interruption, open_batches(loader) as steps:
                 for images, target in steps:
                     run.training_step(images, target, lambda: interruption.requested)
-                    bar.update()
-                    self._after_step(run, bar, interruption)
+                    progress.step(run.step, run.current)
+                    self._after_step(run, progress, interruption)
                     if run.finished:
                         break
+        if run.epoch < run.phase.epochs:
+            self.reporter.note(
+                f"{run.name}: ended after {run.epoch} of {run.phase.epochs} epochs, since {run.stale} validations did "
+                "not improve"
+            )
+        if self.settings.keep == "best" and run.best["epoch"] is not None:
+            best = f"epoch {run.best['epoch'] + 1}, balanced accuracy {100 * run.best['score']:.1f} %"
+            self.reporter.note(f"{run.name}: the result is that of the best validation ({best})")
         run.finalize()
 
-    def _after_step(self, run: PhaseRun, bar: Any, interruption: Interruption) -> None:
+    def _after_step(self, run: PhaseRun, progress: Progress, interruption: Interruption) -> None:
         """Validate at the end of an epoch, save if due, and stop if requested."""
         if run.step % run.steps == 0:
             self.history.append(self._end_epoch(run))
-            bar.set_postfix(_bar_values(self.history[-1]))
+            progress.epoch(run.step, self.history[-1])
         if self.save is None:
             return
         due = run.step % (self.settings.save_every or run.steps) == 0
@@ -102,6 +111,7 @@ class Loop:
     def _end_epoch(self, run: PhaseRun) -> dict[str, Any]:
         """Validate if due; return the epoch's record and log it to trackers."""
         record = run.end_epoch()
+        self._check_predictions(run)
         due = run.epoch % self.settings.validate_every == 0 or run.epoch == run.phase.epochs
         if self.validate is not None and due:
             with run.averaged_parameters():
@@ -113,21 +123,33 @@ class Loop:
         self.accelerator.log({f"{run.name}/{name}": value for name, value in values.items()}, len(self.history) + 1)
         return record
 
-    def _bar(self, run: PhaseRun) -> Any:
-        label = f"{self.progress}: {run.name}" if isinstance(self.progress, str) else run.name
-        visible = bool(self.progress) and self.accelerator.is_main_process
-        total = run.phase.epochs * run.steps
-        return tqdm(total=total, initial=run.step, desc=label, unit="step", disable=not visible)
+    def _check_predictions(self, run: PhaseRun) -> None:
+        """Warn once per phase if predictions only name rare classes; the first of several epochs is too early."""
+        found = None if run.monitor is None else run.monitor.check()
+        if found is None or (run.epoch == 1 and run.phase.epochs > 1):
+            return
+        predicted, labelled, number = found
+        self.reporter.warn(
+            f"In epoch {run.epoch} of phase {run.name}, {100 * predicted:.1f} % of the predictions on training images "
+            f"name the {number} most frequent classes, which {100 * labelled:.1f} % of these images belong to: the "
+            f"model only predicts rare classes. Lower learning_rate (now {run.phase.learning_rate:g})."
+        )
+        run.monitor = None
+
+    def _progress(self, run: PhaseRun) -> Progress:
+        names = list(self.settings.plan)
+        later = names[names.index(run.name) + 1 :] if run.name in names else []
+        return self.reporter.phase(
+            run.name,
+            steps=run.phase.epochs * run.steps,
+            steps_per_epoch=run.steps,
+            start=run.step,
+            images=self.settings.batch_size,
+            later=sum(self.settings.plan[name].epochs for name in later) * run.steps,
+        )
 
     def _any_process(self, condition: bool) -> bool:
         """Whether the condition holds on any process; all processes must call it."""
         flag = torch.tensor(float(condition), device=self.accelerator.device)
         total: Tensor = self.accelerator.reduce(flag, "sum")
         return bool(total > 0)
-
-
-def _bar_values(record: Mapping[str, Any]) -> dict[str, str]:
-    values = {"loss": f"{record['loss']:.3f}"}
-    if (overall := record.get("validation", {}).get("overall")) is not None:
-        values["validation"] = f"{100 * overall:.1f} %"
-    return values

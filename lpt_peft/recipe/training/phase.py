@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from lpt_peft._random import derive_seed, seeded
 from lpt_peft.errors import StateError
-from lpt_peft.prompts import PromptPool, decay_selected
+from lpt_peft.prompts import PromptPool
 from lpt_peft.recipe.loading.batches import split_halves
 from lpt_peft.recipe.parallel import average_gradients
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 from lpt_peft.recipe.training.average import Values, clone_values, copy_values_, temporarily_set, update_average
 from lpt_peft.recipe.training.criteria import Criterion
 from lpt_peft.recipe.training.divergence import DivergenceFlag
-from lpt_peft.recipe.training.optimizer import make_sgd
-from lpt_peft.recipe.training.schedule import warmup_cosine
+from lpt_peft.recipe.training.optimizer import PhaseOptimizer
+from lpt_peft.recipe.training.rare_predictions import RarePredictionMonitor
 
 _CHECK_EVERY = 16  # steps; after a host read an accelerator idles for a moment
 
@@ -41,10 +41,10 @@ class PhaseRun:
         steps: Steps of an epoch.
         accelerator: Precision, device, processes.
         check_every: Steps between calls of `check`; None: 1 on a CPU, where it costs nothing, else 16.
+        monitor: Updated with the instance-balanced half of every step.
 
     Attributes:
         step: Number of steps done in this phase.
-        learning_rate: Of the last step.
         stopped: Whether any process requested a stop; with several processes known at the next `check`.
         stale: Validations since the best validation.
         trainable: Trained parameters by name.
@@ -61,12 +61,13 @@ class PhaseRun:
         steps: int,
         accelerator: Accelerator,
         check_every: int | None = None,
+        monitor: RarePredictionMonitor | None = None,
     ) -> None:
         self.name, self.model, self.phase, self.steps = name, model, phase, steps
         self.step = self.stale = 0
-        self.learning_rate = 0.0
         self.stopped = False
         self.best: dict[str, Any] = {"score": -math.inf, "epoch": None}
+        self.monitor = monitor
         self._settings, self._criterion, self._accelerator = settings, criterion, accelerator
         device = accelerator.device
         self._check_every = check_every or (1 if device.type == "cpu" else _CHECK_EVERY)
@@ -75,14 +76,13 @@ class PhaseRun:
         self._stop_requests = torch.zeros((), device=device)
         wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self._loss_sum = torch.zeros((), dtype=wide, device=device)
-        self._total, self._warmup = phase.epochs * steps, round(phase.warmup * phase.epochs * steps)
+        self._total = phase.epochs * steps
+        model.zero_grad(set_to_none=True)  # a gradient left by the caller would be added to that of the first step
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         pool = getattr(model, "pool", None)
         self._pool: PromptPool | None = pool if isinstance(pool, PromptPool) else None
         self._usage = None if self._pool is None else self._pool.usage.clone()
-        selective = settings.decay == "selected"
-        self._selected_decay = {n for n in self.trainable if selective and n.startswith("pool.")}
-        self._optimizer = make_sgd(self.trainable, phase, without_decay=self._selected_decay)
+        self._optimizer = PhaseOptimizer(self.trainable, settings, phase, self._total, accelerator)
         self._average = clone_values(self.trainable) if settings.average else None
         self._best_values: Values | None = None
 
@@ -121,6 +121,9 @@ class PhaseRun:
                     output = self._forward(chunk, return_output=True)
                 chunk_loss = self._criterion(output, labels, self.epoch) / settings.accumulate
                 self._accelerator.backward(chunk_loss)
+                if self.monitor is not None:
+                    half = len(labels) // 2
+                    self.monitor.update(output.logits[:half], labels[:half])
                 loss = loss + chunk_loss.detach()
         gradients = [parameter.grad for parameter in self.trainable.values() if parameter.grad is not None]
         if self._accelerator.num_processes > 1:
@@ -129,10 +132,11 @@ class PhaseRun:
             self._stop_requests = torch.maximum(self._stop_requests, requests)
         else:
             self.stopped = stop()
-        scaler = self._accelerator.scaler
-        # A scaler handles infinite gradients itself: it skips the step and lowers the scale.
-        self._divergence.update(self.step, loss, () if scaler else gradients)
-        self._update(scaler, gradients)
+        # A gradient scaler handles infinite gradients itself: it skips the step and lowers the scale.
+        self._divergence.update(self.step, loss, () if self._accelerator.scaler else gradients)
+        self._optimizer.update(self.step, gradients, self._divergence)
+        if self._average is not None and settings.average is not None:
+            update_average(self._average, self.trainable, settings.average, self.step, self._divergence.found_inf)
         diverged = self._divergence.found_inf > 0
         self._loss_sum += torch.where(diverged, 0.0, loss)
         if self._pool is not None and usage is not None:
@@ -153,7 +157,7 @@ class PhaseRun:
             self.stopped = bool(self._stop_requests > 0)
         if (first := self._divergence.first()) is not None:
             self.step, loss = first
-            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizer.clear_gradients()
             event = "The loss became" if not math.isfinite(loss) else "A gradient became infinite or NaN at a loss of"
             raise StateError(
                 f"{event} {loss} in step {self.step} (epoch {self.epoch}) of phase {self.name}. The step was skipped, "
@@ -162,15 +166,18 @@ class PhaseRun:
             )
 
     def end_epoch(self) -> dict[str, Any]:
-        """Return the record of the epoch just completed, and reset its mean loss."""
-        record = {
-            "phase": self.name,
-            "epoch": self.epoch - 1,
-            "loss": float(self._loss_sum) / self.steps,
-            "learning_rate": self.learning_rate,
-        }
+        """Return the record of the epoch just completed, and reset its sums."""
+        record = {"phase": self.name, "epoch": self.epoch - 1, **self.current()}
+        if self._settings.clip_norm is not None:
+            record["clipped"] = int(self._optimizer.clipped) / self.steps
         self._loss_sum.zero_()
+        self._optimizer.clipped.zero_()
         return record
+
+    def current(self) -> dict[str, float]:
+        """Mean loss of the current epoch and learning rate of the last step; waits for the device."""
+        steps = self.step % self.steps or self.steps
+        return {"loss": float(self._loss_sum) / steps, "learning_rate": self._optimizer.learning_rate}
 
     def record_validation(self, score: float) -> None:
         """Compare a validation of `averaged_parameters` with the best so far.
@@ -206,19 +213,23 @@ class PhaseRun:
             StateError: As `check`.
         """
         self.check()
-        tensors = {}
-        for name, parameter in self.trainable.items():
-            if (momentum := self._optimizer.state[parameter].get("momentum_buffer")) is not None:
-                tensors[f"momentum/{name}"] = momentum
-        for kind, values in (("average", self._average), ("best", self._best_values)):
+        tensors: dict[str, Tensor] = {}
+        momentum = self._optimizer.momentum()
+        for kind, values in (("momentum", momentum), ("average", self._average), ("best", self._best_values)):
             tensors |= {f"{kind}/{name}": tensor for name, tensor in (values or {}).items()}
         if self._pool is not None:
             tensors["usage"] = self._total_usage()
         scaler = self._accelerator.scaler
         best = self.best if self.best["epoch"] is not None else None
-        loss = float(self._loss_sum)
-        numbers = {"step": self.step, "loss": loss, "learning_rate": self.learning_rate, "stale": self.stale}
-        return tensors, {**numbers, "best": best, "scaler": scaler.state_dict() if scaler else None}
+        return tensors, {
+            "step": self.step,
+            "loss": float(self._loss_sum),
+            "learning_rate": self._optimizer.learning_rate,
+            "clipped": int(self._optimizer.clipped),
+            "stale": self.stale,
+            "best": best,
+            "scaler": scaler.state_dict() if scaler else None,
+        }
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         """Restore the result of `state`; the model's own values must be restored already."""
@@ -227,40 +238,18 @@ class PhaseRun:
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
             kinds.setdefault(kind, {})[name] = tensor.to(device, copy=True)
-        for name, momentum in kinds.get("momentum", {}).items():
-            self._optimizer.state[self.trainable[name]]["momentum_buffer"] = momentum
+        self._optimizer.set_momentum(kinds.get("momentum", {}))
         self._average, self._best_values = kinds.get("average"), kinds.get("best")
         if self._pool is not None:
             self._usage = kinds["usage"][""]
             self._pool.usage.copy_(self._usage)
-        self.step, self.stale, self.learning_rate = numbers["step"], numbers["stale"], numbers["learning_rate"]
+        self.step, self.stale = numbers["step"], numbers["stale"]
+        self._optimizer.learning_rate = numbers["learning_rate"]
+        self._optimizer.clipped.fill_(numbers["clipped"])
         self._loss_sum.fill_(numbers["loss"])
         self.best = numbers["best"] or self.best
         if numbers["scaler"] and self._accelerator.scaler:
             self._accelerator.scaler.load_state_dict(numbers["scaler"])
-
-    def _update(self, scaler: Any, gradients: list[Tensor]) -> None:
-        factor = self._settings.half_batch / 256 * warmup_cosine(self.step, self._total, self._warmup)
-        self.learning_rate = self.phase.learning_rate * factor
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        if scaler:
-            self._divergence.invalidate_(gradients)
-            scaler.unscale_(self._optimizer)
-        for name in self._selected_decay:
-            decay_selected(self.trainable[name], self.phase.weight_decay)
-        if self._settings.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.trainable.values(), self._settings.clip_norm)
-        if scaler:
-            scaler.step(self._optimizer)
-            scaler.update()
-        else:
-            self._optimizer.found_inf = self._divergence.found_inf  # type: ignore[attr-defined]
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        if self._average is not None and self._settings.average is not None:
-            found_inf = self._divergence.found_inf
-            update_average(self._average, self.trainable, self._settings.average, self.step, found_inf)
 
     def _total_usage(self) -> Tensor:
         """How often each group was selected: before the phase, and during it on all processes."""

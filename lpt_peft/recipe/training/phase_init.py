@@ -15,12 +15,14 @@ from torch.utils.data import Dataset
 
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
+from lpt_peft.prompts import PromptPool
 from lpt_peft.recipe.loading.batches import SeededDataset
 from lpt_peft.recipe.loading.loader import image_loader, open_batches, resolve_workers
 from lpt_peft.recipe.parallel import broadcast_module, gather_strided
+from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.settings import TrainSettings
 
-_MAX_QUERIES = 50_000  # for k-means
+MAX_QUERIES = 50_000  # for k-means
 
 
 def begin_phase(
@@ -30,6 +32,7 @@ def begin_phase(
     settings: TrainSettings,
     *,
     accelerator: Accelerator,
+    reporter: Reporter,
     saved: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Initialize phase `name` and enable gradients of its parameters.
@@ -40,6 +43,7 @@ def begin_phase(
         dataset: Yields (image, label); its queries initialize the keys by k-means.
         settings: `init_groups`, `init_keys` and `seed` are used.
         accelerator: Provides the mixed precision of the queries.
+        reporter: Receives a warning if k-means is not possible.
         saved: Tensors of a checkpoint to resume from; None initializes the pool as the settings specify.
     """
     if saved is not None:
@@ -49,11 +53,23 @@ def begin_phase(
             adapter.pool.init_prompts(adapter.shared.prompts[adapter.prompt_config.first_group_layer :])
         if settings.init_keys == "kmeans":
             adapter.phase = "shared"
-            adapter.pool.init_keys(_queries(adapter, dataset, settings, accelerator), seed=settings.seed)
+            _init_keys(adapter.pool, _queries(adapter, dataset, settings, accelerator), settings.seed, reporter)
         broadcast_module(adapter.pool)
     adapter.phase = "shared" if name == "shared" else "group"
     if name == "joint":
         adapter.shared.requires_grad_(True)
+
+
+def _init_keys(pool: PromptPool, queries: Tensor, seed: int, reporter: Reporter) -> None:
+    """Initialize keys by k-means, unless there are too few distinct queries; the training so far must not be lost."""
+    distinct = len(queries.unique(dim=0))
+    if distinct < len(pool.keys):
+        reporter.warn(
+            f"The training images give {distinct} distinct queries for {len(pool.keys)} groups, too few for k-means: "
+            "the keys start at random. Use a smaller pool_size."
+        )
+    else:
+        pool.init_keys(queries, seed=seed)
 
 
 @torch.no_grad()
@@ -62,7 +78,7 @@ def _queries(
 ) -> Tensor:
     """Queries (N, d) of evenly spaced images, at most 50,000; float32 or wider."""
     size = len(dataset)  # type: ignore[arg-type]
-    indices = list(range(0, size, -(-size // _MAX_QUERIES)))
+    indices = list(range(0, size, -(-size // MAX_QUERIES)))
     rank, processes = accelerator.process_index, accelerator.num_processes
     share = indices[rank::processes]
     share += share[-1:] * (-(-len(indices) // processes) - len(share))  # equally many on every process

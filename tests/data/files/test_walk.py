@@ -371,6 +371,14 @@ def test_look_alike_class_folders(tmp_path):
         image_folder(tmp_path / "case", ["cat", "dog"])
 
 
+def test_class_names_may_be_a_mapping(tmp_path):
+    write_png(tmp_path / "cat" / "1.png", 1)
+    write_png(tmp_path / "dog" / "1.png", 1)
+    for names in ({"dog": 0, "cat": 1}, {1: "cat", 0: "dog"}):
+        assert image_folder(tmp_path, names).class_names == ["dog", "cat"]
+        assert image_folder(tmp_path, names).labels == [1, 0]
+
+
 def test_empty_class_folders_are_named(tmp_path):
     write_png(tmp_path / "a" / "1.png", 1)
     write_png(tmp_path / "b" / "1.png", 1)

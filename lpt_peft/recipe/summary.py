@@ -1,0 +1,109 @@
+"""Summary of a run, printed before its first step: data, phases, device, and everything chosen automatically."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import Dataset
+
+from lpt_peft.recipe.loading.batches import steps_per_epoch
+from lpt_peft.recipe.loading.loader import resolve_workers
+from lpt_peft.recipe.settings import TrainSettings
+from lpt_peft.recipe.training.optimizer import warmup_steps
+from lpt_peft.recipe.training.phase_init import MAX_QUERIES
+
+
+def run_summary(
+    dataset: Dataset[Any],
+    labels: Sequence[int],
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    *,
+    num_classes: int,
+    validation: Dataset[Any] | None = None,
+    criterion: Any = None,
+) -> str:
+    """Describe a run in a few lines.
+
+    Args:
+        dataset: Training images; a `LabelledImages` describes itself, including files that were left out.
+        labels: Class of every training image.
+        settings: Training settings.
+        accelerator: Device, precision, processes.
+        num_classes: Of the head.
+        validation: Validation images.
+        criterion: The caller's criterion, if any.
+    """
+    summary = getattr(dataset, "summary", None)
+    lines = [f"Training: {_describe(labels, num_classes) if summary is None else summary}"]
+    if validation is not None:
+        lines.append(f"Validation: {_describe_validation(validation, num_classes)}")
+    steps = steps_per_epoch(len(labels), settings)
+    phases = ", ".join(f"{name} {phase.epochs} epochs" for name, phase in settings.plan.items()) or "none"
+    total = steps * sum(phase.epochs for phase in settings.plan.values())
+    lines.append(
+        f"Phases: {phases}; {steps} steps per epoch, {total} steps of {settings.batch_size} images "
+        f"({_sampling(settings)})"
+    )
+    lines.append(_device(dataset, settings, accelerator))
+    return "\n".join([*lines, *(f"note: {note}" for note in _notes(labels, settings, steps, criterion))])
+
+
+def _describe(labels: Sequence[int], num_classes: int) -> str:
+    counts = np.bincount(labels, minlength=num_classes)
+    present = np.flatnonzero(counts)
+    largest, smallest = counts.argmax(), present[counts[present].argmin()]
+    empty = num_classes - len(present)
+    return (
+        f"{len(labels)} images of {num_classes} classes; largest class {largest} ({counts[largest]}), smallest class "
+        f"{smallest} ({counts[smallest]})" + (f"; {empty} classes without an image" if empty else "")
+    )
+
+
+def _describe_validation(validation: Dataset[Any], num_classes: int) -> str:
+    text = f"{len(validation)} images"  # type: ignore[arg-type]
+    labels = getattr(validation, "labels", None)
+    if labels is None:
+        return text
+    missing = num_classes - len(np.unique(labels))
+    return f"{text}; {missing} of {num_classes} classes have none and do not affect its accuracy" if missing else text
+
+
+def _sampling(settings: TrainSettings) -> str:
+    if settings.sampling == "dual":
+        return f"{settings.half_batch} instance-balanced, {settings.half_batch} class-balanced"
+    return "instance-balanced"
+
+
+def _device(dataset: Dataset[Any], settings: TrainSettings, accelerator: Accelerator) -> str:
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    precision = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast with a scaled loss"}
+    share = settings.batch_size // accelerator.num_processes
+    workers = resolve_workers(settings.num_workers, dataset, share)
+    backbone = "" if settings.backbone_dtype == "float32" else f", backbone cast to {settings.backbone_dtype}"
+    chosen = " (automatic)" if settings.num_workers is None else ""
+    return (
+        f"Device: {name}, {precision.get(str(accelerator.mixed_precision), accelerator.mixed_precision)}{backbone}; "
+        f"processes: {accelerator.num_processes}, each with {workers} loading images{chosen}"
+    )
+
+
+def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion: Any) -> Iterator[str]:
+    """Everything that the settings do not do literally."""
+    if settings.half_batch > len(labels):
+        yield (
+            f"half a batch ({settings.half_batch}) is larger than the training set ({len(labels)} images), so images "
+            "repeat within a step; a smaller batch_size gives more steps"
+        )
+    for name, phase in settings.plan.items():
+        if phase.warmup and not warmup_steps(phase, phase.epochs * steps):
+            yield f"phase {name} has no warm-up: {100 * phase.warmup:g} % of its steps is less than a step"
+    if criterion is not None:
+        yield f'the given criterion replaces loss="{settings.loss}"'
+    if settings.init_keys == "kmeans" and len(labels) > MAX_QUERIES and set(settings.plan) - {"shared"}:
+        yield f"k-means of the keys uses at most {MAX_QUERIES} evenly spaced images"

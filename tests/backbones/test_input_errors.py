@@ -1,0 +1,276 @@
+"""Errors of torch and the model's library for wrong input become LPTErrors that name input, rule and remedy."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+
+from lpt_peft import LongTailPromptAdapter
+from lpt_peft.errors import BackboneError, InputError, LPTError, StateError
+from lpt_peft.prompting import Prompted
+from tests.backbones.models import ROWS, build, images, make, rows, wrap
+from tests.conftest import tiny_vit
+from tests.host_reads import count_host_reads
+
+ANY_SIZE = {"timm NaFlexViT", "transformers DINOv3", "open_clip, timm tower"}
+
+
+@pytest.fixture(scope="module")
+def adapters():
+    built = {}
+
+    def get(row):
+        if row not in built:
+            built[row] = build(row)
+        return built[row]
+
+    return get
+
+
+WRONG = {
+    "uint8": (lambda x: (x * 50).to(torch.uint8), r"Images are uint8; they must be floating point.*ToDtype"),
+    "int64": (lambda x: x.long(), r"Images are int64; they must be floating point"),
+    "bool": (lambda x: x > 0, r"Images are bool; they must be floating point"),
+    "double": (lambda x: x.double(), r"Images are float64, the model is float32.*images\.to\(adapter\.dtype\)"),
+    "half": (lambda x: x.half(), r"Images are float16, the model is float32"),
+    "meta": (lambda x: x.to("meta"), r"Images are float32 on meta, the model is on cpu.*images\.to\(adapter\.device\)"),
+    "grey": (lambda x: x[:, :1], r"Images have 1 channels.*takes \(B, 3, \d+, \d+\).*expand\(-1, 3, -1, -1\)"),
+    "four channels": (lambda x: torch.cat([x, x[:, :1]], 1), r"Images have 4 channels.*takes \(B, 3, \d+, \d+\)"),
+    "channels last": (lambda x: x.permute(0, 2, 3, 1), r"Images have 32 channels.*images\.permute\(0, 3, 1, 2\)"),
+    "single image": (lambda x: x[0], r"Images have shape \(3, 32, 32\).*images\.unsqueeze\(0\)"),
+    "five dimensions": (lambda x: x[None], r"Images have shape \(1, 2, 3, 32, 32\)"),
+    "larger": (lambda x: torch.randn(2, 3, 64, 64), r"Images are 64 x 64 px.*takes \(B, 3, \d+, \d+\).*Resize"),
+    "smaller": (lambda x: x[..., :16, :16], r"Images are 16 x 16 px.*takes \(B, 3, \d+, \d+\)"),
+    "not square": (lambda x: torch.randn(2, 3, 32, 48), r"Images are 32 x 48 px"),
+}
+
+
+@rows
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_images(row, wrong, adapters):
+    change, words = WRONG[wrong]
+    if row in ANY_SIZE and "px" in words:
+        pytest.skip("takes images of any size")
+    if row.startswith("transformers") and wrong in {"double", "half"}:
+        pytest.skip("casts images")
+    adapter = adapters(row)
+    for phase in ("shared", "group"):
+        adapter.phase = phase
+        with torch.no_grad(), pytest.raises(InputError, match=words) as caught:
+            adapter(change(images()))
+        assert len(str(caught.value)) < 600
+
+
+@rows
+def test_images_that_are_not_tensors(row, adapters):
+    adapter = adapters(row)
+    with pytest.raises(InputError, match=r"Images are a list, and .* needs a tensor.*torch\.stack"):
+        adapter([images()[0], images()[1]])
+    with pytest.raises(LPTError, match="needs images: call adapter"):
+        adapter()
+
+
+def test_a_failure_with_right_images_keeps_its_error():
+    adapter = build("timm ViT")
+    adapter.vit.norm = nn.LayerNorm(7)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        adapter(images())
+
+
+def test_out_of_memory_is_not_explained(monkeypatch):
+    adapter = build("timm ViT")
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(adapter.backbone, "embed", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        adapter(torch.randn(2, 3, 64, 64))
+
+
+def test_a_right_forward_checks_nothing(monkeypatch):
+    adapter = build("timm ViT")
+    monkeypatch.setattr("lpt_peft.adapter.explain_failure", lambda *_: pytest.fail("called"))
+    with torch.no_grad(), count_host_reads() as reads:
+        adapter(images())
+    assert list(reads) == []
+
+
+def test_dynamic_image_size_is_not_refused():
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, dynamic_img_size=True).eval()
+    adapter = LongTailPromptAdapter.wrap(vit, num_classes=3)
+    assert adapter(torch.randn(1, 3, 64, 48)).shape == (1, 3)
+    with pytest.raises(InputError, match="Images are 64 x 50 px"):
+        adapter(torch.randn(1, 3, 64, 50))
+
+
+# The model
+
+
+@rows
+def test_calls_of_an_adapter_on_the_meta_device(row):
+    with torch.device("meta"):
+        model = ROWS[row].make().eval() if row != "timm BEiT" else None
+    if model is None or not any(parameter.is_meta for parameter in model.parameters()):
+        pytest.skip("cannot be built on the meta device")
+    with pytest.raises(InputError, match="on cpu, and the model has no weights yet.*to_empty"):
+        wrap(model)(images())
+
+
+@rows
+def test_blocks_that_were_removed_or_added(row):
+    adapter = build(row)
+    holder = next(
+        module
+        for module in adapter.vit.modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and adapter.backbone.blocks[0] in list(module)
+    )
+    depth, last = len(holder), holder[-1]
+    del holder[-1]
+    with pytest.raises(
+        StateError, match=f"has {depth - 1} blocks, and {depth} when it was wrapped.*wrap the model again"
+    ):
+        adapter(images())
+    holder.append(last)
+    holder.append(last)
+    with pytest.raises(StateError, match=f"has {depth + 1} blocks"):
+        adapter(images())
+    del holder[-1]
+    assert adapter(images()).shape == (2, 5)
+
+
+@rows
+def test_a_block_that_was_replaced(row):
+    adapter = build(row)
+    block = adapter.backbone.blocks[1]
+    holder = next(
+        module
+        for module in adapter.vit.modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and block in list(module)
+    )
+    holder[1] = nn.Identity()
+    with pytest.raises(StateError, match=r"Block 1, a Identity, takes no prompts.*unwrap\(\) and wrap"):
+        adapter(images())
+
+
+@rows
+def test_scripting(row):
+    adapter = build(row)
+    with pytest.raises(StateError, match=r"torch\.jit\.script does not support prompts.*torch\.compile"):
+        torch.jit.script(adapter)
+    with pytest.raises(StateError, match=r"does not support the prompts in .*unwrap\(\)"):
+        torch.jit.script(adapter.backbone.blocks[0])
+
+
+def test_models_with_scripted_parts():
+    with pytest.raises(BackboneError, match="its forward is fixed"):
+        LongTailPromptAdapter.wrap(torch.jit.script(nn.Linear(2, 2)))
+    vit = tiny_vit()
+    vit.blocks[1] = torch.jit.script(vit.blocks[1])
+    with pytest.raises(BackboneError, match="is scripted, so its forward is fixed"):
+        LongTailPromptAdapter.wrap(vit)
+    assert not any(isinstance(module, Prompted) for module in vit.modules())
+
+
+@rows
+def test_checkpoint_wrapped_blocks_are_refused(row):
+    model = make(row)
+    adapter = wrap(model)
+    blocks = set(adapter.backbone.blocks)
+    adapter.unwrap()
+    apply_activation_checkpointing(model, check_fn=lambda module: module in blocks)
+    with pytest.raises(BackboneError, match="CheckpointWrapper recomputes a block.*Wrap the model first"):
+        wrap(model)
+    assert not any(isinstance(module, Prompted) for module in model.modules())
+
+
+def test_checkpoint_wrapper_around_the_model():
+    with pytest.raises(BackboneError, match=r"CheckpointWrapper cannot take prompts.*wrap the model inside"):
+        LongTailPromptAdapter.wrap(checkpoint_wrapper(tiny_vit()))
+
+
+@pytest.mark.parametrize("phase", ["shared", "group"])
+def test_checkpoint_wrappers_after_wrap_give_the_same_gradients(phase):
+    gradients = []
+    for wrapped in (False, True):
+        adapter = build("timm ViT", phase).train()
+        if wrapped:
+            blocks = set(adapter.vit.blocks)
+            apply_activation_checkpointing(adapter, check_fn=blocks.__contains__)
+            assert type(adapter.vit.blocks[0]).__name__ == "CheckpointWrapper"
+        losses = [adapter(images(seed=seed)).square().sum() for seed in range(2)]  # two passes before one backward
+        sum(losses).backward()
+        gradients.append([p.grad for p in adapter.trainable_parameters()])
+    for actual, value in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, value)
+
+
+@rows
+def test_data_parallel(row):
+    replica = build(row)._replicate_for_data_parallel()
+    with pytest.raises(StateError, match=r"nn\.DataParallel.*DistributedDataParallel\(adapter\)"):
+        replica(images())
+
+
+def test_nested_wraps():
+    adapter = build("timm ViT")
+    for model, words in (
+        (adapter, r"already has prompts.*unwrap\(\)"),
+        (adapter.vit, r"already takes prompts.*unwrap\(\)"),
+        (copy.deepcopy(adapter.vit), r"copy of a wrapped model.*copy the model before wrap"),
+        (pickle.loads(pickle.dumps(adapter.vit)), r"copy of a wrapped model"),
+        (nn.DataParallel(adapter.vit), r"DataParallel cannot take prompts"),
+        (nn.Sequential(nn.Identity(), tiny_vit()), r"contains a VisionTransformer.*\.get_submodule\(\"1\"\)"),
+        (nn.ModuleDict({"model": nn.ModuleDict({"vit": tiny_vit()})}), r"get_submodule\(\"model\.vit\"\)"),
+        (nn.Sequential(nn.Identity(), adapter), r"contains an adapter"),
+    ):
+        with pytest.raises(BackboneError, match=words):
+            LongTailPromptAdapter.wrap(model, 3)
+    assert adapter(images()).shape == (2, 5)
+
+
+# After unwrap
+
+
+@rows
+def test_every_attribute_of_an_unwrapped_adapter_is_a_value_or_an_attribute_error(row):
+    adapter = build(row)
+    adapter.unwrap()
+    for name in dir(adapter):
+        getattr(adapter, name, None)  # any error but AttributeError fails
+    assert not hasattr(adapter, "fingerprint")
+    assert not hasattr(adapter, "device")
+    inspect.getmembers(adapter)
+    repr(adapter)
+    with pytest.raises(StateError, match="unwrapped"):
+        _ = adapter.fingerprint
+    for call in (
+        adapter,
+        adapter.features,
+        lambda _: adapter.cast_backbone(torch.bfloat16),
+        lambda _: adapter.unwrap(),
+    ):
+        with pytest.raises(StateError, match="unwrapped"):
+            call(images())
+
+
+@rows
+def test_copies_of_wrapped_models_compute_the_same(row):
+    adapter = build(row)
+    with torch.no_grad():
+        expected = adapter(images())
+        for twin in (copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):
+            assert torch.equal(twin(images()), expected)
+            vit = twin.unwrap()
+            assert not any(isinstance(module, Prompted) for module in vit.modules())
+            assert wrap(vit)(images()).shape == (2, 5)

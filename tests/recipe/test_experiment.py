@@ -1,0 +1,183 @@
+"""fit: errors that are found before training, and a final save that fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.data import Subset, TensorDataset
+
+from lpt_peft import LongTailPromptAdapter
+from lpt_peft.data.from_dataset import from_dataset
+from lpt_peft.errors import InputError, LPTError, StateError
+from lpt_peft.recipe import Splits, experiment, fit, train
+from lpt_peft.recipe.training.optimizer import PhaseOptimizer
+from lpt_peft.recipe.training.phase import PhaseRun
+from tests.recipe.tiny import PHASE, SHORT, result_of, same, striped_data, tiny_adapter
+
+NAMES = ["ant", "bee", "cat"]
+SHARED_ONLY = replace(SHORT, group=replace(PHASE, epochs=0))
+
+
+def splits(names=NAMES, validation=None, test=None):
+    dataset, labels = striped_data()
+    return Splits(from_dataset(dataset, labels, names), validation, striped_data(2)[0] if test is None else test)
+
+
+@pytest.fixture
+def no_step(monkeypatch):
+    monkeypatch.setattr(PhaseRun, "training_step", lambda *args: pytest.fail("a step was done"))
+
+
+@pytest.mark.parametrize("name", ["", "x" * 100_000, "a\nb", "\ud800"])
+def test_class_names_that_cannot_be_saved_are_found_before_training(no_step, tmp_path, name):
+    with pytest.raises(LPTError):
+        fit(tiny_adapter(), splits(["ant", "bee", name]), SHARED_ONLY, tmp_path / "run", progress=False)
+
+
+class Labelled(TensorDataset):
+    """Images with the attribute `labels`."""
+
+    def __init__(self, images, labels):
+        super().__init__(images, torch.tensor(labels))
+        self.labels = labels
+
+
+WRONG_SPLITS = [
+    (Subset(striped_data()[0], []), "split has no images"),
+    (TensorDataset(torch.zeros(2, 3, 40, 32), torch.tensor([0, 1])), r"split: dataset\[0\], an image of shape"),
+    (Labelled(torch.zeros(2, 3, 32, 32), [0, 3]), "Label 3 of the .* split is outside"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "words"), WRONG_SPLITS)
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_splits_that_cannot_be_evaluated_are_found_before_training(no_step, tmp_path, name, wrong, words):
+    with pytest.raises(InputError, match=f"(?s){name}.*{words}|{words}") as error:
+        fit(tiny_adapter(), splits(**{name: wrong}), SHARED_ONLY, tmp_path, progress=False)
+    assert f"{name} split" in str(error.value)
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_before_training(no_step, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(StateError, match="The output folder .*file.* is not writable: "):
+            fit(tiny_adapter(), splits(), SHARED_ONLY, folder, progress=False)
+
+    def refuse(self, data):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(experiment.Path, "write_bytes", refuse)
+    with pytest.raises(StateError, match="is not writable: Read-only file system"):
+        fit(tiny_adapter(), splits(), SHARED_ONLY, tmp_path / "run", progress=False)
+
+
+def test_the_probe_leaves_nothing(tmp_path):
+    experiment.check_folder(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", ["prompts", "history", "results"])
+def test_a_final_save_that_failed_is_repeated_by_the_next_run(tmp_path, monkeypatch, failing):
+    """A full disk at the end: the run is complete on disk, and finishes without another step."""
+    expected = tiny_adapter()
+    results = fit(expected, splits(), SHARED_ONLY, tmp_path / "expected", progress=False)
+    saved = LongTailPromptAdapter.save_pretrained
+    written = experiment.write_json
+
+    def full(*args):
+        raise StateError("No space left on device")
+
+    def failing_save(self, folder, **content):
+        return full() if folder == tmp_path / "run" / "prompts" else saved(self, folder, **content)
+
+    def failing_json(path, content):
+        return full() if path.stem == failing else written(path, content)
+
+    with monkeypatch.context() as patch:
+        if failing == "prompts":
+            patch.setattr(LongTailPromptAdapter, "save_pretrained", failing_save)
+        patch.setattr(experiment, "write_json", failing_json)
+        with pytest.raises(StateError, match="No space left"):
+            fit(tiny_adapter(), splits(), SHARED_ONLY, tmp_path / "run", progress=False)
+    monkeypatch.setattr(PhaseRun, "training_step", lambda *args: pytest.fail("a step was done"))
+    adapter = tiny_adapter()
+    assert fit(adapter, splits(), SHARED_ONLY, tmp_path / "run", progress=False) == results
+    assert same(result_of(adapter), result_of(expected))
+    for file in ("history.json", "results.json", "prompts/prompts.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
+
+
+def test_a_full_disk_at_the_end_names_the_file(tmp_path, monkeypatch):
+    """The system's own error, at the first write after the last checkpoint."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    adapter = tiny_adapter()
+    original = experiment.evaluate
+
+    def evaluate_then_fill(*args, **options):
+        monkeypatch.setattr(os, "fsync", full)
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "evaluate", evaluate_then_fill)
+        with pytest.raises((LPTError, OSError), match="No space left on device") as error:
+            fit(adapter, splits(), SHARED_ONLY, tmp_path, progress=False)
+        monkeypatch.undo()
+    assert isinstance(error.value, LPTError), repr(error.value)
+    assert str(tmp_path) in str(error.value)
+    assert (tmp_path / "checkpoints" / "1-shared-00000008").is_dir()
+
+
+def test_a_training_record_of_the_largest_size_is_tried(tmp_path):
+    fit(tiny_adapter(), splits(validation=striped_data(1)[0]), SHARED_ONLY, tmp_path, progress=False)
+    record = json.loads((tmp_path / "prompts" / "config.json").read_text())["training"]
+    assert set(record["metrics"]) == {"validation", "test"}
+    assert record["rule"] == "many: n > 100, medium: 20 < n <= 100, few: n <= 20; mean over classes"
+
+
+# Gradients
+
+
+def test_gradients_left_by_the_caller_are_not_added():
+    """A gradient of 1000 in a trained and in a frozen parameter."""
+    dataset, labels = striped_data()
+    clean, dirty = tiny_adapter(), tiny_adapter()
+    for parameter in dirty.parameters():
+        parameter.grad = torch.full_like(parameter, 1000.0)
+    for adapter in (clean, dirty):
+        train(adapter, dataset, labels, replace(SHORT, clip_norm=0.5), progress=False)
+    assert same(result_of(clean), result_of(dirty))
+    assert all(parameter.grad is None for parameter in dirty.parameters())
+
+
+def test_clipping_only_sees_the_gradients_of_the_phase(monkeypatch):
+    """In each step of both phases, the clipped norm equals that of the gradients of the trained parameters."""
+    norms, expected = [], []
+    clip, update = torch.nn.utils.clip_grad_norm_, PhaseOptimizer.update
+    adapter = tiny_adapter()
+    trained = {"shared": {"shared.prompts", "head.weight"}, "group": {"pool.prompts", "pool.keys", "head.weight"}}
+
+    def recording_clip(parameters, limit):
+        norms.append(float(clip(parameters, limit)))
+        return torch.tensor(norms[-1])
+
+    def recording_update(self, *args):
+        found = {name: parameter.grad for name, parameter in adapter.named_parameters() if parameter.grad is not None}
+        assert set(found) == trained[adapter.phase]
+        expected.append(math.sqrt(sum(float(gradient.square().sum()) for gradient in found.values())))
+        update(self, *args)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recording_clip)
+    monkeypatch.setattr(PhaseOptimizer, "update", recording_update)
+    dataset, labels = striped_data()
+    train(adapter, dataset, labels, replace(SHORT, clip_norm=0.5), progress=False)
+    assert norms == pytest.approx(expected)
+    assert len(norms) == 16
