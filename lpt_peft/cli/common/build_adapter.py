@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.backbones.loading import build_backbone
 from lpt_peft.cli.common.messages import notice
+from lpt_peft.cli.common.paths import prompt_folder
 from lpt_peft.cli.common.run_settings import RunSettings
 from lpt_peft.hub import read_prompts
 
@@ -45,7 +47,8 @@ def build_adapter(run: RunSettings, class_names: Sequence[str]) -> LongTailPromp
 
 
 def _start_from(source: str, adapter: LongTailPromptAdapter, class_names: Sequence[str]) -> None:
-    prompts = read_prompts(source)
+    folder = Path(source)
+    prompts = read_prompts(str(prompt_folder(folder)) if folder.is_dir() else source)
     named = prompts.metadata.label_names is not None
     changes = replace_prompts(adapter, prompts, part="shared", label_names=class_names if named else None)
     text = "The file does not name its classes, so all rows of the head are new." if changes is None else str(changes)
