@@ -200,7 +200,7 @@ def _copy_shared(adapter: PretrainedMixin, content: PromptContent, changes: Labe
     if changes is not None and tuple(head.shape) != tuple(content.tensors["head.weight"].shape):
         raise ConfigError(
             f"label_names has {len(changes.rows)} names, but the adapter's head has {head.shape[0]} classes. With "
-            'part="shared" give the names of its own classes, in order.'
+            'part="shared" give the names of the classes of that head, in order.'
         )
     pairs = [(prompts, parameter), (content.tensors["head.weight"][rows], head)]
     if parameter.shape != prompts.shape:
