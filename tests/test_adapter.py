@@ -334,7 +334,7 @@ def test_adapter_state_dict_round_trip_and_refusals():
         ({"prompt_length": 0}, "prompt_length=0"),
         ({"pool_size": 3, "top_k": 4}, "top_k=4 must be from 1 to 3"),
         ({"shared_layers": 2}, "shared_layers=2 must be from 0 to 1"),
-        ({"shared_layers": "1"}, "shared_layers='1' must be a whole number"),
+        ({"shared_layers": "1"}, "shared_layers='1' must be an integer"),
         ({"head_dropout": 1.0}, "head_dropout"),
         ({"logit_scale": 0}, "logit_scale=0"),
         ({"logit_scale": float("nan")}, "logit_scale=nan"),
