@@ -3,7 +3,7 @@
 The classes are letters and symbols of the twelve DejaVu Sans, Serif and Mono faces of matplotlib, drawn light on dark
 with random affine, elastic, stroke-width, blur, contrast and noise changes. The script writes
 `lpt_peft/backbones/bundled/glyph_vit.safetensors`, the frozen backbone of `lpt-peft demo`, and `glyph_vit.json`, its
-configuration and training settings. Run it only to create these files again; it takes about 40 minutes on 2 cores.
+configuration and training settings. Run it only to create these files again; it takes about 40 minutes on two cores.
 
     pip install -e ".[demo]"
     python examples/pretrain_glyphs.py --output lpt_peft/backbones/bundled
@@ -51,7 +51,7 @@ BACKBONE: dict[str, Any] = {
 class Settings:
     """Pretraining settings; the bundled file was created with the defaults."""
 
-    output: Path = Path("lpt_peft/demo")
+    output: Path = Path("lpt_peft/backbones/bundled")
     classes: int = 300
     steps: int = 6000
     batch_size: int = 128

@@ -213,8 +213,8 @@ class PromptPool(nn.Module):
         """
         if bool((self.usage < 0).any()) or not bool((self.usage > 0).any()):
             raise StateError(
-                "The usage of the groups is unknown: no image was counted, or the prompts were loaded from a file without "
-                "usage counts. Call pool.reset_usage(), run training images through the model in train() mode, then call "
+                "The usage of the groups is unknown: no image was counted, or the prompts come from a file without "
+                "counts. Call pool.reset_usage(), run training images through the model in train() mode, then call "
                 "dead_groups() again."
             )
         return [group for group, count in enumerate(self.usage.tolist()) if count == 0]

@@ -1,4 +1,4 @@
-"""The benchmarks of examples/benchmarks: their measuring code, and that they run at tiny size. No time is asserted."""
+"""The scripts of examples/benchmarks: they run at tiny size, and measure correctly. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.conftest import tiny_vit
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 CPU = torch.device("cpu")
 TINY = ["--tiny", "--repeats", "1"]
-ONE_TABLE = [*TINY, "--precisions", "float32", "--batch", "2"]
+SINGLE_TABLE = [*TINY, "--precisions", "float32", "--batch", "2"]
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """Imports a file of the folder as a script there would."""
+    """A function that imports a file of the folder as a script there does."""
     monkeypatch.syspath_prepend(FOLDER)
     before = set(sys.modules)
     with torch.random.fork_rng(devices=[]):
@@ -102,7 +102,7 @@ def test_gpu_drops_the_least_important_cells(script, monkeypatch, capsys):
     gpu = script("gpu")
     slow = property(lambda self: 0.0 if len(self.compilations) < 3 else 1e6)
     monkeypatch.setattr(gpu.Benchmark, "next_compilation", slow)
-    report = gpu.main([*ONE_TABLE, "--modes", "compiled"])
+    report = gpu.main([*SINGLE_TABLE, "--modes", "compiled"])
     [table] = report.tables
     assert places(table) == {("plain ViT", "eval"), ("full tuning", "step"), ("adapter, phase group", "eval")}
     [dropped] = report.dropped()
@@ -112,7 +112,7 @@ def test_gpu_drops_the_least_important_cells(script, monkeypatch, capsys):
     assert f"Dropped to fit the time budget of 240 s: {dropped}." in capsys.readouterr().out
 
 
-def test_gpu_goes_on_after_a_cell_without_memory(script, monkeypatch, capsys):
+def test_gpu_continues_after_a_cell_without_memory(script, monkeypatch, capsys):
     gpu = script("gpu")
     model = gpu.Benchmark.model
 
@@ -124,7 +124,7 @@ def test_gpu_goes_on_after_a_cell_without_memory(script, monkeypatch, capsys):
         return model(self, row, dtype)
 
     monkeypatch.setattr(gpu.Benchmark, "model", scarce)
-    [table] = gpu.main(ONE_TABLE).tables
+    [table] = gpu.main(SINGLE_TABLE).tables
     assert places(table, "out of memory") == {("full tuning", "eval"), ("full tuning", "step")}
     assert places(table, "failed") == {("token concatenation", "eval"), ("token concatenation", "step")}
     assert table.ratio(table.cell("adapter, phase group", "step")) is None
@@ -137,21 +137,21 @@ def test_gpu_goes_on_after_a_cell_without_memory(script, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         (["--batch", "3"], "--batch 3: LPTLoss needs two equal halves"),
         (["--repeats", "0"], "--repeats must be at least 1"),
         (["--classes", "1"], "--classes and --loss-classes at least 2"),
     ],
 )
-def test_gpu_refuses(script, capsys, words, told):
+def test_gpu_refuses(script, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
-        script("gpu").main([*TINY, *words])
+        script("gpu").main([*TINY, *arguments])
     assert stop.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_gpu_takes_plain_vits_of_timm_only(script):
+def test_gpu_accepts_only_plain_vits_of_timm(script):
     with pytest.raises(SystemExit, match="resnet18 is a ResNet; give a VisionTransformer of timm"):
         script("gpu").main(["--model", "resnet18", "--device", "cpu"])
 
@@ -170,7 +170,7 @@ def test_interleaved_rounds(script):
     measure, order = script("_measure"), []
     actions = {name: lambda name=name: order.append(name) for name in "ab"}
     samples = measure.interleaved(actions, rounds=2, device=CPU, calls=2)
-    assert "".join(order) == "aabb" * 3  # one to warm up
+    assert "".join(order) == "aabb" * 3  # the first round warms up
     assert {name: len(values) for name, values in samples.items()} == {"a": 2, "b": 2}
 
 
@@ -184,13 +184,13 @@ def test_saved_bytes_counts_each_storage_once(script):
 def test_resident_bytes(script):
     resident = script("_measure").resident_bytes
     before = resident()
-    with mmap.mmap(-1, 2**26) as pages:  # 64 MiB from the system: an allocator may reuse what earlier tests freed
+    with mmap.mmap(-1, 2**26) as pages:  # 64 MiB from the system: an allocator may reuse memory of earlier tests
         pages.write(b"1" * 2**26)
         assert resident() - before > 0.9 * 2**26
     assert resident(peak=True) >= resident()
 
 
-def test_token_concatenation_computes_what_the_adapter_does(script):
+def test_token_concatenation_equals_the_adapter(script):
     vit = tiny_vit(num_classes=0)
     images = torch.randn(3, 3, 32, 32)
     tokens = script("_variants").TokenConcatenation(tiny_vit(num_classes=0), 5, prompt_length=10).eval()
@@ -201,18 +201,18 @@ def test_token_concatenation_computes_what_the_adapter_does(script):
     assert not torch.allclose(tokens.features(images), adapter.unwrap()(images), atol=1e-3)
 
 
-def test_lora_computes_what_peft_does(script):
+def test_lora_equals_peft(script):
     peft = pytest.importorskip("peft")
-    ours = script("_variants").LoRA(tiny_vit(num_classes=0), 5, rank=4, alpha=8).eval()
-    theirs = peft.get_peft_model(
+    lora = script("_variants").LoRA(tiny_vit(num_classes=0), 5, rank=4, alpha=8).eval()
+    reference = peft.get_peft_model(
         tiny_vit(num_classes=0), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["qkv"])
     ).eval()
     with torch.no_grad():
-        for block, other in zip(ours.vit.blocks, theirs.base_model.model.blocks, strict=True):
+        for block, other in zip(lora.vit.blocks, reference.base_model.model.blocks, strict=True):
             block.attn.qkv.up.normal_()
             other.attn.qkv.lora_A["default"].weight.copy_(block.attn.qkv.down)
             other.attn.qkv.lora_B["default"].weight.copy_(block.attn.qkv.up)
         images = torch.randn(2, 3, 32, 32)
-        torch.testing.assert_close(ours.features(images), theirs(images), rtol=1e-4, atol=1e-5)
-    trained = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
-    assert sum(p.numel() for n, p in ours.named_parameters() if p.requires_grad and "head" not in n) == trained
+        torch.testing.assert_close(lora.features(images), reference(images), rtol=1e-4, atol=1e-5)
+    trained = sum(p.numel() for p in reference.parameters() if p.requires_grad)
+    assert sum(p.numel() for n, p in lora.named_parameters() if p.requires_grad and "head" not in n) == trained

@@ -87,6 +87,7 @@ def _commands(words: Sequence[str]) -> dict[str, Callable[..., Any]]:
     Raises:
         ConfigError: The --preset or --config of `train` cannot be used.
     """
+    from lpt_peft.cli.check import check
     from lpt_peft.cli.convert import convert
     from lpt_peft.cli.demo import demo
     from lpt_peft.cli.doctor import doctor
@@ -98,6 +99,7 @@ def _commands(words: Sequence[str]) -> dict[str, Callable[..., Any]]:
     from lpt_peft.cli.train import train_command
 
     return {
+        "check": check,
         "convert": convert,
         "demo": demo,
         "doctor": doctor,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from difflib import get_close_matches
 from typing import Annotated, Any
 
 import tyro
@@ -42,8 +41,12 @@ def doctor(
         return OK
     if not backbone:
         raise ConfigError("doctor needs the name of a backbone, such as vit_base_patch16_224, or --list.")
+    for flag, value in (("num-classes", num_classes), ("prompt-length", prompt_length), ("pool-size", pool_size)):
+        if value < 1:
+            raise ConfigError(f"--{flag} {value} must be at least 1.")
     try:
-        report = examine(backbone, num_classes, prompt_length=prompt_length, pool_size=pool_size)
+        sizes = {"prompt_length": prompt_length, "pool_size": pool_size, "top_k": min(2, pool_size)}
+        report = examine(backbone, num_classes, **sizes)
     except LPTError as error:
         if as_json:
             print_json({"backbone": backbone, "supported": False, "reason": str(error)})
@@ -70,10 +73,8 @@ def examine(name: str, num_classes: int, **options: int) -> dict[str, Any]:
 
     entry = listing.find(name)
     if entry is None:
-        titles = [entry.title for entry in listing.entries()]
-        near = (
-            get_close_matches(name, titles, 5, 0.5) or [title for title in titles if title.startswith("vit_base")][:5]
-        )
+        library, _, rest = name.partition("/")
+        near = listing.closest(name, library if rest and any(listing.entries(library)) else "timm")
         raise BackboneError(f'No installed library has a model "{name}". Similar names: {", ".join(near)}.')
     vit = entry.build()
     modules = Counter(type(module).__name__ for module in vit.modules())

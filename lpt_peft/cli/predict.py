@@ -83,7 +83,13 @@ def _predictions(run: LoadedRun, paths: Sequence[Path], show: int) -> Iterator[l
 
     from lpt_peft.data.transforms import transforms
 
-    transform = transforms(run.adapter.backbone.preprocess(), train=False, crop_pct=run.images.crop_pct)
+    transform = transforms(
+        run.adapter.backbone.preprocess(),
+        train=False,
+        crop_pct=run.images.crop_pct,
+        exif=run.images.exif,
+        background=run.images.background,
+    )
     device = run.adapter.head.weight.device
     for start in range(0, len(paths), _BATCH):
         answers: list[dict[str, Any]] = []

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lpt_peft._classes import names_in_order
 from lpt_peft.errors import ConfigError, InputError
 from lpt_peft.samplers.checks import Labels, checked_labels
 
+ClassNames = Sequence[str] | Mapping[int, str] | Mapping[str, int]
 _SPLIT = "for a validation or test split pass class_names of the training set and allow_empty=True"
 
 
 def checked_classes(
-    labels: Labels, class_names: Sequence[str] | None, allow_empty: bool
+    labels: Labels, class_names: ClassNames | None, allow_empty: bool
 ) -> tuple[list[int], list[str], list[int]]:
     """Validate labels and class names; return labels (N,), class names (C,) and images per class (C,).
 
     Args:
         labels: Class of every image.
-        class_names: (C,); None uses the numbers as names, and the largest label plus one as `C`.
+        class_names: (C,), or a mapping from label to name or from name to label; None uses the numbers as names, and
+            the largest label plus one as `C`.
         allow_empty: Accept classes without an image, as in a validation split.
 
     Raises:
         InputError: The labels are not integers of at least 0, a class has no image, all images belong to a single
-            class, or a label has no name.
+            class, a label has no name, or the names are invalid for `checked_names`.
         ConfigError: `allow_empty` without `class_names`: the number of classes would be unknown.
     """
     rows = checked_labels(labels)
-    names = None if class_names is None else [str(name) for name in class_names]
-    for name in names or ():
-        if not name.isprintable():
-            raise InputError(
-                f"The class name {name!r} has characters that cannot be printed or are not UTF-8, which a prompt file "
-                "cannot store. Rename the class or its folder."
-            )
+    names = None if class_names is None else checked_names(class_names)
     if allow_empty and names is None:
         raise ConfigError(
             "allow_empty=True needs class_names: the number of classes is unknown where classes have no image."
@@ -52,12 +51,45 @@ def checked_classes(
     return rows.tolist(), names, np.bincount(rows, minlength=size).tolist()
 
 
+def checked_names(class_names: ClassNames) -> list[str]:
+    """Validate class names; return them in the order of the labels.
+
+    Raises:
+        InputError: The names have no order, occur twice, or have control characters or bytes that are not UTF-8.
+    """
+    names = list(names_in_order(class_names, "class_names"))
+    for name in names:
+        if not name or any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+            raise InputError(
+                f"The class name {name!r} is empty, or has control characters or bytes that are not UTF-8, which a "
+                "prompt file cannot store. Rename the class or its folder."
+            )
+    return names
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """Append the label to names that occur several times, so that their classes remain different.
+
+    Example:
+        >>> distinct_names(["crane", "maillot", "crane"])
+        ['crane (0)', 'maillot', 'crane (2)']
+    """
+    counts = Counter(unicodedata.normalize("NFC", name) for name in names)
+    repeated = [counts[unicodedata.normalize("NFC", name)] > 1 for name in names]
+    return [f"{name} ({label})" if repeated[label] else name for label, name in enumerate(names)]
+
+
 def _refuse_empty(rows: np.ndarray, size: int, names: list[str] | None) -> None:
     present = np.unique(rows)
     if len(present) < size:
         # Searched among the labels that occur: an array as long as an absurdly large label would not fit in memory.
         first = int(np.argmax(np.append(present, size) != np.arange(len(present) + 1)))
         missing = f"label {first}" if names is None else f"label {first} ({names[first]!r})"
+        if names is None and present[0] == 1 and present[-1] == len(present):
+            raise InputError(
+                f"Labels start at 1: subtract 1 from each, so that the {len(present)} classes have the labels 0 to "
+                f"{len(present) - 1}. Label 0 has no image."
+            )
         raise InputError(
             f"{size - len(present)} of {size} classes have no image; the first is {missing}. Number the classes that "
             f"have images 0 to {len(present) - 1} without a gap; {_SPLIT}."

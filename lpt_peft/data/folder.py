@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lpt_peft.data.checks import ClassNames, checked_names
 from lpt_peft.data.files.walk import CLOSED, OUTSIDE, ClassFolders
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ImageFiles
@@ -19,12 +20,14 @@ from lpt_peft.errors import InputError, UnlabelledError
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_SPLITS = {"train", "val", "valid", "validation", "dev", "test"}
+
 
 def image_folder(
     root: str | os.PathLike[str],
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     *,
-    ignore: Iterable[str | os.PathLike[str]] = (),
+    ignore: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
     **options: Unpack[Options],
 ) -> LabelledImages:
     """Open the images below `root/<class>/`; labels number the classes in sorted order of their names.
@@ -34,10 +37,11 @@ def image_folder(
 
     Args:
         root: The folder of class folders.
-        class_names: (C,) names of the folders in label order; None uses the existing folders, sorted. For a validation
-            split pass those of the training set, with `allow_empty=True` if classes may be missing.
-        ignore: Files and folders to leave out, such as the output of a run inside the data; absolute, or relative to
-            `root`.
+        class_names: (C,) names of the folders in label order, or a mapping as in `LabelledImages`; None uses the
+            existing folders, sorted. For a validation split pass those of the training set, with `allow_empty=True` if
+            classes may be missing.
+        ignore: A path or several: files and folders to leave out, such as the output of a run inside the data;
+            absolute, or relative to `root`.
         **options: Options of `LabelledImages`.
 
     Raises:
@@ -49,17 +53,21 @@ def image_folder(
         raise InputError(
             f"root={os.fspath(root)!r} is not a folder; pass the folder that contains one folder per class."
         )
-    found = ClassFolders(root, ignore)
+    found = ClassFolders(root, [ignore] if isinstance(ignore, (str, os.PathLike)) else ignore)
     if not found.class_names:
         _refuse_without_classes(root, found)
     names, labels, notes = _labels(root, found, class_names)
     if not len(found.paths):
         raise InputError(
-            f"The class folders of {root} contain no image that Pillow can read. They contain: "
-            f"{_reasons(found) or 'nothing'}."
+            f"The class folders of {root} contain no image that Pillow can read. They contain: {_reasons(found)}."
         )
     counts = np.bincount(labels, minlength=len(names))
     empty = [name for name, count in zip(names, counts, strict=True) if not count and name in found.class_names]
+    if empty and not options.get("allow_empty"):
+        raise InputError(
+            f"{len(empty)} of {len(names)} classes have no image; the first is label {names.index(empty[0])} "
+            f"({empty[0]!r}), whose folder contains: {_reasons(found, empty[0])}. Remove the folder, or add images."
+        )
     if empty:
         notes.append(f"class folders without an image: {', '.join(map(repr, empty[:5]))}")
     return LabelledImages(ImageFiles(root, found.paths), labels, names, left_out=found.left_out, notes=notes, **options)
@@ -75,12 +83,17 @@ def _refuse_without_classes(root: str | os.PathLike[str], found: ClassFolders) -
     raise InputError(f"{root} has no class folder; sort the images into one folder per class.{detail}")
 
 
-def _reasons(found: ClassFolders) -> str:
-    return ", ".join(f"{len(files)} {reason}" for reason, files in sorted(found.left_out.items()))
+def _reasons(found: ClassFolders, class_name: str | None = None) -> str:
+    """Count what was left out, in all or in a class folder."""
+    counts = {reason: len(files) for reason, files in sorted(found.left_out.items())}
+    if class_name is not None:
+        start = class_name + os.sep
+        counts = {reason: sum(file.startswith(start) for file in found.left_out[reason]) for reason in counts}
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count) or "nothing"
 
 
 def _labels(
-    root: str | os.PathLike[str], found: ClassFolders, class_names: Sequence[str] | None
+    root: str | os.PathLike[str], found: ClassFolders, class_names: ClassNames | None
 ) -> tuple[list[str], np.ndarray, list[str]]:
     """Class names, labels (N,) and notes; folders are matched with `class_names` in the same Unicode form."""
     for same in _groups(found.class_names, _nfc):
@@ -94,9 +107,15 @@ def _labels(
     ]
     if CLOSED in found.left_out:
         notes.append(f"images may be missing: {len(found.left_out[CLOSED])} folders cannot be opened")
+    folders = set(found.class_names)
+    if class_names is None and {"train"} < folders <= _SPLITS:
+        raise InputError(
+            f"{root} has the folders {', '.join(found.class_names)}, which look like splits and not like classes. Pass "
+            f"{Path(root, 'train')}, or class_names= if they are classes."
+        )
     if class_names is None:
         return found.class_names, found.labels, notes
-    names = [str(name) for name in class_names]
+    names = checked_names(class_names)
     label_of = {_nfc(name): label for label, name in enumerate(names)}
     label_of |= {name: label for label, name in enumerate(names)}
     unknown = [name for name in found.class_names if name not in label_of and _nfc(name) not in label_of]

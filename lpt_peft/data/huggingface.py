@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lpt_peft.data.checks import ClassNames, checked_names
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ItemImages
 from lpt_peft.errors import ConfigError, InputError, MissingExtraError, UnlabelledError
@@ -25,7 +26,7 @@ def from_huggingface(
     dataset: Any,
     image_column: str | None = None,
     label_column: str | None = None,
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     **options: Unpack[Options],
 ) -> LabelledImages:
     """Wrap a split; its `set_format` and `set_transform` are ignored.
@@ -198,7 +199,7 @@ def _column(dataset: Any, name: str | None, feature: str, argument: str) -> str:
     raise InputError(f"{len(found)} columns have the feature {feature}: {described}. {choice}")
 
 
-def _labels(rows: Any, column: str, class_names: Sequence[str] | None) -> tuple[list[Any], list[str] | None]:
+def _labels(rows: Any, column: str, class_names: ClassNames | None) -> tuple[list[Any], list[str] | None]:
     """Labels (N,) and class names (C,) of a column of class labels, integers or strings."""
     labels = list(rows[column][:])
     if labels and all(label is None or label == -1 for label in labels):
@@ -209,7 +210,7 @@ def _labels(rows: Any, column: str, class_names: Sequence[str] | None) -> tuple[
         raise InputError(
             f"Column {column!r} has no label for {missing} of {len(labels)} images; remove them by dataset.filter."
         )
-    given = None if class_names is None else [str(name) for name in class_names]
+    given = None if class_names is None else checked_names(class_names)
     names = getattr(rows.features[column], "names", None)
     if all(isinstance(label, str) for label in labels):
         found = sorted(set(labels))

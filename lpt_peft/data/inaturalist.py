@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lpt_peft.data.checks import ClassNames, checked_names, distinct_names
 from lpt_peft.data.files.path_list import PathList
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ImageFiles
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def inaturalist(
     annotations: str | os.PathLike[str],
     root: str | os.PathLike[str],
-    class_names: Sequence[str] | None = None,
+    class_names: ClassNames | None = None,
     **options: Unpack[Options],
 ) -> LabelledImages:
     """Open the images of `train2018.json` or `val2018.json`, in the order of `images`.
@@ -62,13 +63,14 @@ def inaturalist(
         raise InputError(f"{annotations}: {len(category_of)} annotations refer to images that are missing in images.")
     if not labels:
         raise InputError(f"{annotations} lists no image.")
-    found = [names[number] for number in label_of]
-    if class_names is not None and found != list(class_names):
+    found = distinct_names([names[number] for number in label_of])
+    if class_names is not None and found != checked_names(class_names):
         raise InputError(
             f"{annotations} lists {len(found)} categories that differ from the {len(class_names)} of the training set, "
             "so their labels would not agree. List all categories in both files, in the same order of ids."
         )
-    return LabelledImages(ImageFiles(root, paths), labels, found, **options)
+    images = ImageFiles(root, paths)
+    return LabelledImages(images, labels, found, notes=images.missing_notes(), **options)
 
 
 def _read_json(file: Path) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Small models of each library, and an adapter on each: the rows of the table in docs/backbones.md."""
+"""Small models of every ecosystem, and an adapter on each: the rows of the table in docs/backbones.md."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from lpt_peft import LongTailPromptAdapter
 from tests.versions import skip_unless
 
-SIDE = 32
+SIDE, DEPTH = 32, 2
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: how to build the model, and the names that its library uses."""
+    """A row of the table: how to build the model, the modules for LoRA, the switch of checkpointing if it has any."""
 
     make: Callable[[], nn.Module]
     lora: list[str] | str = field(default_factory=lambda: ["qkv"])
@@ -31,11 +31,11 @@ class Row:
 
 def timm_model(name: str, **options: Any) -> nn.Module:
     skip_unless(name in timm.list_models(), name)
-    return timm.create_model(name, **{"img_size": SIDE, "patch_size": 8, "depth": 4, "num_classes": 7, **options})
+    return timm.create_model(name, **{"img_size": SIDE, "patch_size": 8, "depth": DEPTH, "num_classes": 7, **options})
 
 
 def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """A model on the meta device, or on the CPU if the library reads values while it builds (timm before 1.0.21)."""
+    """A model on the meta device; on the CPU if its constructor reads values (timm before 1.0.21)."""
     try:
         with torch.device("meta"):
             return make()
@@ -44,12 +44,12 @@ def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def torchvision_model() -> nn.Module:
-    return torchvision.models.VisionTransformer(SIDE, 8, 4, 3, 48, 96, num_classes=7)
+    return torchvision.models.VisionTransformer(SIDE, 8, DEPTH, 3, 48, 96, num_classes=7)
 
 
 def transformers_model(name: str, part: str = "Model", **options: Any) -> nn.Module:
     skip_unless(hasattr(transformers, f"{name}Config"), name, transformers)
-    sizes = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 96}
+    sizes = {"hidden_size": 48, "num_hidden_layers": DEPTH, "num_attention_heads": 3, "intermediate_size": 96}
     config = getattr(transformers, f"{name}Config")(**sizes, image_size=SIDE, patch_size=8, num_labels=7, **options)
     return getattr(transformers, f"{name}{part}")(config)
 
@@ -59,14 +59,14 @@ def recompute(model: Any) -> None:
 
 
 def open_clip_model(**vision: Any) -> nn.Module:
-    """A CLIP with its text tower."""
+    """A complete CLIP, with its text tower."""
     text = {"context_length": 8, "vocab_size": 32, "width": 48, "heads": 3, "layers": 1}
-    vision = {"image_size": SIDE, "patch_size": 8, "layers": 4, "width": 48, "head_width": 16, **vision}
+    vision = {"image_size": SIDE, "patch_size": 8, "layers": DEPTH, "width": 48, "head_width": 16, **vision}
     return open_clip.CLIP(embed_dim=20, vision_cfg=vision, text_cfg=text)
 
 
 def timm_tower() -> nn.Module:
-    """A CLIP with timm's smallest ViT as visual tower."""
+    """A complete CLIP whose visual tower is timm's smallest ViT."""
     model = open_clip_model(
         timm_model_name="test_vit", timm_model_pretrained=False, timm_pool="token", timm_proj="linear"
     )
@@ -94,7 +94,7 @@ ROWS: dict[str, Row] = {
 
 
 def make(row: str) -> nn.Module:
-    """The row's model with random weights, in eval mode; the same weights in every call."""
+    """The row's model in eval mode, without zero weights; the same weights in every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = ROWS[row].make()
@@ -105,7 +105,7 @@ def make(row: str) -> nn.Module:
 
 
 def wrap(model: nn.Module) -> LongTailPromptAdapter:
-    """An adapter with large prompts; the same in every call."""
+    """An adapter with prompts that differ strongly; the same in every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
         adapter = LongTailPromptAdapter.wrap(model, 5, prompt_length=3, pool_size=4, head_dropout=0.0)

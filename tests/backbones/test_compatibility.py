@@ -1,7 +1,7 @@
-"""What people do with a model besides calling it: one test for each cell of the table in docs/backbones.md.
+"""Compile, export, distribute, copy: a test for every cell of the table in docs/backbones.md.
 
-Every test compares with the plain adapter on the same weights, which test_timm_all.py and its neighbours
-hold to token concatenation.
+Every test compares with the plain adapter on the same weights, which test_timm_all.py and the other files of this
+folder compare with token concatenation.
 """
 
 from __future__ import annotations
@@ -17,22 +17,20 @@ import torch
 from torch import nn
 
 from lpt_peft import LongTailPromptAdapter
-from tests.backbones.models import ROWS, build, images, make, phases, rows, wrap
+from tests.backbones.models import DEPTH, ROWS, build, images, make, phases, rows, wrap
 from tests.backbones.two_processes import everything, gradients, saved
 from tests.processes import run_ranks
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
-@pytest.mark.slow
 @rows
 @phases
 def test_compile(row, phase):
     adapter = build(row, phase)
-    wanted = adapter(images())
-    torch._dynamo.reset()
+    expected = adapter(images())
     compiled = torch.compile(adapter, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images()), wanted, **CLOSE)
+    torch.testing.assert_close(compiled(images()), expected, **CLOSE)
 
 
 @rows
@@ -43,14 +41,13 @@ def test_export(row, phase):
     torch.testing.assert_close(program.module()(images(3, seed=1)), adapter(images(3, seed=1)), **CLOSE)
 
 
-@pytest.mark.slow
 @rows
 @phases
 def test_onnx(row, phase):
     onnxruntime = pytest.importorskip("onnxruntime")
     adapter = build(row, phase)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own, of many kinds
+        warnings.simplefilter("ignore")  # many kinds, from the exporter
         program = torch.onnx.export(
             adapter,
             (images(2),),
@@ -62,17 +59,17 @@ def test_onnx(row, phase):
     program.save(file)
     session = onnxruntime.InferenceSession(file.getvalue())
     batch = images(3, seed=1)
-    (got,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
-    wanted = adapter(batch).detach()
-    assert (torch.from_numpy(got) - wanted).abs().max() < 1e-5 * max(1.0, float(wanted.abs().max()))
+    (found,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+    expected = adapter(batch).detach()
+    assert (torch.from_numpy(found) - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 @rows
 @phases
 def test_checkpointing(row, phase):
-    """Two forward passes before one backward: recomputation must see the prompt of its own pass."""
+    """Two forward passes before a backward pass: recomputation must use the prompt of the same forward pass."""
     if ROWS[row].checkpointing is None:
-        pytest.skip("this ecosystem has none")
+        pytest.skip("this ecosystem has no checkpointing")
     results = []
     for switch in (None, ROWS[row].checkpointing):
         model = make(row)
@@ -81,7 +78,7 @@ def test_checkpointing(row, phase):
         adapter = wrap(model).double().train()
         adapter.phase = phase
         first = adapter(images(seed=1).double())
-        with torch.no_grad():  # what an optimizer step between two passes would do
+        with torch.no_grad():  # as an optimizer step between two passes would
             for parameter in (adapter.shared.prompts, adapter.pool.prompts):
                 parameter.data = parameter.data + 0.1
         second = adapter(images(seed=2).double())
@@ -133,7 +130,7 @@ def test_fsdp2_saves_after_an_evaluation(first_rank, row):
 @rows
 @phases
 def test_lora(row, phase):
-    """Put on before or after `wrap`, or merged: the same numbers, and not those without it."""
+    """Before `wrap`, after it, or merged: the same logits, and different logits without LoRA."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=ROWS[row].lora, r=2, init_lora_weights=False)
 
@@ -148,11 +145,11 @@ def test_lora(row, phase):
     merged = wrap(with_lora(make(row)).merge_and_unload())
     plain = build(row, phase)(images())
     before.phase = merged.phase = phase
-    got = before(images())
-    torch.testing.assert_close(after(images()), got, **CLOSE)
-    torch.testing.assert_close(merged(images()), got, rtol=1e-3, atol=1e-4)
-    assert (got - plain).abs().max() > 1e-2
-    for adapter in (before, after):  # LoRA learns beside the prompts where its parameters are open
+    found = before(images())
+    torch.testing.assert_close(after(images()), found, **CLOSE)
+    torch.testing.assert_close(merged(images()), found, rtol=1e-3, atol=1e-4)
+    assert (found - plain).abs().max() > 1e-2
+    for adapter in (before, after):  # LoRA trains beside the prompts if its parameters require gradients
         lora = [p for name, p in adapter.named_parameters() if "lora_" in name]
         assert lora
         for parameter in lora:
@@ -165,33 +162,33 @@ def test_lora(row, phase):
 @phases
 def test_autocast(row, phase):
     adapter = build(row, phase).train()
-    wanted = adapter(images())
+    expected = adapter(images())
     with torch.autocast("cpu", torch.bfloat16):
         logits = adapter(images())
     assert logits.dtype == torch.float32
-    assert (logits - wanted).abs().max() < 0.05 * wanted.abs().max() + 0.5
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max() + 0.5
     logits.square().sum().backward()
-    learnt = [adapter.shared.prompts if phase == "shared" else adapter.pool.prompts, adapter.head.weight]
-    assert all(bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in learnt)
+    trained = [adapter.shared.prompts if phase == "shared" else adapter.pool.prompts, adapter.head.weight]
+    assert all(bool(p.grad.isfinite().all()) and bool(p.grad.any()) for p in trained)
 
 
 @rows
 @phases
 def test_pickle(row, phase):
     adapter = build(row, phase)
-    wanted = adapter(images())
+    expected = adapter(images())
     for twin in (pickle.loads(pickle.dumps(adapter)), copy.deepcopy(adapter)):
-        assert torch.equal(twin(images()), wanted)
+        assert torch.equal(twin(images()), expected)
         assert twin.vit is not adapter.vit
         assert [type(module) for module in twin.modules()] == [type(module) for module in adapter.modules()]
         twin.unwrap()
-    assert torch.equal(adapter(images()), wanted)
+    assert torch.equal(adapter(images()), expected)
 
 
 @rows
 @phases
 def test_threads(row, phase):
-    """Eight at once, each with prompts of its own; another on one adapter that all share; the plain ViT meanwhile."""
+    """Eight threads, each with its adapter, a common adapter and the plain ViT."""
     adapters = [build(row, phase) for _ in range(8)]
     for seed, adapter in enumerate(adapters):
         generator = torch.Generator().manual_seed(seed)
@@ -201,7 +198,7 @@ def test_threads(row, phase):
     common = adapters[0]
     plain = common.vit if isinstance(common.vit(images()), torch.Tensor) else None
 
-    def answers(adapter):
+    def results(adapter):
         adapter.zero_grad()
         out = adapter(images(seed=1))
         out.square().sum().backward()
@@ -212,41 +209,41 @@ def test_threads(row, phase):
             torch.zeros(0) if plain is None else plain(images(seed=3)).detach(),
         ]
 
-    expected = [[tensor.clone() for tensor in answers(adapter)] for adapter in adapters]
+    expected = [[tensor.clone() for tensor in results(adapter)] for adapter in adapters]
     assert not torch.allclose(expected[0][0], expected[1][0], atol=1e-3)
     with ThreadPoolExecutor(8) as pool:
         for _ in range(3):
-            for got, wanted in zip(pool.map(answers, adapters), expected, strict=True):
-                assert all(torch.equal(one, two) for one, two in zip(got, wanted, strict=True))
+            for found, reference in zip(pool.map(results, adapters), expected, strict=True):
+                assert all(torch.equal(*pair) for pair in zip(found, reference, strict=True))
 
 
 @pytest.mark.parametrize("row", ["timm ViT", "torchvision", "transformers ViT classifier"])
 @phases
 def test_traces(row, phase):
-    """torch.jit.trace, and what stands on it: the TorchScript exporter of ONNX, fvcore, TensorBoard's graphs."""
+    """torch.jit.trace, and the TorchScript exporter of ONNX, which uses it."""
     onnxruntime = pytest.importorskip("onnxruntime")
     adapter = build(row, phase).requires_grad_(False)
     expected = adapter(images(2, seed=1))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing: shapes become constants
+        warnings.simplefilter("ignore")  # from tracing: shapes become constants
         traced = torch.jit.trace(adapter, (images(2),))
         torch.testing.assert_close(traced(images(2, seed=1)), expected, **CLOSE)
         file = io.BytesIO()
         torch.onnx.export(adapter, (images(2),), file, dynamo=False)
     session = onnxruntime.InferenceSession(file.getvalue())
-    (got,) = session.run(None, {session.get_inputs()[0].name: images(2, seed=1).numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), expected, **CLOSE)
+    (found,) = session.run(None, {session.get_inputs()[0].name: images(2, seed=1).numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, **CLOSE)
 
 
 @phases
 def test_counting_operations(phase):
-    """fvcore counts the matrix products of both passes; attention by hand on top, which it does not know."""
+    """fvcore counts the matrix products of both passes, but not those of fused attention."""
     fvcore = pytest.importorskip("fvcore.nn")
     adapter = build("timm ViT", phase)
     counted = fvcore.FlopCountAnalysis(adapter, (images(1),)).unsupported_ops_warnings(False)
-    blocks = 4 if phase == "shared" else 6
-    depth, width, tokens = blocks, 48, 17
-    linear = depth * 12 * tokens * width * width
+    blocks = DEPTH if phase == "shared" else DEPTH + DEPTH // 2  # both passes
+    width, tokens = 48, 17
+    linear = blocks * 12 * tokens * width * width
     assert linear < counted.total() < 1.6 * linear
 
 
@@ -259,7 +256,7 @@ def test_tensorboard_graph(phase, tmp_path):
     assert any(tmp_path.iterdir())
 
 
-def test_get_peft_model_on_the_adapter_is_not_silent():
+def test_get_peft_model_on_the_adapter_warns():
     peft = pytest.importorskip("peft")
     adapter = build("timm ViT").train()
     model = peft.get_peft_model(adapter, peft.LoraConfig(target_modules=["qkv"], r=2))
@@ -273,7 +270,7 @@ def test_get_peft_model_on_the_adapter_is_not_silent():
     assert adapter.head.weight.grad is not None
 
 
-def test_lora_that_upstream_ignores_is_told():
+def test_lora_that_upstream_ignores_warns():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(make("timm BEiT"), peft.LoraConfig(target_modules=["qkv"], r=2))
     with pytest.warns(UserWarning, match=r"reads qkv\.weight directly, so LoRA on `qkv` has no effect.*proj"):

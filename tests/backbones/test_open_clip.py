@@ -1,4 +1,4 @@
-"""open_clip's visual towers against token concatenation, and refusals."""
+"""open_clip's visual towers against token concatenation, and what is refused."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from lpt_peft.errors import BackboneError, ConfigError
 from lpt_peft.prompting import Prompted
 from tests.backbones.mha_oracle import assert_adapter_is_lpt, make_prompts, noise, seeded, with_prompts
 from tests.backbones.timm_oracle import prepended_prompts
+from tests.backbones.timm_small import WIDTH, small_options
 
 IMAGES = noise(3, 3, 32, 32)
 CUSTOM = {"qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_attn": True, "scale_fc": True}
@@ -68,7 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 VISION = {"layers": 2, "width": 24, "head_width": 12, "patch_size": 8, "image_size": 32, "mlp_ratio": 2.0}
 TEXT = {"width": 16, "heads": 2, "layers": 2, "context_length": 8, "vocab_size": 50}
-WHOLE = {
+COMPLETE = {
     "CLIP": lambda **vision: CLIP(20, {**VISION, **vision}, TEXT),
     "CustomTextCLIP": lambda **vision: CustomTextCLIP(20, {**VISION, **vision}, TEXT),
     "CoCa": lambda **vision: CoCa(
@@ -85,19 +86,19 @@ def tiny(*, dtype=torch.float64, cls=VisionTransformer, **options):
     return seeded(lambda: cls(**{**settings, "output_dim": 20, **options}), dtype)
 
 
-def whole(kind="CLIP", *, dtype=torch.float64, **vision):
-    return seeded(lambda: WHOLE[kind](**vision), dtype)
+def complete(kind="CLIP", *, dtype=torch.float64, **vision):
+    return seeded(lambda: COMPLETE[kind](**vision), dtype)
 
 
 def timm_tower(name, *, depth=2, size=None, dtype=torch.float64, **options):
-    """TimmModel does not pass depth and size to timm."""
+    """TimmModel passes neither depth nor size on to timm."""
     few = functools.partial(timm.create_model, depth=depth, **({"img_size": size} if size else {}))
     with mock.patch.object(timm, "create_model", few):
         return seeded(lambda: TimmModel(name, 20, image_size=size or 224, **options), dtype)
 
 
 def feature_of(model):
-    """The tower's own forward; its first token if it does not pool."""
+    """The tower's forward; the first token if the tower has no pooling."""
     tower = getattr(model, "visual", model)
 
     def feature(images):
@@ -125,11 +126,11 @@ def assert_equals_concatenation(model, dim, images=IMAGES, batch=None):
     plain = feature_of(model)(images)
     prompts = make_prompts(dim, batch=batch)
     expected, expected_gradients = with_prompts(blocks_of(model), feature_of(model), images, prompts)
-    got = features(model, images, prompts)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    for actual, value in zip(torch.autograd.grad((got**2).sum(), prompts), expected_gradients, strict=True):
-        torch.testing.assert_close(actual, value, rtol=1e-11, atol=1e-11)
-    assert (got - plain).abs().max() > 1e-3 * plain.abs().max(), "the prompt had no effect"
+    found = features(model, images, prompts)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for gradient, reference in zip(torch.autograd.grad((found**2).sum(), prompts), expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-11, atol=1e-11)
+    assert (found - plain).abs().max() > 1e-3 * plain.abs().max(), "the prompt had no effect"
 
 
 @pytest.mark.parametrize("batch", [None, 3], ids=["shared", "per-image"])
@@ -146,10 +147,10 @@ def test_adapter_in_both_phases(name):
     assert_adapter_is_lpt(adapter, blocks_of(tower), feature_of(tower), IMAGES)
 
 
-@pytest.mark.parametrize("kind", WHOLE)
-def test_whole_model(kind):
-    """The adapter takes the arguments of encode_image, and the text tower does not change."""
-    clip = whole(kind)
+@pytest.mark.parametrize("kind", COMPLETE)
+def test_complete_model(kind):
+    """The adapter accepts the images of encode_image, and leaves the text tower unchanged."""
+    clip = complete(kind)
     text = [module for name, module in clip.named_modules() if not name.startswith("visual") and name]
     classes = [type(module) for module in text]
     assert ResidualAttentionBlock in classes, "the text tower shares the block class"
@@ -166,7 +167,7 @@ def test_whole_model(kind):
 VISION_OF = {name: open_clip.get_model_config(name)["vision_cfg"] for name in open_clip.list_models()}
 TIMM = [name for name, vision in VISION_OF.items() if "timm_model_name" in vision]
 NATIVE = [name for name, vision in VISION_OF.items() if name not in TIMM and isinstance(vision["layers"], int)]
-# One name for each trunk: many configurations differ in size or text tower alone.
+# A name for each trunk: many configurations differ only in size or text tower.
 TRUNK_NAMES = sorted({VISION_OF[name]["timm_model_name"]: name for name in TIMM}.values())
 
 
@@ -176,7 +177,7 @@ def test_census():
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_every_native_configuration(name):
-    """All switches of the configuration, two blocks of two heads, two by two patches."""
+    """All options of the configuration, with two blocks of two heads and two by two patches."""
     config = open_clip.get_model_config(name)
     vision = config["vision_cfg"]
     vision.update(layers=2, width=2 * vision.get("head_width", 64), image_size=2 * vision["patch_size"])
@@ -188,16 +189,18 @@ def test_every_native_configuration(name):
 @pytest.mark.parametrize("name", TRUNK_NAMES)
 def test_every_timm_trunk_wraps_or_is_refused(name):
     config = open_clip.get_model_config(name)
-    refused = config["vision_cfg"]["timm_model_name"].startswith(("convnext", "fastvit", "swin"))
-    few = functools.partial(timm.create_model, **({} if refused else {"depth": 2}))
-    with torch.device("meta"), mock.patch.object(timm, "create_model", few):
+    trunk = config["vision_cfg"]["timm_model_name"]
+    refused = trunk.startswith(("convnext", "fastvit", "swin"))
+    small = functools.partial(timm.create_model, **({} if refused else {"depth": 2, **small_options(trunk)}))
+    with torch.device("meta"), mock.patch.object(timm, "create_model", small):
         tower = _build_vision_tower(config["embed_dim"], config["vision_cfg"])
     if refused:
         with pytest.raises(BackboneError, match=r"holds a timm model.*cannot take prompts.*ViT-B-32"):
             find_backbone(tower)
         return
     adapter = LongTailPromptAdapter.wrap(tower, 5)
-    assert adapter.prompt_config.feature_dim == config["embed_dim"]
+    projects = config["vision_cfg"].get("timm_proj") != "none"
+    assert adapter.prompt_config.feature_dim == (config["embed_dim"] if projects else WIDTH)
     assert all(isinstance(block, Prompted) for block in tower.trunk.blocks)
 
 
@@ -219,7 +222,7 @@ def test_timm_towers(options, training):
     size = 28 if "patch14" in options["name"] else 32
     tower = timm_tower(**options, size=size).train(training)
     for module in tower.modules():
-        if isinstance(module, nn.Dropout):  # the tables of relative positions have some
+        if isinstance(module, nn.Dropout):  # also in the tables of relative positions
             module.p = 0.0
     images = noise(3, 3, size, size)
     backbone = find_backbone(tower)
@@ -227,20 +230,20 @@ def test_timm_towers(options, training):
     with prepended_prompts(tower.trunk.blocks, prompts):
         expected = tower(images)
     expected_gradients = torch.autograd.grad((expected**2).sum(), prompts)
-    got = features(tower, images, prompts)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    for actual, value in zip(torch.autograd.grad((got**2).sum(), prompts), expected_gradients, strict=True):
-        torch.testing.assert_close(actual, value, rtol=1e-11, atol=1e-11 * float(value.abs().max()))
-    assert not torch.allclose(got, tower(images), atol=1e-3)
+    found = features(tower, images, prompts)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for gradient, reference in zip(torch.autograd.grad((found**2).sum(), prompts), expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-11, atol=1e-11 * float(reference.abs().max()))
+    assert not torch.allclose(found, tower(images), atol=1e-3)
     info = backbone.info()
     assert (info.library, info.architecture, info.depth) == ("open_clip", options["name"], 2)
 
 
 def test_timm_tower_in_both_phases_with_checkpointing_and_no_dropout():
     tower = timm_tower("vit_tiny_patch16_224", size=32, pool="avg", proj="mlp", drop=0.5)
-    ours = copy.deepcopy(tower).train()
-    ours.set_grad_checkpointing()
-    adapter = LongTailPromptAdapter.wrap(ours, 7, pool_size=5, shared_layers=1)
+    copied = copy.deepcopy(tower).train()
+    copied.set_grad_checkpointing()
+    adapter = LongTailPromptAdapter.wrap(copied, 7, pool_size=5, shared_layers=1)
     assert_adapter_is_lpt(adapter, blocks_of(tower), feature_of(tower), IMAGES)
 
 
@@ -263,23 +266,23 @@ def test_transformer_that_is_not_batch_first():
     expected_gradients = torch.autograd.grad((expected**2).sum(), prompts)
     for handle in handles:
         handle.remove()
-    got = features(tower, IMAGES, prompts)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    for actual, value in zip(torch.autograd.grad((got**2).sum(), prompts), expected_gradients, strict=True):
-        torch.testing.assert_close(actual, value, rtol=1e-11, atol=1e-11)
+    found = features(tower, IMAGES, prompts)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for gradient, reference in zip(torch.autograd.grad((found**2).sum(), prompts), expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(tower(IMAGES), plain, rtol=0, atol=0)
     assert all(not block.attn.batch_first for block in tower.transformer.resblocks)
 
 
 def test_patch_dropout_keeps_the_same_patches_in_both_passes():
     tower = tiny(patch_dropout=0.5).train()
-    ours = copy.deepcopy(tower)
+    copied = copy.deepcopy(tower)
     prompts = make_prompts(24, batch=None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         expected, _ = with_prompts(blocks_of(tower), tower, IMAGES, prompts)
         torch.manual_seed(3)
-        torch.testing.assert_close(features(ours, IMAGES, prompts), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(features(copied, IMAGES, prompts), expected, rtol=1e-12, atol=1e-12)
         adapter = LongTailPromptAdapter.wrap(copy.deepcopy(tower), 7, pool_size=5)
         adapter.phase = "group"
         torch.manual_seed(4)
@@ -308,19 +311,19 @@ def test_checkpointing_with_two_passes_before_one_backward(options):
     assert calls["block"] == 4
     gradients = torch.autograd.grad(total, first + second)
     assert calls["block"] == 8, "not recomputed"
-    for actual, value in zip(gradients, [*expected[0], *expected[1]], strict=True):
-        torch.testing.assert_close(actual, value, rtol=1e-11, atol=1e-11)
+    for gradient, reference in zip(gradients, [*expected[0], *expected[1]], strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("options", [{}, {"block_type": "custom"}], ids=["native", "custom"])
 def test_neutral_outside_the_adapter_and_after_unwrap(options, training):
-    clip = whole(**options).train(training)
+    clip = complete(**options).train(training)
     clip.lock_image_tower(unlocked_groups=1)
     keys, classes = list(clip.state_dict()), [type(module) for module in clip.modules()]
     tensors, trainable = copy.deepcopy(clip.state_dict()), [p.requires_grad for p in clip.parameters()]
     plain = clip.encode_image(IMAGES)
-    # Freezing alone changes the kernels in nn.MultiheadAttention, and with them the last bits.
+    # Freezing alone changes torch's choice of kernels inside nn.MultiheadAttention, and with it the last bits.
     frozen = copy.deepcopy(clip).requires_grad_(False).encode_image(IMAGES)
     adapter = LongTailPromptAdapter.wrap(clip, 7)
     adapter(IMAGES)
@@ -336,12 +339,11 @@ def test_neutral_outside_the_adapter_and_after_unwrap(options, training):
 @pytest.mark.parametrize("options", [{}, CUSTOM], ids=["native", "custom"])
 @pytest.mark.parametrize("phase", ["shared", "group"])
 def test_deepcopy_pickle_and_compile(phase, options):
-    adapter = LongTailPromptAdapter.wrap(whole(**options), 7, pool_size=5)
+    adapter = LongTailPromptAdapter.wrap(complete(**options), 7, pool_size=5)
     adapter.phase = phase
     expected = adapter(IMAGES)
     assert torch.equal(copy.deepcopy(adapter)(IMAGES), expected)
     assert torch.equal(pickle.loads(pickle.dumps(adapter))(IMAGES), expected)
-    torch._dynamo.reset()
     compiled = torch.compile(adapter, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(IMAGES), expected, rtol=1e-12, atol=1e-12)
 
@@ -352,11 +354,11 @@ def test_bfloat16_autocast(options):
     prompts = [prompt.detach().float().requires_grad_() for prompt in make_prompts(24, batch=None)]
     with torch.autocast("cpu", torch.bfloat16):
         expected, expected_gradients = with_prompts(blocks_of(tower), tower, IMAGES.float(), prompts)
-        got = features(tower, IMAGES.float(), prompts)
-        gradients = torch.autograd.grad((got**2).sum(), prompts)
-    assert (got - expected).norm() < 0.03 * expected.norm()
-    for actual, value in zip(gradients, expected_gradients, strict=True):
-        assert (actual - value).norm() < 0.1 * value.norm()
+        found = features(tower, IMAGES.float(), prompts)
+        gradients = torch.autograd.grad((found**2).sum(), prompts)
+    assert (found - expected).norm() < 0.03 * expected.norm()
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - reference).norm() < 0.1 * reference.norm()
 
 
 @pytest.fixture
@@ -368,7 +370,7 @@ def tiny_config(monkeypatch):
 @pytest.mark.usefixtures("tiny_config")
 @pytest.mark.parametrize("precision", ["bf16", "pure_bf16", "fp32"])
 def test_models_of_the_factory_in_every_precision(precision):
-    """In bf16 open_clip keeps its norms in float32 (LayerNormFp32), which the self-check must support."""
+    """In bf16 open_clip keeps its norms in float32 (LayerNormFp32), which the self-check must allow."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         clip = open_clip.create_model("tiny", precision=precision)
@@ -376,8 +378,8 @@ def test_models_of_the_factory_in_every_precision(precision):
     images = IMAGES.to(open_clip.get_input_dtype(precision) or torch.float32)
     prompts = [prompt.detach().to(images.dtype).requires_grad_() for prompt in make_prompts(24, batch=3)]
     expected, _ = with_prompts(blocks_of(clip), clip.encode_image, images, prompts)
-    got = features(clip, images, prompts)
-    assert (got - expected).norm() < (1e-5 if precision == "fp32" else 0.03) * expected.norm()
+    found = features(clip, images, prompts)
+    assert (found - expected).norm() < (1e-5 if precision == "fp32" else 0.03) * expected.norm()
 
 
 @pytest.mark.usefixtures("tiny_config")
@@ -400,7 +402,7 @@ def test_preprocess_equals_the_record_of_the_factory(resize_mode, crop_mode):
         }
 
 
-def test_preprocess_of_a_tower_is_the_default_of_open_clip():
+def test_preprocess_of_a_bare_tower_is_open_clips_default():
     preprocess = find_backbone(tiny(image_size=(32, 16))).preprocess()
     assert preprocess["input_size"] == [3, 32, 16]
     assert preprocess["mean"] == list(open_clip.OPENAI_DATASET_MEAN)
@@ -411,7 +413,7 @@ def test_preprocess_of_a_tower_is_the_default_of_open_clip():
 
 
 def test_info_and_fingerprint_are_of_the_visual_tower():
-    clip = whole()
+    clip = complete()
     backbone, info = find_backbone(clip), find_backbone(clip).info()
     assert (info.library, info.library_version) == ("open_clip", open_clip.__version__)
     assert (info.architecture, info.embed_dim, info.depth, info.num_heads) == ("VisionTransformer", 24, 2, 2)
@@ -441,13 +443,13 @@ def test_feature_width(pruned):
     assert find_backbone(tiny(attentional_pool=True, **POOLER)).feature_dim == 20
 
 
-def test_num_classes_is_required():
+def test_number_of_classes_is_required():
     with pytest.raises(ConfigError, match="num_classes="):
-        LongTailPromptAdapter.wrap(whole())
+        LongTailPromptAdapter.wrap(complete())
 
 
-def test_prompt_file_of_a_model_loads_on_its_tower(tmp_path):
-    clip = whole("CoCa", dtype=torch.float32)
+def test_prompt_file_of_the_complete_model_loads_into_the_tower(tmp_path):
+    clip = complete("CoCa", dtype=torch.float32)
     adapter = LongTailPromptAdapter.wrap(copy.deepcopy(clip), 7, pool_size=5)
     adapter.phase = "group"
     adapter.save_pretrained(tmp_path)
@@ -460,13 +462,13 @@ def test_prompt_file_of_a_model_loads_on_its_tower(tmp_path):
     [({}, r"attn"), ({}, r"mlp\.c_(fc|proj)"), (CUSTOM, r"(attn\.out_proj|mlp\.c_fc)")],
     ids=["attention", "mlp", "custom"],
 )
-def test_lora_and_prompts(options, targets, recwarn):
-    """PEFT wraps the nn.MultiheadAttention; the oracle is the model with LoRA, by concatenation."""
-    clip = whole(**options)
+def test_lora_of_the_visual_tower(options, targets, recwarn):
+    """peft wraps nn.MultiheadAttention; the oracle is the model with LoRA, by token concatenation."""
+    clip = complete(**options)
     targets = rf"visual\.transformer\.resblocks\.\d\.{targets}"
     config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     clip = inject_adapter_in_model(config, clip).double()
-    assert not torch.allclose(clip.encode_image(IMAGES), whole(**options).encode_image(IMAGES), atol=1e-3)
+    assert not torch.allclose(clip.encode_image(IMAGES), complete(**options).encode_image(IMAGES), atol=1e-3)
     recwarn.clear()
     assert_equals_concatenation(clip, 24, batch=3)
     drifting = targets.endswith("attn")
@@ -474,7 +476,7 @@ def test_lora_and_prompts(options, targets, recwarn):
 
 
 def test_dropout_of_the_custom_block():
-    """Dropout of outputs is replaced by a function for the oracle; that of attention is random in training only."""
+    """Dropout of outputs, replaced by a function that the oracle computes too; dropout of attention in training."""
     tower = tiny(**CUSTOM)
     for block in blocks_of(tower):
         block.attn.out_drop = nn.Softsign()
@@ -490,7 +492,7 @@ def test_dropout_of_the_custom_block():
 
 
 def test_cosine_attention(monkeypatch):
-    """open_clip 3.3 cannot run it (bmm on four dimensions), so it is refused until open_clip can."""
+    """open_clip 3.3 fails here (bmm on four dimensions): refused, and exact as soon as bmm is corrected."""
     tower = tiny(scaled_cosine_attn=True, scale_heads=True)
     with pytest.raises(RuntimeError, match="3D tensor"):
         tower(IMAGES)
@@ -500,11 +502,11 @@ def test_cosine_attention(monkeypatch):
     monkeypatch.setattr(torch, "bmm", torch.matmul)
     with torch.no_grad():
         for block in blocks_of(tower):
-            block.attn.logit_scale[0] = 6.0  # beyond the largest that counts
+            block.attn.logit_scale[0] = 6.0  # above the limit at which it is clamped
     assert_equals_concatenation(tower, 24, batch=3)
 
 
-def test_refusals_have_a_reason_and_an_alternative():
+def test_refusals_give_reason_and_cure():
     with pytest.raises(BackboneError, match=r"ModifiedResNet cannot take prompts: .*convolutional.*ViT-B-32"):
         LongTailPromptAdapter.wrap(ModifiedResNet([1, 1, 1, 1], 16, 2, 64, 8), 7)
     with pytest.raises(BackboneError, match=r"ModifiedResNet cannot take prompts"):
@@ -539,7 +541,7 @@ class OtherBlock(ResidualAttentionBlock):
     pass
 
 
-def test_subclasses_that_override_the_forward_are_refused():
+def test_subclasses_with_another_forward_are_refused():
     with pytest.raises(BackboneError, match=r"OtherForward overrides VisionTransformer\.forward.*keep that method"):
         LongTailPromptAdapter.wrap(tiny(cls=OtherForward), 7)
     tower = timm_tower("vit_tiny_patch16_224", depth=1, size=32)
@@ -559,7 +561,7 @@ def test_subclasses_that_override_the_forward_are_refused():
 
 
 def test_wrapping_twice_is_refused():
-    clip = whole()
+    clip = complete()
     LongTailPromptAdapter.wrap(clip, 7)
     for model in (clip, clip.visual):
         with pytest.raises(BackboneError, match=r"ResidualAttentionBlock already takes prompts.*unwrap"):
@@ -567,7 +569,7 @@ def test_wrapping_twice_is_refused():
 
 
 @pytest.mark.parametrize("cls", [ResidualAttentionBlock, CustomResidualAttentionBlock])
-def test_changed_blocks_are_detected_and_left_unchanged(monkeypatch, cls):
+def test_changed_upstream_code_is_refused_and_nothing_changes(monkeypatch, cls):
     monkeypatch.setattr(cls, "forward", lambda self, q_x, **_: q_x + self.mlp(self.ln_2(q_x)))
     tower = tiny(**(CUSTOM if cls is CustomResidualAttentionBlock else {}))
     with pytest.raises(BackboneError, match=rf"Prompts do not work in {cls.__name__}"):
@@ -576,7 +578,7 @@ def test_changed_blocks_are_detected_and_left_unchanged(monkeypatch, cls):
 
 
 def test_masks_reach_blocks_without_a_prompt():
-    """A prompted class without a prompt computes the same as the original, also with a mask."""
+    """A prompted class without a prompt equals the original, also with a mask, as text towers call it."""
     block, mask = tiny().transformer.resblocks[0], torch.full((5, 5), float("-inf"), dtype=torch.float64).triu(1)
     x = noise(2, 5, 24)
     expected = block(x, attn_mask=mask)

@@ -15,12 +15,12 @@ import pytest
 import timm
 import torch
 from timm.models.vision_transformer_hybrid import HybridEmbed
-from timm.models.vitamin import VitCfg, VitConvCfg
 from torch import Tensor, nn
 
 from lpt_peft.backbones import find_backbone
 from tests.backbones.models import on_meta
 from tests.backbones.timm_oracle import prepended_prompts
+from tests.backbones.timm_small import HEADS, module_of, small_options
 from tests.versions import skip_unless
 
 # Number of names in each module of timm, counted by hand on timm 1.0.31.
@@ -38,15 +38,6 @@ CENSUS = {
     "deepseek_vit": 3,
 }
 FLOAT32_NORMS = ("deepseek_vit",)  # their norms compute in float32 for every dtype of the weights
-WIDTH, HEADS = 32, 2
-FIXED_WIDTH = ("vit_base_mci_224",)
-VITAMIN_STEM = VitCfg(
-    embed_dim=(16, 24, WIDTH),
-    depths=(1, 1, 1),
-    stem_width=16,
-    conv_cfg=VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6),
-    head_type="1d",
-)
 
 # The narrowest name of every structure; test_every_structure_runs_at_real_width computes them again.
 REAL_WIDTH = """
@@ -70,23 +61,7 @@ REAL_WIDTH = """
 """.split()  # noqa: SIM905 - as short as it can be
 
 
-def module_of(name: str) -> str:
-    return timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
-
-
 NAMES = [name for name in timm.list_models() if module_of(name) in CENSUS]
-
-
-def small_options(name: str) -> dict[str, Any]:
-    """Arguments of `create_model` that leave the structure as it is and make everything narrow."""
-    if name in FIXED_WIDTH:
-        return {}
-    options: dict[str, Any] = {"embed_dim": WIDTH, "num_heads": HEADS}
-    if module_of(name) == "vitamin":
-        options["embed_cfg"] = VITAMIN_STEM
-    if name.startswith(("deepseek", "qwen3")) and name.endswith(("_enc", "_align", "_merge")):
-        options["out_features"] = 2 * WIDTH  # of the projector
-    return options
 
 
 def options_and_plan(name: str, small: bool) -> tuple[dict[str, Any], nn.Module]:

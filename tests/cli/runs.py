@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lpt_peft import LongTailPromptAdapter
-from lpt_peft.cli.common.build_adapter import build_backbone
+from lpt_peft.cli.common.build_adapter import build_run_backbone
 from lpt_peft.cli.common.run_settings import RunSettings
 
 BACKBONE = ["--backbone", "vit_tiny_patch16_224", "--no-pretrained", "--img-size", "32"]
@@ -29,10 +29,10 @@ NAMES = ["ant", "bee", "cat"]
 FROM_PRETRAINED = LongTailPromptAdapter.from_pretrained  # tests replace the attribute
 
 
-def write_images(folder, counts, seed=0):
+def write_images(folder, counts, seed=0, names=NAMES):
     """Write class folders of images; the place of the stripe depends on the class."""
     generator = np.random.default_rng(seed)
-    for label, (name, count) in enumerate(zip(NAMES, counts, strict=True)):
+    for label, (name, count) in enumerate(zip(names, counts, strict=True)):
         for number in range(count):
             pixels = generator.integers(0, 80, (32, 32, 3), dtype=np.uint8)
             pixels[:, 10 * label : 10 * label + 10] += 150
@@ -53,4 +53,4 @@ def same_prompts(first, second):
 def load_adapter(folder):
     """Load a prompt file on the backbone of BACKBONE, whose random weights timm does not have."""
     run = RunSettings(backbone="vit_tiny_patch16_224", pretrained=False, img_size=32)
-    return FROM_PRETRAINED(folder, build_backbone(run))
+    return FROM_PRETRAINED(folder, build_run_backbone(run))

@@ -20,7 +20,7 @@ from lpt_peft.cli.common.streams import dump_json, replace_unprintable
 from lpt_peft.cli.common.tables import print_table
 
 COMMAND = [sys.executable, "-m", "lpt_peft"]
-COMMANDS = ("convert", "demo", "doctor", "evaluate", "inspect", "predict", "pull", "push", "train")
+COMMANDS = ("check", "convert", "demo", "doctor", "evaluate", "inspect", "predict", "pull", "push", "train")
 
 
 def call(*words, stdin=None, cwd=None, **environment):

@@ -110,17 +110,57 @@ def test_labels_are_accepted_exactly_if_every_class_has_an_image(labels):
 
 
 @pytest.mark.parametrize(
+    "names",
+    [{0: "cat", 1: "dog"}, {1: "dog", 0: "cat"}, {"1": "dog", "0": "cat"}, {"dog": 1, "cat": 0}, ("cat", "dog")],
+)
+def test_class_names_are_ordered_by_label(names):
+    assert LabelledImages(Fake(3), [0, 1, 1], names).class_names == ["cat", "dog"]
+    assert LabelledImages(Fake(1), [1], names, allow_empty=True).class_counts == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["cat", "cat"], "'cat' for the classes 0 and 1"),
+        (["caf\u00e9", "cafe\u0301"], "up to Unicode normalization"),
+        ({"cat", "dog"}, "is a set"),
+        ("ab", "must be one string per class"),
+        ({1: "cat", 2: "dog"}, "labels must be 0 to 1"),
+        (["cat", ""], "class name '' is empty"),
+        ([0, 1], "must be a string"),
+    ],
+)
+def test_bad_class_names(names, words):
+    with pytest.raises(InputError, match=words):
+        LabelledImages(Fake(3), [0, 1, 1], names)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "\u06a9\u062a\u0627\u0628\u200c\u0647\u0627",
+        "\u3000",
+        "a\u00a0b",
+        "\u0915\u094d\u200d\u0937",
+        "\U0001f469\u200d\U0001f52c",
+    ],
+)
+def test_names_with_joiners_and_unusual_spaces_are_accepted(name):
+    assert LabelledImages(Fake(2), [0, 1], ["a", name]).class_names == ["a", name]
+
+
+@pytest.mark.parametrize(
     ("labels", "names", "words"),
     [
         ([], None, "labels are empty"),
         ([0, -1, 1], None, r"labels\[1\] is -1"),
         ([0, 1, 3, 3], None, "1 of 4 classes have no image; the first is label 2. Number"),
-        ([1, 2, 1], None, "1 of 3 classes have no image; the first is label 0"),
+        ([1, 2, 1], None, "Labels start at 1: subtract 1"),
         ([0, 1, 10**15], None, "the first is label 2"),  # without an array of 10^15 counts
         ([0, 1, 1], ["a", "b", "c"], r"the first is label 2 \('c'\)"),
         ([0, 0, 0], None, "All 3 images belong to the same class"),
-        ([0, 1], ["a", "caf\udce9"], r"class name 'caf\\udce9' has characters that cannot be printed"),
-        ([0, 1], ["a", "b\nc"], r"class name 'b\\nc' has"),
+        ([0, 1], ["a", "caf\udce9"], r"class name 'caf\\udce9' is empty, or has control characters"),
+        ([0, 1], ["a", "b\nc"], r"class name 'b\\nc' is empty, or has"),
         ([0, 0], ["only"], "All 2 images belong to the same class"),
         ([0, 1, 2], ["a", "b"], r"labels\[2\] is 2, but there are 2 class names"),
         ([0.0, 1.0], None, "labels must be "),

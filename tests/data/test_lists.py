@@ -11,7 +11,7 @@ from torchvision.datasets import ImageFolder
 from lpt_peft.data.folder import image_folder
 from lpt_peft.data.image_list import image_list
 from lpt_peft.data.inaturalist import inaturalist
-from lpt_peft.errors import InputError
+from lpt_peft.errors import InputError, UnlabelledError
 from tests.data.make import color, seen, write_png
 
 PLACES = ["data_256/a/airfield/00001.png 0", "data_256/b/my beach/x  y.png 1", "data_256/b/my beach/2.png 1"]
@@ -62,7 +62,7 @@ def test_validation_list_with_the_class_names_of_training(places):
         ("a.png", "line 2: 'a.png' is not"),
         ("7", "line 2: '7' is not"),
         ("a.png x", "line 2: 'a.png x' is not"),
-        ("a.png -1", "integer of at least 0"),
+        ("a.png -1", "integers of at least 0"),
         ("a.png 1.0", "integer of at least 0"),
         ("a.png,1", "line 2: 'a.png,1'"),
         ("a.png 1_0", "line 2"),
@@ -130,6 +130,12 @@ def test_inaturalist(tmp_path):
     more = [*inat_json()["categories"], {"id": 2}]
     split = inaturalist(write_inat(tmp_path, categories=more), tmp_path, allow_empty=True)
     assert (split.labels, split.class_names) == ([2, 1, 2], ["2", "four", "nine"])
+
+
+def test_inaturalist_with_equal_names_of_different_categories(tmp_path):
+    categories = [{"id": 9, "name": "Oenanthe"}, {"id": 4, "name": "Oenanthe"}]
+    data = inaturalist(write_inat(tmp_path, categories=categories), tmp_path)
+    assert (data.labels, data.class_names) == ([1, 0, 1], ["Oenanthe (0)", "Oenanthe (1)"])
 
 
 IMAGES, ANNOTATIONS = inat_json()["images"], inat_json()["annotations"]
@@ -226,3 +232,142 @@ def test_bad_folders(folders, tmp_path_factory):
     write_png(bare / "cat" / "1.png", 0)
     with pytest.raises(InputError, match="belong to the same class"):
         image_folder(bare)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a.png 3 1\n", r"line 1: 'a\.png 3 1' has 3 columns, .* Keep 'a\.png' and a single label"),
+        ("a.png 3 0.5 1\n", "has 4 columns"),
+        ("1 a.png 3\n", r"starts with a number before the path 'a\.png'\. Remove the first column"),
+        ("3 a.png\n", "The label comes first here"),
+        ("a.png,3\n", r"files that end in \.csv: rename"),
+        ("a.png, 3\nb.png, x\n", "line 2"),
+        ("a.png -1\n", "remove lines of images without a label"),
+        ("a.png 1.0\n", "Write the label as an integer"),
+        ("a.png cat\n", "or one of class_names="),
+    ],
+)
+def test_advice_for_bad_lists(tmp_path, text, words):
+    write_png(tmp_path / "a.png", 0)
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(InputError, match=words):
+        image_list(tmp_path / "list.txt", tmp_path)
+
+
+def test_paths_that_look_like_several_columns_but_exist(tmp_path):
+    for index, name in enumerate(["a.png copy", "2 b.png", "c.png"]):
+        write_png(tmp_path / f"{name}.png", index)
+        (tmp_path / f"{name}.png").rename(tmp_path / name)
+    (tmp_path / "list.txt").write_text("a.png copy 0\n2 b.png 1\nc.png 1\n")
+    data = image_list(tmp_path / "list.txt", tmp_path, verify="decode")
+    assert [seen(image) for image, _ in data] == [color(0), color(1), color(2)]
+
+
+def test_quoted_paths_and_names_as_labels(places):
+    (places / "quoted.txt").write_text(f"\"{PLACES[1][:-2]}\" beach\n  '{PLACES[0][:-2]}'\t0\n")
+    data = image_list(places / "quoted.txt", places / "images", ["airfield", "beach"], verify="decode")
+    assert data.labels == [1, 0]
+
+
+def test_lists_without_labels_are_unlabelled(tmp_path):
+    (tmp_path / "test.txt").write_text("a.png\nb.png\n")
+    (tmp_path / "test.csv").write_text("path\na.png\n")
+    for name in ("test.txt", "test.csv"):
+        with pytest.raises(UnlabelledError, match="label"):
+            image_list(tmp_path / name, tmp_path)
+
+
+def test_lists_in_utf16_are_refused(tmp_path):
+    for name in ("list.txt", "list.csv"):
+        (tmp_path / name).write_text("a.png,0\n", encoding="utf-16")
+        with pytest.raises(InputError, match="is UTF-16 text; save it as UTF-8"):
+            image_list(tmp_path / name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ((1, 2, 3), "Labels start at 1: subtract 1 from each"),
+        ((0, 2, 3), "the first is label 1. Number the classes that have images 0 to 2 without a gap"),
+        ((0, 0, 0), "belong to the same class"),
+    ],
+)
+def test_labels_with_gaps(tmp_path, labels, words):
+    (tmp_path / "list.txt").write_text("".join(f"{label}.png {label}\n" for label in labels))
+    with pytest.raises(InputError, match=words):
+        image_list(tmp_path / "list.txt", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("plain.csv", "my beach/1.png,1\n2.png,0\n"),
+        ("header.csv", "path,label\nmy beach/1.png,1\n2.png,0\n"),
+        ("crlf.csv", "\ufeffFile Name;Class ID\r\n\r\nmy beach/1.png;1\r\n2.png;0"),
+        ("quoted.csv", '"label","image"\n1,"my beach/1.png"\n"0", 2.png\n'),
+        ("first.csv", "1,my beach/1.png\n0,2.png\n"),
+        ("other.csv", "bild,klasse\nmy beach/1.png,1\n2.png,0\n"),
+        ("wide.csv", "id,path,width,label\n7,my beach/1.png,6,1\n8,2.png,6,0\n"),
+        ("tabs.tsv", "path\tlabel\nmy beach/1.png\t1\n2.png\t0\n"),
+        ("upper.CSV", "PATH,LABEL\nmy beach/1.png,1\n2.png,0\n"),
+    ],
+)
+def test_tables(tmp_path, name, text):
+    write_png(tmp_path / "my beach" / "1.png", 1)
+    write_png(tmp_path / "2.png", 2)
+    (tmp_path / name).write_bytes(text.encode())
+    data = image_list(tmp_path / name, tmp_path, verify="decode")
+    assert (data.labels, data.class_names) == ([1, 0], ["0", "1"])
+    assert [seen(image) for image, _ in data] == [color(1), color(2)]
+    header = name not in ("plain.csv", "first.csv")
+    assert [note.startswith("the first row is read as a header") for note in data.summary.notes] == [True] * header
+
+
+def test_tables_with_class_names(tmp_path):
+    (tmp_path / "train.csv").write_text("image,class\n1.png,sea lion\n2.png,cat\n3.png,cat\n")
+    train = image_list(tmp_path / "train.csv", tmp_path)
+    assert (train.labels, train.class_names) == ([1, 0, 0], ["cat", "sea lion"])
+    (tmp_path / "val.csv").write_text("image,class\n4.png,cat\n")
+    val = image_list(tmp_path / "val.csv", tmp_path, train.class_names, allow_empty=True)
+    assert (val.labels, val.class_names) == ([0], ["cat", "sea lion"])
+    (tmp_path / "val.csv").write_text("image,class\n4.png,dog\n")
+    with pytest.raises(InputError, match=r"missing in class_names: \['dog'\]"):
+        image_list(tmp_path / "val.csv", tmp_path, train.class_names, allow_empty=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "words"),
+    [
+        ("", {}, "is empty"),
+        ("path,label\n", {}, "is empty"),
+        ("a.png,0,x\nb.png,1,y\n", {}, r"has 3 columns, \['a\.png', '0', 'x'\].* Add a header"),
+        ("path,image,label\na,b,1\n", {}, "has 3 columns"),
+        ("path,label\na.png,0\nb.png\n", {}, "line 3: 'b.png' has no path or no label"),
+        ("path,label\na.png,0\nb.png,cat\n", {}, "both integers and names as labels, such as '0' and 'cat'"),
+        ("path,label\na.png,0.0\nb.png,1.0\n", {}, r"has the label '0\.0'\. Write labels as integers"),
+        ("path,label\na.png,-1\nb.png,1\n", {}, "has the label '-1'.*remove rows of images without a label"),
+        ("path,label\na.png,0\n", {"label_column": "kind"}, r"no column label_column='kind'; the columns are \['path'"),
+    ],
+)
+def test_bad_tables(tmp_path, text, options, words):
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(InputError, match=words):
+        image_list(tmp_path / "list.csv", tmp_path, **options)
+
+
+def test_columns_of_a_table_can_be_chosen(tmp_path):
+    (tmp_path / "list.csv").write_text("path,thumb,label,fine\na.png,x.png,0,1\nb.png,y.png,1,0\n")
+    data = image_list(tmp_path / "list.csv", tmp_path, path_column="thumb", label_column="fine")
+    assert (data.labels, data.images.name(0)) == ([1, 0], str(tmp_path / "x.png"))
+
+
+def test_missing_files_are_noted(tmp_path):
+    (tmp_path / "list.txt").write_text("train\\a.png 0\ntrain\\b.png 1\n")
+    [note] = image_list(tmp_path / "list.txt", tmp_path).summary.notes
+    assert note.startswith("none of 2 files that were looked for exists below")
+    assert note.endswith("paths with \\ are those of Windows")
+    (tmp_path / "kaggle.csv").write_text("id,breed\na1,dog\nb1,cat\n")
+    assert image_list(tmp_path / "kaggle.csv", tmp_path).summary.notes[1].endswith("have no ending such as .jpg")
+    write_png(tmp_path / "train\\b.png", 0)
+    assert not image_list(tmp_path / "list.txt", tmp_path).summary.notes

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from lpt_peft.adapter import LongTailPromptAdapter
-from lpt_peft.cli.common.build_adapter import build_backbone
+from lpt_peft.cli.common.build_adapter import build_run_backbone
 from lpt_peft.cli.common.paths import SETTINGS, prompt_folder
 from lpt_peft.cli.common.run_settings import ImageSettings, RunSettings, read_settings
 from lpt_peft.recipe.settings import TrainSettings
@@ -43,7 +43,7 @@ def load_run(folder: Path) -> LoadedRun:
     if run is None:
         adapter = LongTailPromptAdapter.from_pretrained(prompts)
     else:
-        adapter = LongTailPromptAdapter.from_pretrained(prompts, build_backbone(run))
+        adapter = LongTailPromptAdapter.from_pretrained(prompts, build_run_backbone(run))
         if run.training.backbone_dtype != "float32":
             adapter.cast_backbone(getattr(torch, run.training.backbone_dtype))
     adapter.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")

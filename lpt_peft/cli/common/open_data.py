@@ -3,7 +3,7 @@
     FOLDER              a folder for each class; or train/, val/ and test/ with such folders
     LIST.txt            "path label" lines, with --root, --val and --test
     FILE.json           iNaturalist 2018's annotations, with --root, --val and --test
-    hf:NAME             a data set of Hugging Face `datasets`, of the Hub or saved in a folder, with a split "train"
+    hf:NAME,KEY=VALUE   a data set of Hugging Face `datasets`, of the Hub or saved in a folder; see `data.huggingface`
     cifar100-lt:ROOT    the unpacked archive in ROOT; cifar10-lt as well, and cifar100-lt-50:ROOT for imbalance 50
 
 Not here: reading them (`lpt_peft.data`).
@@ -18,16 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lpt_peft.cli.common.messages import notice, without_errno
+from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.run_settings import ImageSettings
 from lpt_peft.data.cifar import cifar_lt
+from lpt_peft.data.files.formats import image_endings
 from lpt_peft.data.folder import image_folder
-from lpt_peft.data.huggingface import from_huggingface
+from lpt_peft.data.huggingface import open_huggingface
 from lpt_peft.data.image_list import image_list
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.inaturalist import inaturalist
 from lpt_peft.data.transforms import transforms
-from lpt_peft.errors import InputError, MissingExtraError
+from lpt_peft.errors import InputError
 from lpt_peft.recipe.loading.split import split_validation
 
 _HUGGING_FACE = "hf:"
@@ -36,22 +37,21 @@ SPLITS = {"train": ("train",), "validation": ("val", "validation", "valid"), "te
 """Each split, with the names that a folder or a Hugging Face split of it may have."""
 
 
-def open_splits(data: str, images: ImageSettings, seed: int) -> dict[str, LabelledImages]:
+def open_splits(data: str, images: ImageSettings, seed: int, *, allow_empty: bool = False) -> dict[str, LabelledImages]:
     """Open "train" and, where they exist, "validation" and "test"; without transforms.
 
     Args:
         data: As on the command line.
         images: Where the other splits are, and the share to hold out for validation.
         seed: Chooses the images that are held out.
+        allow_empty: Accept a training split with a single class, or with classes that have no image.
 
     Raises:
         InputError: DATA is of no known kind, or breaks a rule of `lpt_peft.data`.
     """
     splits: dict[str, LabelledImages]
     if data.startswith(_HUGGING_FACE):
-        splits = _open_hugging_face(data, images)
-        if "train" not in splits:
-            raise InputError(f'{data} has no split "train"; it has {", ".join(splits) or "no split of a known name"}.')
+        splits = open_huggingface(data, unreadable=images.unreadable, allow_empty=allow_empty)
     elif match := _CIFAR.fullmatch(data):
         reader = partial(cifar_lt, match[3], match[1], float(match[2] or 100), unreadable=images.unreadable)  # type: ignore[arg-type]
         splits = {"train": reader(train=True), "test": reader(train=False)}
@@ -60,7 +60,7 @@ def open_splits(data: str, images: ImageSettings, seed: int) -> dict[str, Labell
         folders = _split_folders(path)
         if folders and "train" not in folders:
             raise InputError(f"{data} holds {', '.join(folder.name for folder in folders.values())}, but no train.")
-        splits = {"train": _read(folders.pop("train", path), images)}
+        splits = {"train": _read(folders.pop("train", path), images, allow_empty=allow_empty)}
         splits |= _read_labelled(folders, images, splits["train"].class_names)
     given = {name: path for name, path in (("validation", images.val), ("test", images.test)) if path}
     splits |= {name: _read(path, images, splits["train"].class_names) for name, path in given.items()}
@@ -127,42 +127,15 @@ def set_transforms(splits: Mapping[str, LabelledImages], preprocess: Mapping[str
             ratio=images.ratio,
             flip=images.flip,
             crop_pct=images.crop_pct,
+            exif=images.exif,
+            background=images.background,
         )
-
-
-def _open_hugging_face(data: str, images: ImageSettings) -> dict[str, LabelledImages]:
-    """Open the splits of a known name of a Hugging Face data set."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingExtraError(f'{data} needs datasets: pip install "lpt_peft[hf]".') from error
-    name = data.removeprefix(_HUGGING_FACE)
-    try:
-        saved = any((Path(name) / file).exists() for file in ("dataset_dict.json", "dataset_info.json"))
-        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
-    except Exception as error:  # of the network, the Hub, the disk or any builder
-        reason = without_errno(f"{type(error).__name__}: {str(error)[:300]}")
-        raise InputError(f"{data} cannot be loaded: {reason}.") from error
-    found = loaded if isinstance(loaded, dict) else {"train": loaded}
-    splits = {}
-    for split, words in SPLITS.items():
-        for word in words:
-            if word in found:
-                try:
-                    splits[split] = from_huggingface(
-                        found[word], unreadable=images.unreadable, allow_empty=split != "train"
-                    )
-                except InputError as error:
-                    if split == "train":
-                        raise
-                    notice(f'The split "{word}" of {data} is left out: {error}')
-    if any(split.class_names != splits["train"].class_names for split in splits.values() if "train" in splits):
-        raise InputError(f"The splits of {data} do not name the same classes, so their labels would not agree.")
-    return splits
 
 
 def _existing(data: str) -> Path:
     path = Path(data)
+    if path.is_file() and path.suffix.lower() in image_endings():
+        raise InputError(f"{data} is an image. Give the folder of class folders, or a list of images.")
     if not path.exists():
         raise InputError(
             f"{data!r} is neither a folder nor a file, nor of the form cifar100-lt:ROOT or hf:NAME. Give a folder of "
@@ -202,9 +175,11 @@ def _read_labelled(
     return splits
 
 
-def _read(path: Path, images: ImageSettings, class_names: Sequence[str] | None = None) -> LabelledImages:
-    """Open a split; with the `class_names` of the training split, it may lack classes."""
-    options: Options = {"unreadable": images.unreadable, "allow_empty": class_names is not None}
+def _read(
+    path: Path, images: ImageSettings, class_names: Sequence[str] | None = None, *, allow_empty: bool = True
+) -> LabelledImages:
+    """Open a split; `class_names` are those of the training split."""
+    options: Options = {"unreadable": images.unreadable, "allow_empty": allow_empty}
     if path.is_dir():
         return image_folder(path, class_names, **options)
     root = images.root or path.parent

@@ -16,7 +16,7 @@ from lpt_peft._json import loads
 from lpt_peft.cli.common.messages import without_errno
 from lpt_peft.cli.common.paths import home_path
 from lpt_peft.errors import ConfigError
-from lpt_peft.recipe.settings import TrainSettings, known
+from lpt_peft.recipe.settings import TrainSettings, known, refuse_invalid
 
 
 # A help text is on one line of source: tyro keeps line breaks.
@@ -60,6 +60,10 @@ class ImageSettings:
     """In evaluation, image size divided by the size that the shorter side is resized to; None: the backbone's."""
     unreadable: Literal["error", "skip"] = "error"
     """For an image that cannot be read: stop, or use another image of its class."""
+    exif: bool = True
+    """Follow the EXIF orientation of photos."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Colour behind transparent pixels: red, green, blue, from 0 to 255."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,7 @@ class RunSettings:
     """Settings of a run."""
 
     backbone: str
-    """A model name of timm, such as vit_small_patch16_224; or glyph_vit, the backbone of the demo."""
+    """A model of timm, such as vit_small_patch16_224, or LIBRARY/NAME, such as torchvision/vit_b_16; or glyph_vit."""
     backbone_weights: Path | None = None
     """Weights of the backbone, a safetensors file; None: downloaded, or random with --no-pretrained."""
     pretrained: bool = True
@@ -81,6 +85,40 @@ class RunSettings:
     prompts: Annotated[PromptSettings, tyro.conf.arg(name="")] = field(default_factory=PromptSettings)
     images: Annotated[ImageSettings, tyro.conf.arg(name="")] = field(default_factory=ImageSettings)
     training: Annotated[TrainSettings, tyro.conf.arg(name="")] = field(default_factory=TrainSettings)
+
+    def check(self) -> None:
+        """Refuse values that are out of range, before anything is loaded.
+
+        Raises:
+            ConfigError: A value is out of range; upper limits that depend on the backbone are not checked.
+        """
+        from lpt_peft.data.files.reading import Reading
+        from lpt_peft.data.transforms import check_crops
+
+        positive = "at least 1"
+        prompts, images = self.prompts, self.images
+        refuse_invalid(
+            self,
+            {
+                "backbone": (bool(self.backbone), "a name, such as vit_base_patch16_224"),
+                "img_size": (self.img_size is None or self.img_size >= 1, positive),
+            },
+        )
+        refuse_invalid(
+            prompts,
+            {
+                "prompt_length": (prompts.prompt_length >= 1, positive),
+                "pool_size": (prompts.pool_size >= 1, positive),
+                "top_k": (1 <= prompts.top_k <= prompts.pool_size, f"from 1 to pool_size={prompts.pool_size}"),
+                "shared_layers": (prompts.shared_layers is None or prompts.shared_layers >= 0, "at least 0"),
+                "head_dropout": (0 <= prompts.head_dropout < 1, "at least 0 and below 1"),
+                "logit_scale": (0 < prompts.logit_scale < float("inf"), "above 0 and finite"),
+            },
+        )
+        share = images.validation_share
+        refuse_invalid(images, {"validation_share": (0 <= share < 1, "a share of at least 0 and below 1")})
+        check_crops(images.scale, images.ratio, images.flip, images.crop_pct)
+        Reading(images.exif, images.background)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON."""
@@ -98,13 +136,15 @@ class RunSettings:
         if "backbone" not in given:
             raise ConfigError("The settings of a run need a backbone: give --backbone NAME, or name it in the file.")
         images = dict(known(ImageSettings, given.get("images", {})))
-        for name in ("scale", "ratio"):
+        for name, size in (("scale", 2), ("ratio", 2), ("background", 3)):
             if name in images:
-                images[name] = _pair(name, images[name])
+                images[name] = _numbers(name, images[name], size)
         images |= {name: _path(images[name]) for name in ("root", "val", "test") if name in images}
         given["images"] = ImageSettings(**images)
         given["prompts"] = PromptSettings(**known(PromptSettings, given.get("prompts", {})))
         given["training"] = TrainSettings.from_dict(given.get("training", {}))
+        if isinstance(given.get("start_from"), str):
+            given["start_from"] = str(home_path(given["start_from"]))
         given["backbone_weights"] = _path(given.get("backbone_weights"))
         return cls(**given)
 
@@ -122,11 +162,10 @@ def read_settings(file: Path) -> dict[str, Any]:
     return loads(data, f"The settings file {file}", ConfigError)
 
 
-def _pair(name: str, value: Any) -> tuple[float, float]:
-    numbers = isinstance(value, (list, tuple)) and all(isinstance(number, (int, float)) for number in value)
-    if not numbers or len(value) != 2:
-        raise ConfigError(f"ImageSettings: {name}={value!r:.80} must be two numbers.")
-    return value[0], value[1]
+def _numbers(name: str, value: Any, size: int) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)) or len(value) != size or not all(type(v) in (int, float) for v in value):
+        raise ConfigError(f"ImageSettings: {name}={value!r:.80} must be {size} numbers.")
+    return tuple(value)
 
 
 def _path(value: Any) -> Path | None:
