@@ -24,7 +24,7 @@ from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.heads import CosineClassifier
 from lpt_peft.phase import in_process_group
 from lpt_peft.pretrained import PretrainedMixin
-from lpt_peft.prompting import find_gradient_gap
+from lpt_peft.prompting import detach_blocks, find_gradient_gap
 from lpt_peft.prompts import PromptPool, SharedPrompt
 
 __all__ = ["PHASES", "LongTailPromptAdapter", "Phase"]
@@ -101,6 +101,7 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
         self._init_call()
         self._pooling = getattr(backbone, "pooling", None)
         self._init_state()
+        self._attached = tuple(backbone.blocks)
         backbone.attach()  # the model is not changed before this line
         try:
             self._gradient_gap = find_gradient_gap(backbone.blocks, backbone.dim)
@@ -168,6 +169,7 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
         self._check_wrapped()
         vit = self.vit
         self.backbone.detach()
+        detach_blocks(self._attached)  # also those that were removed since
         self._frozen.restore(vit)
         del self.vit
         return vit

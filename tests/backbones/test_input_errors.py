@@ -109,6 +109,40 @@ def test_a_right_forward_checks_nothing(monkeypatch):
     assert list(reads) == []
 
 
+def test_models_that_do_not_describe_their_images_keep_the_error(monkeypatch):
+    adapter = build("timm ViT")
+
+    def fail():
+        raise AttributeError("no image size")
+
+    monkeypatch.setattr(adapter.backbone, "preprocess", fail)
+    with pytest.raises(AssertionError, match="height"):
+        adapter(torch.randn(2, 3, 64, 64))
+
+
+def test_videos_and_patches_keep_the_error():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    video = transformers.VideoMAEModel(
+        transformers.VideoMAEConfig(**sizes, image_size=32, patch_size=16, num_frames=4, tubelet_size=2)
+    ).eval()
+    adapter = LongTailPromptAdapter.wrap(video, 3)
+    assert adapter(torch.randn(1, 4, 3, 32, 32)).shape == (1, 3)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        adapter(torch.randn(1, 8, 3, 32, 32))
+    adapter = build("timm NaFlexViT")
+    with pytest.raises(InputError, match="Patches of NaFlexVit need patch_coord"):
+        adapter({"patches": torch.randn(1, 4, 192)})
+    with pytest.raises(InputError, match="Images are float64, the model is float32"):
+        adapter(
+            {
+                "patches": torch.randn(1, 4, 192).double(),
+                "patch_coord": torch.zeros(1, 4, 2, dtype=torch.long),
+                "patch_valid": torch.ones(1, 4, dtype=torch.bool),
+            }
+        )
+
+
 def test_dynamic_image_size_is_not_refused():
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, dynamic_img_size=True).eval()
     adapter = LongTailPromptAdapter.wrap(vit, num_classes=3)
@@ -201,6 +235,9 @@ def test_blocks_that_were_removed_or_added(row):
         adapter(images())
     del holder[-1]
     assert adapter(images()).shape == (2, 5)
+    del holder[-1]
+    adapter.unwrap()
+    assert not any(isinstance(module, Prompted) for module in (*adapter.backbone.model.modules(), *last.modules()))
 
 
 @rows
