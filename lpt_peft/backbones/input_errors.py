@@ -36,7 +36,9 @@ def explain_failure(
         images = next((value for value in images.values() if isinstance(value, Tensor)), None)
         reasons = [] if images is None else [*_dtype_and_device(backbone, images)]
     elif isinstance(images, Tensor):
-        reasons = [*_dtype_and_device(backbone, images), *_shape(backbone, images)]
+        reasons = [*_dtype_and_device(backbone, images)]
+        if sum(isinstance(value, Tensor) for value in given) == 1:  # with masks or positions, images may be patches
+            reasons += _shape(backbone, images)
     elif images is None:
         reasons = [f"{model} needs images: call adapter(images) with a tensor (B, C, H, W)."]
     else:
@@ -78,7 +80,12 @@ def _dtype_and_device(backbone: Backbone, images: Tensor) -> Iterator[str]:
 
 
 def _shape(backbone: Backbone, images: Tensor) -> Iterator[str]:
-    channels, height, width = backbone.preprocess()["input_size"]
+    if hasattr(getattr(backbone.model, "config", None), "num_frames"):
+        return  # videos
+    try:
+        channels, height, width = backbone.preprocess()["input_size"]
+    except (AttributeError, TypeError, ValueError):  # the model does not describe its images
+        return
     shape = tuple(images.shape)
     expected = f"{type(backbone.model).__name__} takes (B, {channels}, {height}, {width})"
     if images.ndim != 4:
