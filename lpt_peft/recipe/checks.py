@@ -137,7 +137,7 @@ def check_evaluation_split(model: nn.Module, dataset: Dataset[Any], name: str, a
 
     Args:
         model: On the accelerator's device.
-        dataset: Yields (image, label); its attribute `labels` is checked if it has one.
+        dataset: Yields (image, label); its `labels`, if any, are checked.
         name: Of the split.
         accelerator: Device and precision.
 

@@ -348,6 +348,15 @@ def test_groups_that_were_never_selected_are_named(capsys):
     assert "group: 1 of 4 groups were never selected: 3\n" in capsys.readouterr().err
 
 
+def test_unknown_usage_of_a_prompt_file_is_counted_from_zero():
+    adapter = tiny_adapter()
+    adapter.pool.load_usage(None)
+    dataset, labels = striped_data()
+    train(adapter, dataset, labels, SHORT, progress=False)
+    assert int(adapter.pool.usage.sum()) == 2 * 16 * 8, "two groups per image"
+    assert min(adapter.pool.usage) >= 0
+
+
 def test_removed_checkpoints_are_reported(tmp_path, capsys):
     run(checkpoints=tmp_path, progress=False)
     run(checkpoints=tmp_path, resume=False)

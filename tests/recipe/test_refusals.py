@@ -93,7 +93,7 @@ def test_classes_without_images_are_accepted_if_the_loss_uses_no_counts():
 @pytest.mark.parametrize(
     ("dataset", "words"),
     [
-        (sizes((3, 48, 48)), r"dataset\[0\], an image of shape \(3, 48, 48\) and torch.float32: Input height \(48\)"),
+        (sizes((3, 48, 48)), r"dataset\[0\], an image of shape \(3, 48, 48\) and torch.float32: .*Input height \(48\)"),
         (sizes((1, 32, 32)), r"image of shape \(1, 32, 32\)"),
         (sizes((32, 32)), r"image of shape \(32, 32\)"),
         (data(images=IMAGES.double()), "and torch.float64: "),

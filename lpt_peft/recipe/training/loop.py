@@ -96,10 +96,7 @@ class Loop:
             best = f"epoch {run.best['epoch'] + 1}, balanced accuracy {100 * run.best['score']:.1f} %"
             self.reporter.note(f"{run.name}: the result is that of the best validation ({best})")
         run.finalize()
-        pool = getattr(run.model, "pool", None)
-        if isinstance(pool, PromptPool) and run.name != "shared" and (dead := pool.dead_groups()):
-            groups = ", ".join(map(str, dead[:_MAX_GROUPS])) + (", ..." if len(dead) > _MAX_GROUPS else "")
-            self.reporter.note(f"{run.name}: {len(dead)} of {len(pool.keys)} groups were never selected: {groups}")
+        self._report_dead_groups(run)
 
     def _after_step(self, run: PhaseRun, progress: Progress, interruption: Interruption) -> None:
         """Validate at the end of an epoch, save if due, and stop if requested."""
@@ -141,6 +138,14 @@ class Loop:
             f"model only predicts rare classes. Lower learning_rate (now {run.phase.learning_rate:g})."
         )
         run.monitor = None
+
+    def _report_dead_groups(self, run: PhaseRun) -> None:
+        pool = getattr(run.model, "pool", None)
+        if not (isinstance(pool, PromptPool) and pool.usage.any()):
+            return
+        if dead := pool.dead_groups():
+            groups = ", ".join(map(str, dead[:_MAX_GROUPS])) + (", ..." if len(dead) > _MAX_GROUPS else "")
+            self.reporter.note(f"{run.name}: {len(dead)} of {len(pool.keys)} groups were never selected: {groups}")
 
     def _progress(self, run: PhaseRun) -> Progress:
         names = list(self.settings.plan)
