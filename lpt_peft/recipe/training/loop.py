@@ -115,6 +115,12 @@ class Loop:
         """Validate if due; return the epoch's record and log it to trackers."""
         record = run.end_epoch()
         self._check_predictions(run)
+        previous = self.history[-1].get("loss_scale") if self.history else None
+        if previous is not None and record["loss_scale"] < previous:
+            self.reporter.note(
+                f"{run.name}: the loss scale fell from {previous:g} to {record['loss_scale']:g}, since gradients "
+                "overflowed in float16; those steps were skipped"
+            )
         due = run.epoch % self.settings.validate_every == 0 or run.epoch == run.phase.epochs
         if self.validate is not None and due:
             with run.averaged_parameters():

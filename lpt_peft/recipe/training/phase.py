@@ -172,6 +172,8 @@ class PhaseRun:
         record = {"phase": self.name, "epoch": self.epoch - 1, **self.current()}
         if self._settings.clip_norm is not None:
             record["clipped"] = int(self._optimizer.clipped) / self.steps
+        if self._accelerator.scaler:
+            record["loss_scale"] = self._accelerator.scaler.get_scale()
         self._loss_sum.zero_()
         self._optimizer.clipped.zero_()
         return record
