@@ -41,8 +41,12 @@ def doctor(
         return OK
     if not backbone:
         raise ConfigError("doctor needs the name of a backbone, such as vit_base_patch16_224, or --list.")
+    for flag, value in (("num-classes", num_classes), ("prompt-length", prompt_length), ("pool-size", pool_size)):
+        if value < 1:
+            raise ConfigError(f"--{flag} {value} must be at least 1.")
     try:
-        report = examine(backbone, num_classes, prompt_length=prompt_length, pool_size=pool_size)
+        sizes = {"prompt_length": prompt_length, "pool_size": pool_size, "top_k": min(2, pool_size)}
+        report = examine(backbone, num_classes, **sizes)
     except LPTError as error:
         if as_json:
             print_json({"backbone": backbone, "supported": False, "reason": str(error)})

@@ -19,7 +19,6 @@ from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.options import Json
 from lpt_peft.cli.common.paths import SETTINGS, home_path
 from lpt_peft.cli.common.run_settings import RunSettings, read_settings
-from lpt_peft.data.transforms import RECIPE_CROP_PCT
 from lpt_peft.errors import ConfigError, MissingExtraError
 from lpt_peft.recipe.presets import preset
 
@@ -78,11 +77,13 @@ def run_training(
     with requires_extra("lpt-peft train", "train"):
         from lpt_peft.cli.common.build_adapter import build_adapter
         from lpt_peft.cli.common.open_data import check_output, open_splits, set_transforms
+        from lpt_peft.cli.common.run_summary import print_summary
         from lpt_peft.cli.common.streams import print_text
         from lpt_peft.cli.common.tables import print_results
         from lpt_peft.recipe.experiment import RESULTS, Splits, fit, write_json
         from lpt_peft.recipe.train import make_accelerator
 
+    run.check()
     check_output(output, data, run.images)
     splits = open_splits(data, run.images, run.training.seed)
     adapter = build_adapter(run, splits["train"].class_names)
@@ -90,6 +91,7 @@ def run_training(
     accelerator = make_accelerator(run.training, **({"log_with": log_with, "project_dir": output} if log_with else {}))
     if log_with:
         _start_trackers(accelerator, run, log_with)
+    print_summary(splits, accelerator, run.training)
     settings = run.to_dict()
     if accelerator.is_main_process and not (output / SETTINGS).exists():
         # Settings of an earlier run describe its prompts, and stay until this run has finished.
@@ -133,7 +135,7 @@ def _initial_settings(words: Sequence[str]) -> RunSettings | Any:
     if given.preset:
         known = preset(given.preset)
         notice(f"preset {given.preset}. {known}")
-        images = replace(start.images, crop_pct=RECIPE_CROP_PCT)
+        images = replace(start.images, crop_pct=known.crop_pct)
         start = replace(start, training=known.settings, shot_rule=known.shot_rule, images=images)  # type: ignore[arg-type]
     return start
 

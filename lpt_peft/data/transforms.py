@@ -122,15 +122,29 @@ def _checked(
         )
     if crop_pct is not None:
         config["crop_pct"] = crop_pct
+    check_crops(scale, ratio, flip, config["crop_pct"])
+    return config
+
+
+def check_crops(
+    scale: tuple[float, float], ratio: tuple[float, float], flip: float, crop_pct: float | None = None
+) -> None:
+    """Check the ranges of the settings of `transforms`; a `crop_pct` of None is that of the backbone.
+
+    Raises:
+        ConfigError: A setting is out of range.
+    """
     checks = {
         f"scale={scale}": (
             0 < scale[0] <= scale[1] <= 1,
             "two shares of the area, above 0 and up to 1, the smaller first",
         ),
-        f"ratio={ratio}": (0 < ratio[0] <= ratio[1], "two values of width over height, above 0, the smaller first"),
+        f"ratio={ratio}": (
+            0 < ratio[0] <= ratio[1] < float("inf"),
+            "two values of width over height, above 0, the smaller first",
+        ),
         f"flip={flip}": (0 <= flip <= 1, "a probability from 0 to 1"),
-        f"crop_pct={config['crop_pct']}": (0.05 <= config["crop_pct"] <= 1, "from 0.05 to 1"),
+        f"crop_pct={crop_pct}": (crop_pct is None or 0.05 <= crop_pct <= 1, "from 0.05 to 1"),
     }
     if broken := [f"{name} must be {rule}" for name, (valid, rule) in checks.items() if not valid]:
         raise ConfigError(f"transforms: {'; '.join(broken)}.")
-    return config

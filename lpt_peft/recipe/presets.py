@@ -20,6 +20,8 @@ class Preset:
     settings: TrainSettings
     shot_rule: str
     """A name of `lpt_peft.metrics.SHOT_RULES`."""
+    crop_pct: float = 224 / 256
+    """Of the evaluation: resize the shorter side to 256 and crop the central 224."""
     source: str
     expected: str
     """Accuracy in % that the source reports: a target, not a guarantee."""

@@ -47,7 +47,7 @@ class PhaseSettings:
     """Fraction of the steps in which the learning rate rises linearly."""
 
     def __post_init__(self) -> None:
-        _refuse(
+        refuse_invalid(
             self,
             {
                 "epochs": (self.epochs >= 0, "at least 0"),
@@ -112,7 +112,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         positive, optional_positive = "at least 1", "None or at least 1"
-        _refuse(
+        refuse_invalid(
             self,
             {
                 "phases": (self.phases in ("decoupled", "joint"), '"decoupled" or "joint"'),
@@ -200,7 +200,16 @@ def known(kind: type, values: Any) -> Mapping[str, Any]:
     return values
 
 
-def _refuse(settings: object, checks: Mapping[str, tuple[bool, str]]) -> None:
+def refuse_invalid(settings: object, checks: Mapping[str, tuple[bool, str]]) -> None:
+    """Check fields of a settings dataclass.
+
+    Args:
+        settings: The dataclass.
+        checks: For each field, whether it is valid, and its rule: "at least 1".
+
+    Raises:
+        ConfigError: A field is invalid.
+    """
     if broken := [
         f"{name}={getattr(settings, name)!r} must be {rule}" for name, (valid, rule) in checks.items() if not valid
     ]:

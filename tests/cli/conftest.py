@@ -24,3 +24,13 @@ def run(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
     assert main(["train", str(data), "--output", str(output), *BACKBONE, *SMALL]) == 0
     return output
+
+
+@pytest.fixture(scope="session")
+def pair_run(tmp_path_factory):
+    """A finished run with two classes, whose names are not ASCII, on the bundled backbone; without other splits."""
+    folder = tmp_path_factory.mktemp("pair")
+    write_images(folder / "data", [12, 6], names=["été", "日本"])
+    words = ["--backbone", "glyph_vit", *SMALL, "--group.epochs", "0"]
+    assert main(["train", str(folder / "data"), "--output", str(folder / "run"), *words]) == 0
+    return folder / "run"

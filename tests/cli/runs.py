@@ -29,10 +29,10 @@ NAMES = ["ant", "bee", "cat"]
 FROM_PRETRAINED = LongTailPromptAdapter.from_pretrained  # tests replace the attribute
 
 
-def write_images(folder, counts, seed=0):
+def write_images(folder, counts, seed=0, names=NAMES):
     """Write class folders of images; the place of the stripe depends on the class."""
     generator = np.random.default_rng(seed)
-    for label, (name, count) in enumerate(zip(NAMES, counts, strict=True)):
+    for label, (name, count) in enumerate(zip(names, counts, strict=True)):
         for number in range(count):
             pixels = generator.integers(0, 80, (32, 32, 3), dtype=np.uint8)
             pixels[:, 10 * label : 10 * label + 10] += 150

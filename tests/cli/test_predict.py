@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,8 @@ from PIL import Image
 
 from lpt_peft.cli import main
 from tests.cli.runs import NAMES, load_adapter
+
+predict_module = import_module("lpt_peft.cli.predict")
 
 
 def test_predict_names_classes(run, data, capsys):
@@ -36,7 +42,7 @@ def test_predict_names_classes(run, data, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["predict", "RUN", "broken.png"], "broken.png: UnidentifiedImageError: cannot identify image file"),
+        (["predict", "RUN", "broken.png"], "broken.png: UnidentifiedImageError: not an image"),
         (["predict", "RUN", "nowhere.png"], "nowhere.png: FileNotFoundError: No such file or directory"),
         (["predict", "RUN", "nowhere.png", "--show", "4"], "--show 4 must be from 1 to 3"),
         (["predict", "nowhere", "nowhere.png", "--show", "0"], "--show 0 must be at least 1"),
@@ -51,3 +57,93 @@ def test_errors(run, tmp_path, capsys, monkeypatch, words, message):
     streams = capsys.readouterr()
     assert message in streams.err
     assert streams.out == ""
+
+
+def test_unreadable_images_lose_no_answers(run, data, tmp_path, capsys):
+    """70 images are more than a batch; three of them cannot be read."""
+    good = [str(path) for path in sorted((data / "train" / "ant").glob("*.png"))]
+    images = [*(good * 4)[:67]]
+    (tmp_path / "half.png").write_bytes(Path(good[0]).read_bytes()[:60])
+    (tmp_path / "empty.png").touch()
+    bad = [str(tmp_path / name) for name in ("half.png", "empty.png", "missing.png")]
+    for place, path in zip((0, 30, 69), bad, strict=True):
+        images.insert(place, path)
+    assert main(["predict", str(run), *good]) == 0
+    expected = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert main(["predict", str(run), *images]) == 3
+    streams = capsys.readouterr()
+    lines = [line.split() for line in streams.out.splitlines()]
+    assert [line[0] for line in lines] == [path for path in images if path not in bad]
+    assert all(line[1:] == expected[line[0]] for line in lines)
+    first, *rest = streams.err.splitlines()
+    assert first == "lpt-peft: 3 of 70 images cannot be read and were left out:"
+    assert [line.split(":")[0].strip() for line in rest] == bad
+    assert "the file is empty" in rest[1]
+    assert rest[2].endswith("FileNotFoundError: No such file or directory: " + repr(bad[2]))
+    assert main(["predict", str(run), *images, "--json"]) == 3
+    answers = json.loads(capsys.readouterr().out)
+    assert [answer["image"] for answer in answers] == images
+    assert {answer["image"] for answer in answers if "error" in answer} == set(bad)
+    assert all(("classes" in answer) != ("error" in answer) for answer in answers)
+    assert main(["predict", str(run), *bad, "--json"]) == 1
+    assert [set(answer) for answer in json.loads(capsys.readouterr().out)] == [{"image", "error"}] * 3
+
+
+def test_answers_are_written_batch_by_batch(run, data, capsys, monkeypatch):
+    image = str(data / "test" / "ant" / "0.png")
+    original, calls = predict_module._load, []
+
+    def interrupt(path, transform):
+        calls.append(path)
+        if len(calls) == 100:
+            raise KeyboardInterrupt
+        return original(path, transform)
+
+    monkeypatch.setattr(predict_module, "_load", interrupt)
+    assert main(["predict", str(run), *[image] * 120]) == 130
+    assert len(capsys.readouterr().out.splitlines()) == 64
+
+
+def test_two_classes(pair_run, capsys):
+    images = [str(path) for path in sorted((pair_run.parent / "data").rglob("*.png"))]
+    assert main(["predict", str(pair_run), *images, "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)
+    assert all({entry["class"] for entry in answer["classes"]} == {"été", "日本"} for answer in answers)
+    assert main(["predict", str(pair_run), images[0], "--show", "3"]) == 1
+    assert "--show 3 must be from 1 to 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("separator", [b"\n", b"\r\n", b"\0"])
+def test_paths_from_standard_input(pair_run, tmp_path, separator):
+    source = next((pair_run.parent / "data").rglob("*.png"))
+    names = [b"a b.png", "日本.png".encode(), b"caf\xe9.png"]  # the last is not UTF-8
+    names += [b"two\nlines.png"] if separator == b"\0" else []
+    for name in names:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(source.read_bytes())
+    command = [sys.executable, "-m", "lpt_peft", "predict", str(pair_run), "-", "--json"]
+    done = subprocess.run(
+        command, input=separator.join(names) + separator, capture_output=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.decode())
+    assert [os.fsencode(answer["image"]) for answer in answers] == names
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}],
+    ids=["ascii", "C"],
+)
+def test_class_names_and_paths_on_other_terminals(pair_run, tmp_path, environment):
+    source = next((pair_run.parent / "data").rglob("*.png"))
+    image = tmp_path / "naïve 🐈\n.png"
+    image.write_bytes(source.read_bytes())
+    command = [sys.executable, "-m", "lpt_peft", "predict", pair_run, image]
+    done = subprocess.run([*command, "--json"], capture_output=True, env=os.environ | environment, check=False)
+    assert done.returncode == 0, done.stderr
+    [answer] = json.loads(done.stdout.decode("utf-8"))
+    assert os.fsencode(answer["image"]) == os.fsencode(image)
+    assert {entry["class"] for entry in answer["classes"]} == {"été", "日本"}
+    text = subprocess.run(command, capture_output=True, env=os.environ | environment, check=False)
+    assert text.returncode == 0, text.stderr
+    assert len(text.stdout.splitlines()) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,7 +76,7 @@ def test_two_runs_of_one_phase_equal_a_run_of_both(run, data, tmp_path, capsys):
     others = write_images(tmp_path / "others", [4, 3, 0], seed=5)  # no cats
     words[1] = str(others)
     assert main([*words, "--output", str(tmp_path / "third"), "--start-from", first]) == 0
-    assert "the known rows of 2 classes; 1 class is not used: cat" in capsys.readouterr().err
+    assert "keeps the trained rows of 2 classes. In the file, but not used: 'cat'." in capsys.readouterr().err
     assert main([*second[:-2], "--output", str(tmp_path / "no"), "--start-from", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
     wrong = ["--prompt-length", "3", "--start-from", first]
@@ -292,14 +293,17 @@ def test_run_settings_as_json_and_back():
     assert RunSettings.from_dict(json.loads(json.dumps(run.to_dict()))) == run
 
 
-def test_without_the_extra_the_other_commands_work(tmp_path, run):
-    commands = [["train", "x", "--output", "y", *BACKBONE], ["evaluate", "x"], ["predict", "x"]]
+def test_without_the_extra_the_other_commands_work(tmp_path, run, data):
+    image = data / "test" / "ant" / "0.png"
+    commands = [["train", "x", "--output", "y", *BACKBONE], ["evaluate", "x"]]
     program = (  # in a new process, because imported modules would stay
         "import sys\n"
         "sys.modules['accelerate'] = None\n"
         "from lpt_peft.cli import main\n"
         f"for words in {commands}: assert main(words) == 1\n"
         f"assert main(['inspect', {str(run / 'prompts')!r}]) == 0\n"
+        f"assert main(['predict', {str(run)!r}, {str(image)!r}]) == 0\n"
+        f"assert main(['check', {str(data / 'test')!r}]) == 0\n"
         "main(['train', '--help'])\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -308,5 +312,7 @@ def test_without_the_extra_the_other_commands_work(tmp_path, run):
         f'lpt-peft: lpt-peft {words[0]} needs accelerate: pip install "lpt_peft[train]".' for words in commands
     ]
     assert "All checks passed" in done.stdout
+    assert re.search(f"{image} +ant", done.stdout)
+    assert "15 images of 3 classes" in done.stdout
     assert "usage: lpt-peft train" in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -21,6 +21,7 @@ from typing import Any
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.run_settings import ImageSettings
 from lpt_peft.data.cifar import cifar_lt
+from lpt_peft.data.files.formats import image_endings
 from lpt_peft.data.folder import image_folder
 from lpt_peft.data.huggingface import open_huggingface
 from lpt_peft.data.image_list import image_list
@@ -133,6 +134,8 @@ def set_transforms(splits: Mapping[str, LabelledImages], preprocess: Mapping[str
 
 def _existing(data: str) -> Path:
     path = Path(data)
+    if path.is_file() and path.suffix.lower() in image_endings():
+        raise InputError(f"{data} is an image. Give the folder of class folders, or a list of images.")
     if not path.exists():
         raise InputError(
             f"{data!r} is neither a folder nor a file, nor of the form cifar100-lt:ROOT or hf:NAME. Give a folder of "

@@ -16,7 +16,7 @@ from lpt_peft._json import loads
 from lpt_peft.cli.common.messages import without_errno
 from lpt_peft.cli.common.paths import home_path
 from lpt_peft.errors import ConfigError
-from lpt_peft.recipe.settings import TrainSettings, known
+from lpt_peft.recipe.settings import TrainSettings, known, refuse_invalid
 
 
 # A help text is on one line of source: tyro keeps line breaks.
@@ -86,6 +86,40 @@ class RunSettings:
     images: Annotated[ImageSettings, tyro.conf.arg(name="")] = field(default_factory=ImageSettings)
     training: Annotated[TrainSettings, tyro.conf.arg(name="")] = field(default_factory=TrainSettings)
 
+    def check(self) -> None:
+        """Refuse values that are out of range, before anything is loaded.
+
+        Raises:
+            ConfigError: A value is out of range; upper limits that depend on the backbone are not checked.
+        """
+        from lpt_peft.data.files.reading import Reading
+        from lpt_peft.data.transforms import check_crops
+
+        positive = "at least 1"
+        prompts, images = self.prompts, self.images
+        refuse_invalid(
+            self,
+            {
+                "backbone": (bool(self.backbone), "a name, such as vit_base_patch16_224"),
+                "img_size": (self.img_size is None or self.img_size >= 1, positive),
+            },
+        )
+        refuse_invalid(
+            prompts,
+            {
+                "prompt_length": (prompts.prompt_length >= 1, positive),
+                "pool_size": (prompts.pool_size >= 1, positive),
+                "top_k": (1 <= prompts.top_k <= prompts.pool_size, f"from 1 to pool_size={prompts.pool_size}"),
+                "shared_layers": (prompts.shared_layers is None or prompts.shared_layers >= 0, "at least 0"),
+                "head_dropout": (0 <= prompts.head_dropout < 1, "at least 0 and below 1"),
+                "logit_scale": (0 < prompts.logit_scale < float("inf"), "above 0 and finite"),
+            },
+        )
+        share = images.validation_share
+        refuse_invalid(images, {"validation_share": (0 <= share < 1, "a share of at least 0 and below 1")})
+        check_crops(images.scale, images.ratio, images.flip, images.crop_pct)
+        Reading(images.exif, images.background)
+
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
@@ -109,6 +143,8 @@ class RunSettings:
         given["images"] = ImageSettings(**images)
         given["prompts"] = PromptSettings(**known(PromptSettings, given.get("prompts", {})))
         given["training"] = TrainSettings.from_dict(given.get("training", {}))
+        if isinstance(given.get("start_from"), str):
+            given["start_from"] = str(home_path(given["start_from"]))
         given["backbone_weights"] = _path(given.get("backbone_weights"))
         return cls(**given)
 

@@ -1,0 +1,241 @@
+"""Arguments: home directories, values out of range, misspelt names, unusable data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lpt_peft.cli import main
+from lpt_peft.cli.common.paths import expand_home
+from lpt_peft.cli.common.run_settings import ImageSettings, RunSettings
+from tests.cli.runs import NAMES, SMALL, write_images
+
+GLYPH = ["--backbone", "glyph_vit", *SMALL, "--shared.epochs", "1", "--group.epochs", "0"]
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("~", "/home/me"),
+        ("~/x y", "/home/me/x y"),
+        ("--output=~/x", "/home/me/x"),
+        ("--images.root=~", "/home/me"),
+        ("hf:~/data", "hf:/home/me/data"),
+        ("cifar100-lt-50:~/cifar", "cifar100-lt-50:/home/me/cifar"),
+        ("~\n/x", "~\n/x"),
+        ("~root/x", "~root/x"),
+        ("a~/x", "a~/x"),
+        ("./~", "./~"),
+        ("$HOME/x", "$HOME/x"),
+        ("--message=see ~/x", "--message=see ~/x"),
+        ("", ""),
+    ],
+)
+def test_home_directories(monkeypatch, word, expected):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    option = word.partition("=")[0] + "=" if word.startswith("--") and "message" not in word else ""
+    assert expand_home([word]) == [option + expected]
+
+
+@given(st.text())
+def test_other_words_stay(word):
+    if "~" not in word:
+        assert expand_home([word]) == [word]
+
+
+def test_home_directories_in_every_command(pair_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pair_run.parent / "data", tmp_path / "data")
+    image = next((tmp_path / "data").rglob("*.png")).relative_to(tmp_path)
+    assert main(["train", "~/data", "--output=~/run", *GLYPH, "--test=~/data"]) == 0
+    assert (tmp_path / "run" / "results.json").exists()
+    assert main(["evaluate", "~/run", "~/data"]) == 0
+    assert main(["predict", "~/run", f"~/{image}"]) == 0
+    assert main(["inspect", "~/run/prompts"]) == 0
+    assert main(["check", "~/data", "--test=~/data"]) == 3
+    settings = {"backbone": "glyph_vit", "start_from": "~/run", "images": {"val": "~/data"}}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    words = [*GLYPH, "--test", "None"]
+    assert main(["train", "~/data", "--output=~/second", "--config=~/settings.json", *words]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "run", "second", "settings.json"}
+    settings = json.loads((tmp_path / "second" / "settings.json").read_text())
+    assert settings["images"]["val"] == str(tmp_path / "data")
+    assert settings["start_from"] == str(tmp_path / "run")
+
+
+BAD_FLAGS = [
+    ("--validation-share", "2", "validation_share=2.0 must be a share of at least 0 and below 1"),
+    ("--validation-share", "1", "validation_share=1.0 must be"),
+    ("--validation-share", "-0.1", "validation_share=-0.1 must be"),
+    ("--validation-share", "nan", "validation_share=nan must be"),
+    ("--flip", "1.5", "flip=1.5 must be a probability from 0 to 1"),
+    ("--crop-pct", "0", "crop_pct=0.0 must be from 0.05 to 1"),
+    ("--scale", "0.5 0.2", "scale=(0.5, 0.2) must be two shares"),
+    ("--ratio", "0 1", "ratio=(0.0, 1.0) must be two values"),
+    ("--background", "0 0 256", "three integers from 0 to 255"),
+    ("--prompt-length", "0", "prompt_length=0 must be at least 1"),
+    ("--pool-size", "0", "pool_size=0 must be at least 1"),
+    ("--top-k", "21", "top_k=21 must be from 1 to pool_size=20"),
+    ("--top-k", "0", "top_k=0 must be from 1 to pool_size=20"),
+    ("--shared-layers", "-1", "shared_layers=-1 must be at least 0"),
+    ("--head-dropout", "1", "head_dropout=1.0 must be at least 0 and below 1"),
+    ("--logit-scale", "inf", "logit_scale=inf must be above 0 and finite"),
+    ("--img-size", "0", "img_size=0 must be at least 1"),
+    ("--backbone", "", "backbone='' must be a name"),
+    ("--batch-size", "0", "batch_size=0 must be"),
+    ("--seed", "-1", "seed=-1 must be from 0"),
+]
+
+
+@pytest.mark.parametrize(("flag", "value", "message"), BAD_FLAGS)
+def test_values_out_of_range_are_refused_before_anything_is_loaded(tmp_path, capsys, flag, value, message):
+    words = ["train", str(tmp_path / "no data"), "--output", str(tmp_path / "run"), "--backbone", "no model"]
+    assert main([*words, flag, *(value.split() or [""])]) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["doctor", "no model", "--num-classes", "0"], "--num-classes 0 must be at least 1"),
+        (["doctor", "no model", "--prompt-length", "-3"], "--prompt-length -3 must be at least 1"),
+        (["doctor", "no model", "--pool-size", "0"], "--pool-size 0 must be at least 1"),
+        (["predict", "no run", "no image", "--show", "-1"], "--show -1 must be at least 1"),
+        (["demo", "--seeds", "0"], "at least 1 seed"),
+        (["demo", "--epochs", "1"], "at least 2 epochs"),
+    ],
+)
+def test_values_out_of_range_of_other_commands(tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_of_a_phase_out_of_range(tmp_path, capsys):
+    words = ["train", str(tmp_path / "no data"), "--output", str(tmp_path / "run"), "--backbone", "no model"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--shared.epochs", "-1"])
+    assert stop.value.code == 2
+    assert "epochs=-1 must be at least 0" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_the_defaults_are_in_range():
+    RunSettings(backbone="glyph_vit").check()
+    RunSettings(backbone="glyph_vit", images=ImageSettings(validation_share=0.999, flip=0, crop_pct=1)).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "similar"),
+    [
+        ("vit_base_patch16_22", "vit_base_patch16_224"),
+        ("vit_bse_patch16_224", "vit_base_patch16_224"),
+        ("glif_vit", "glyph_vit"),
+        ("vit_b_16", "torchvision/vit_b_16"),
+        ("torchvision/vit_b_61", "torchvision/vit_b_16"),
+        ("open_clip/ViT-B-23", "open_clip/ViT-B-32"),
+        ("vit_tiny_patch16_224.augreg_in21kk", "augreg_in21k"),
+    ],
+)
+def test_misspelt_backbones_get_suggestions_without_a_network(data, tmp_path, capsys, monkeypatch, name, similar):
+    def refuse(*args, **options):
+        raise AssertionError("a network connection")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    words = ["train", str(data), "--output", str(tmp_path / "run"), "--backbone", name]
+    assert main(words) == 1
+    assert similar in capsys.readouterr().err
+    if "augreg" not in name:
+        assert main(["doctor", name]) == 1
+        assert similar in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "backbone", ["torchvision/vit_b_32", "transformers/dinov2", "open_clip/ViT-S-32", "timm/test_vit"]
+)
+def test_backbones_of_every_library(tmp_path, capsys, backbone):
+    pytest.importorskip(backbone.partition("/")[0])
+    data = write_images(tmp_path / "data", [3, 2, 2])
+    words = ["--backbone", backbone, "--no-pretrained", *SMALL, "--shared.epochs", "1", "--group.epochs", "0"]
+    words += ["--batch-size", "4"] + (
+        ["--img-size", "32"] if backbone != "transformers/dinov2" else ["--img-size", "28"]
+    )
+    assert main(["train", str(data), "--output", str(tmp_path / "run"), *words]) == 0
+    image = str(data / NAMES[0] / "0.png")
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / "run"), image, "--json"]) == 0
+    [answer] = json.loads(capsys.readouterr().out)
+    assert {entry["class"] for entry in answer["classes"]} == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "is neither a folder nor a file"),
+        (lambda path: path.mkdir(), "has no class folder"),
+        (lambda path: path.write_bytes(b"\x89PNG\r\n"), "is an image"),
+        (lambda path: path.write_text(""), "is empty"),
+        (lambda path: write_images(path, [4, 0, 0]), "same class"),
+        (lambda path: (path / "a").mkdir(parents=True), "contain no image"),
+    ],
+    ids=["missing", "empty", "an image", "empty file", "one class", "empty class"],
+)
+def test_unusable_data(tmp_path, capsys, make, message):
+    path = tmp_path / "some data\n日本.PNG"
+    if message == "is empty":
+        path = path.with_suffix(".txt")
+    make(path)
+    assert main(["train", str(path), "--output", str(tmp_path / "run"), *GLYPH]) == 1
+    err = capsys.readouterr().err
+    assert message in err, err
+    assert err.count("\n") == 1
+    assert "[Errno" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_unusual_paths(pair_run, tmp_path, capsys):
+    folder = tmp_path / "a folder\\with\nlines and 日本"
+    shutil.copytree(pair_run.parent / "data", folder)
+    assert main(["train", str(folder), "--output", str(tmp_path / "a run\n日本"), *GLYPH, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {}
+    assert main(["evaluate", str(tmp_path / "a run\n日本"), str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test"]["num_images"] == 18
+
+
+def test_json_of_every_command(pair_run, capfd, tmp_path):
+    """Standard output holds one JSON document and nothing else; progress and summaries are on standard error."""
+    data = pair_run.parent / "data"
+    image = str(next(data.rglob("*.png")))
+    commands = [
+        ["train", str(data), "--output", str(tmp_path / "run"), *GLYPH, "--validation-share", "0.3"],
+        ["evaluate", str(tmp_path / "run")],
+        ["evaluate", str(pair_run), str(data)],
+        ["predict", str(pair_run), image],
+        ["inspect", str(pair_run / "prompts")],
+        ["doctor", "glyph_vit"],
+        ["doctor", "resnet18"],
+        ["doctor", "--list", "glyph*"],
+        ["check", str(data)],
+    ]
+    for words in commands:
+        main([*words, "--json"])
+        streams = capfd.readouterr()
+        json.loads(streams.out)
+        if words[0] == "train":
+            assert (
+                "lpt-peft: train: 14 images of 2 classes; largest class été (9), smallest class 日本 (5)\n"
+                in streams.err
+            )
+            assert "lpt-peft: device " in streams.err
