@@ -77,7 +77,7 @@ def run_training(
     with requires_extra("lpt-peft train", "train"):
         from lpt_peft.cli.common.build_adapter import build_adapter
         from lpt_peft.cli.common.open_data import check_output, open_splits, set_transforms
-        from lpt_peft.cli.common.run_summary import print_summary
+        from lpt_peft.cli.common.split_summary import print_summaries
         from lpt_peft.cli.common.streams import print_text
         from lpt_peft.cli.common.tables import print_results
         from lpt_peft.recipe.experiment import RESULTS, Splits, fit, write_json
@@ -87,11 +87,12 @@ def run_training(
     check_output(output, data, run.images)
     splits = open_splits(data, run.images, run.training.seed)
     adapter = build_adapter(run, splits["train"].class_names)
+    adapter.metadata = replace(adapter.metadata, preprocess=run.images.preprocess())
     set_transforms(splits, adapter.backbone.preprocess(), run.images)
     accelerator = make_accelerator(run.training, **({"log_with": log_with, "project_dir": output} if log_with else {}))
     if log_with:
         _start_trackers(accelerator, run, log_with)
-    print_summary(splits, accelerator, run.training)
+    print_summaries({name: split for name, split in splits.items() if name != "train"})
     settings = run.to_dict()
     if accelerator.is_main_process and not (output / SETTINGS).exists():
         # Settings of an earlier run describe its prompts, and stay until this run has finished.

@@ -238,4 +238,4 @@ def test_json_of_every_command(pair_run, capfd, tmp_path):
                 "lpt-peft: train: 14 images of 2 classes; largest class été (9), smallest class 日本 (5)\n"
                 in streams.err
             )
-            assert "lpt-peft: device " in streams.err
+            assert "Device: " in streams.err

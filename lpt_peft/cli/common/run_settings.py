@@ -6,6 +6,7 @@ Not here: the backbone and the adapter that they describe (`build_adapter.py`).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -64,6 +65,17 @@ class ImageSettings:
     """Follow the EXIF orientation of photos."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour behind transparent pixels: red, green, blue, from 0 to 255."""
+
+    def preprocess(self) -> dict[str, Any]:
+        """What differs from the backbone's data configuration, as in a prompt file."""
+        crop = {} if self.crop_pct is None else {"crop_pct": self.crop_pct}
+        return {"exif": self.exif, "background": list(self.background), **crop}
+
+    @classmethod
+    def from_preprocess(cls, preprocess: Mapping[str, Any]) -> ImageSettings:
+        """The settings that `preprocess` of a prompt file gives."""
+        known = {name: preprocess[name] for name in ("exif", "background", "crop_pct") if name in preprocess}
+        return cls(**known | ({"background": tuple(known["background"])} if "background" in known else {}))
 
 
 @dataclass(frozen=True, kw_only=True)
