@@ -184,7 +184,9 @@ def _invert(mapping: Mapping[str, Any], name: str) -> dict[int, str]:
     for key, value in mapping.items():
         label = _label(value, name, "map each name to an integer label")
         if label in inverse:
-            raise InputError(f"{name} maps both {inverse[label]!r} and {key!r} to the label {label}: keep one of them.")
+            raise InputError(
+                f"{name} maps both {inverse[label]!r:.100} and {key!r:.100} to the label {label}: keep one of them."
+            )
         inverse[label] = key
     return inverse
 
@@ -196,7 +198,9 @@ def _check_unique(names: list[str], name: str) -> None:
         first = labels.setdefault(normalized, label)
         if first != label:
             differs = "" if names[first] == value else ", up to Unicode normalization"
-            raise InputError(f"{name} has {value!r} for the classes {first} and {label}{differs}: rename one of them.")
+            raise InputError(
+                f"{name} has {value!r:.100} for the classes {first} and {label}{differs}: rename one of them."
+            )
 
 
 def _list(labels: list[int]) -> str:

@@ -5,23 +5,28 @@ Not here: the public methods (`lpt_peft.pretrained`), the format (`lpt_peft.chec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
-from operator import index
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
+from lpt_peft._classes import integers_in_order, names_in_order
+from lpt_peft.backbones import find_backbone
+from lpt_peft.backbones.base import execution_device
 from lpt_peft.checkpoint import USAGE, CheckBackbone, PromptContent, check_match
+from lpt_peft.checkpoint.relabel import LabelChanges, relabel
 from lpt_peft.config import PromptConfig
-from lpt_peft.errors import BackboneMismatchError, ConfigError, InputError, StateError
+from lpt_peft.errors import BackboneError, BackboneMismatchError, ConfigError, StateError
 from lpt_peft.heads import CosineClassifier
 from lpt_peft.prompts import PromptPool, SharedPrompt
 
 if TYPE_CHECKING:
     from lpt_peft.pretrained import PretrainedMixin
 
+_Adapter = TypeVar("_Adapter", bound="PretrainedMixin")
 Part = Literal["all", "shared"]
 _CAST_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -29,17 +34,25 @@ _CAST_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 def content_of(
     adapter: PretrainedMixin,
     *,
-    class_counts: Iterable[int] | None = None,
-    label_names: Iterable[str] | None = None,
+    class_counts: Any = None,
+    label_names: Any = None,
     training: Mapping[str, Any] | None = None,
     preprocess: Mapping[str, Any] | None = None,
 ) -> PromptContent:
     """Collect the content of an adapter's prompt file; the arguments replace what its `metadata` holds.
 
     Raises:
-        InputError: An argument has the wrong type.
+        InputError: An argument has the wrong type or no order.
+        StateError: The adapter was unwrapped, or is on the meta device.
     """
+    _check_wrapped(adapter)
     carried = adapter.metadata
+    if is_meta(adapter):
+        raise StateError(
+            "The prompts have no values: the ViT was on the meta device when it was wrapped. Wrap a ViT with weights."
+        )
+    names = carried.label_names if label_names is None else names_in_order(label_names)
+    counts = None if class_counts is None else integers_in_order(class_counts, label_names=names)
     preprocessing = {**adapter.backbone.preprocess(), **carried.preprocess, **(preprocess or {})}
     return PromptContent(
         config=adapter.prompt_config,
@@ -47,8 +60,8 @@ def content_of(
         tensors={**adapter.adapter_state_dict(), **_usage(adapter)},
         metadata=replace(
             carried,
-            class_counts=carried.class_counts if class_counts is None else _counts(class_counts),
-            label_names=carried.label_names if label_names is None else _names(label_names),
+            class_counts=carried.class_counts if class_counts is None else counts,
+            label_names=names,
             training=carried.training if training is None else training,
             preprocess=preprocessing,
             backbone_dtype=_backbone_dtype(adapter) or carried.backbone_dtype or "float32",
@@ -60,20 +73,55 @@ def content_of(
     )
 
 
-def fill(adapter: PretrainedMixin, content: PromptContent) -> None:
-    """Copy prompts and metadata into a new adapter of the same sizes, whose parameters take the file's dtypes."""
-    for name in content.config.tensor_shapes:
-        parameter = adapter.get_parameter(name)
-        parameter.data = parameter.data.to(content.tensors[name].dtype)
-    adapter.load_adapter_state_dict({name: content.tensors[name] for name in content.config.tensor_shapes})
-    adapter.pool.load_usage(content.tensors.get(USAGE))
-    adapter.phase = content.phase
-    adapter.metadata = content.metadata
+def wrap_content(
+    kind: type[_Adapter],
+    content: PromptContent,
+    vit: nn.Module,
+    *,
+    check_backbone: CheckBackbone,
+    head_dropout: float,
+) -> _Adapter:
+    """Wrap a ViT with prompts, in an adapter of class `kind`, whose parameters take the dtypes of the prompts.
+
+    Raises:
+        BackboneError: The ViT cannot take prompts, is already wrapped, or is on the meta device.
+        BackboneMismatchError: The prompts were trained on another backbone.
+        ConfigError: An argument is out of range, or the sizes do not fit.
+    """
+    backbone = find_backbone(vit)
+    if execution_device(vit).type == "meta":
+        raise BackboneError(
+            f"This {type(vit).__name__} has no weights: it is on the meta device. Build it outside of "
+            'torch.device("meta"), or call vit.to_empty(device="cpu") and load its state dict, then load the prompts.'
+        )
+    check_match(content, backbone, check_backbone)
+    construct: Any = kind
+    # The constructor draws initial prompts; loading must not change the caller's random state.
+    with torch.random.fork_rng(devices=[]):
+        adapter: _Adapter = construct(backbone, content.config, head_dropout=head_dropout)
+    names = list(content.config.tensor_shapes)
+    try:
+        for name in names:
+            parameter = adapter.get_parameter(name)
+            parameter.data = parameter.data.to(content.tensors[name].dtype)
+        adapter.load_adapter_state_dict({name: content.tensors[name] for name in names})
+        adapter.pool.load_usage(content.tensors.get(USAGE))
+        adapter.phase = content.phase
+        adapter.metadata = content.metadata
+    except BaseException:
+        adapter.unwrap()
+        raise
+    return adapter
 
 
 def replace_prompts(
-    adapter: PretrainedMixin, content: PromptContent, *, part: Part = "all", check_backbone: CheckBackbone = "error"
-) -> None:
+    adapter: PretrainedMixin,
+    content: PromptContent,
+    *,
+    part: Part = "all",
+    label_names: Any = None,
+    check_backbone: CheckBackbone = "error",
+) -> LabelChanges | None:
     """Replace the prompts of an adapter; its ViT is not touched, and after an error nothing has changed.
 
     Args:
@@ -81,39 +129,93 @@ def replace_prompts(
         content: With `part="all"`, sizes, classes and dtypes may differ from the adapter's.
         part: "all" replaces prompts, head, phase and metadata, with new parameters, so make a new optimizer. "shared"
             copies only the shared prompts.
+        label_names: Names of the classes that the head is for; rows of the file are matched by name. With "shared",
+            these are the names of the adapter's own head, into which the rows of classes with the same name are copied.
         check_backbone: As in `from_pretrained`.
 
+    Returns:
+        The changes of the head, None without `label_names`.
+
     Raises:
+        InputError: The names are invalid, or the file does not name its classes.
         BackboneMismatchError: The prompts were trained on another backbone, or their sizes do not fit.
         ConfigError: An argument is out of range, or with `part="shared"` the shared prompts have another shape.
         StateError: The adapter was unwrapped.
     """
     if part not in ("all", "shared"):
         raise ConfigError(f'part={part!r} must be "all" or "shared".')
-    if getattr(adapter, "vit", None) is None:
-        raise StateError("This adapter was unwrapped; call LongTailPromptAdapter.from_pretrained(source, vit).")
+    _check_wrapped(adapter)
+    content, changes = with_classes(content, label_names)
     known = adapter.frozen_weights.fingerprint() if check_backbone != "off" else None
     check_match(content, adapter.backbone, check_backbone, known)
     if part == "shared":
-        _copy_shared(adapter, content.tensors["shared.prompts"])
+        _copy_shared(adapter, content, changes)
     else:
         _replace_all(adapter, content)
+    return changes
 
 
-def _copy_shared(adapter: PretrainedMixin, prompts: torch.Tensor) -> None:
-    parameter = adapter.get_parameter("shared.prompts")
+def with_classes(
+    content: PromptContent, label_names: Any, num_classes: int | None = None
+) -> tuple[PromptContent, LabelChanges | None]:
+    """Match head rows by name, unless `label_names` is None, and check the number of classes.
+
+    Raises:
+        InputError: The names are invalid, or the file does not name its classes.
+        ConfigError: `num_classes` is not the number of classes.
+    """
+    changes = None
+    if label_names is not None:
+        content, changes = relabel(content, names_in_order(label_names))
+    if num_classes not in (None, content.config.num_classes):
+        raise ConfigError(
+            f"num_classes={num_classes!r}, but the head of the prompts has {content.config.num_classes} classes. For "
+            "other classes give label_names=[...], which keeps the rows of classes with the same name; for a new head, "
+            'wrap(vit, num_classes=...) and load_prompts(source, part="shared").'
+        )
+    return content, changes
+
+
+def warn_of(changes: LabelChanges | None) -> LabelChanges | None:
+    """Warn the caller of the calling method if classes are new or dropped; return the changes."""
+    if changes is not None and (changes.new or changes.dropped):
+        warnings.warn(str(changes), UserWarning, stacklevel=3)
+    return changes
+
+
+def is_meta(adapter: PretrainedMixin) -> bool:
+    """Whether prompts or head have no values."""
+    return any(parameter.is_meta for parameter in adapter.pool.parameters())
+
+
+def _check_wrapped(adapter: PretrainedMixin) -> None:
+    if getattr(adapter, "vit", None) is None:
+        raise StateError("This adapter was unwrapped; wrap a ViT, or call LongTailPromptAdapter.from_pretrained.")
+
+
+def _copy_shared(adapter: PretrainedMixin, content: PromptContent, changes: LabelChanges | None) -> None:
+    prompts, parameter = content.tensors["shared.prompts"], adapter.get_parameter("shared.prompts")
+    head = adapter.get_parameter("head.weight")
+    rows = [] if changes is None else [label for label, row in enumerate(changes.rows) if row is not None]
+    if changes is not None and tuple(head.shape) != tuple(content.tensors["head.weight"].shape):
+        raise ConfigError(
+            f"label_names has {len(changes.rows)} names, but the adapter's head has {head.shape[0]} classes. With "
+            'part="shared" give the names of its own classes, in order.'
+        )
+    pairs = [(prompts, parameter), (content.tensors["head.weight"][rows], head)]
     if parameter.shape != prompts.shape:
         raise ConfigError(
             f"The file's shared prompts are {tuple(prompts.shape)} (blocks, tokens, width), the adapter's "
             f'{tuple(parameter.shape)}, so they cannot be replaced alone. Load the whole file: part="all".'
         )
-    if not bool(prompts.to(parameter.dtype).isfinite().all()):
+    if not all(bool(given.to(own.dtype).isfinite().all()) for given, own in pairs):
         raise ConfigError(
-            f"The file's shared prompts are too large for the adapter's {parameter.dtype}. Load the whole file, which "
+            f"The file's prompts or head are too large for the adapter's {parameter.dtype}. Load the whole file, which "
             'has its own dtype: part="all".'
         )
     with torch.no_grad():
         parameter.copy_(prompts)
+        head[rows] = content.tensors["head.weight"][rows].to(head)
 
 
 def _replace_all(adapter: PretrainedMixin, content: PromptContent) -> None:
@@ -160,17 +262,3 @@ def _usage(adapter: PretrainedMixin) -> dict[str, torch.Tensor]:
 def _backbone_dtype(adapter: PretrainedMixin) -> str | None:
     """Dtype of the frozen weights if they were cast; prompts loaded on float32 weights keep the record of their run."""
     return _CAST_DTYPES.get(next(adapter.vit.parameters()).dtype)
-
-
-def _counts(values: Iterable[int]) -> tuple[int, ...]:
-    try:
-        return tuple(index(value) for value in values)
-    except TypeError as error:
-        raise InputError("class_counts must hold one integer, the training images, for each class.") from error
-
-
-def _names(values: Iterable[str]) -> tuple[str, ...]:
-    names = tuple(values)
-    if isinstance(values, str) or not all(isinstance(name, str) for name in names):
-        raise InputError('label_names must be a list with one text for each class, for example ["cat", "dog"].')
-    return names

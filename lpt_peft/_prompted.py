@@ -95,16 +95,17 @@ def recording(modules: Sequence[nn.Module], recorder: Recorder) -> Iterator[None
 
 
 def prompted_class(original: type[nn.Module], kind: str, sites: int, outputs: int | None = None) -> type[Any]:
-    """Return the subclass that takes prompts; `kind` is "block", "attention", "bias" or "head"."""
+    """Return the subclass that takes prompts; `kind` is "block", "attention", "uncast attention", "bias" or "head"."""
     key = (original, kind, sites)
     if (prompted := _classes.get(key)) is None:
         multihead = issubclass(original, nn.MultiheadAttention)
-        forwards = {"block": _block_forward, "attention": _multihead_forward if multihead else _attention_forward}
+        attention = _multihead_forward if multihead else _attention_forward
+        forwards = {"block": _block_forward, "attention": attention, "uncast attention": attention}
         forwards["head"] = _head_forward
         members: dict[str, Any] = {"original": original, "key": key, "sites": sites}
         members["arguments"] = tuple(inspect.signature(original.forward).parameters)[1:]
         members["outputs"] = 2 if multihead else None
-        members["autocasts"] = multihead or not _mentions_autocast(original)
+        members["autocasts"] = kind != "uncast attention"
         members |= {name: _padded_bias(name) for name in _BIAS_METHODS if hasattr(original, name)}
         if kind in forwards:
             members["forward"] = forwards[kind]
@@ -118,16 +119,6 @@ def _rebuild(original: type[nn.Module], kind: str, sites: int, outputs: int | No
     prompted: Any = prompted_class(original, kind, sites, outputs)
     module: nn.Module = prompted.__new__(prompted)
     return module
-
-
-def _mentions_autocast(original: type[nn.Module]) -> bool:
-    """Whether a method of the class may turn autocast off or change its dtype: it uses a name with "autocast"."""
-    for cls in original.__mro__:
-        codes = [method.__code__ for method in vars(cls).values() if inspect.isfunction(method)]
-        names = (name for code in codes for name in (code.co_name, *code.co_names, *code.co_freevars))
-        if any("autocast" in name for name in names):
-            return True
-    return False
 
 
 def _block_forward(self: Any, *given: Any, prompt: Tensor | None = None, **kwargs: Any) -> Any:

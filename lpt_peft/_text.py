@@ -1,10 +1,12 @@
-"""Text from untrusted sources in messages."""
+"""Text from untrusted sources in messages, and comparison of names."""
 
 from __future__ import annotations
 
 import unicodedata
+from itertools import zip_longest
 
-_REPLACED_CATEGORIES = frozenset(("Cc", "Cs", "Zl", "Zp"))
+_CONTROL_CATEGORIES = frozenset(("Cc", "Cs"))
+_REPLACED_CATEGORIES = _CONTROL_CATEGORIES | {"Zl", "Zp"}
 _BIDI_CONTROLS = frozenset(("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"))
 
 
@@ -21,8 +23,53 @@ def printable(text: object, most: int = 300, replacement: str = "\N{REPLACEMENT 
     return "".join(replacement if _rewrites_terminal(c) else c for c in str(text)[:most])
 
 
+def control_character(name: str) -> str | None:
+    r"""The first control character or surrogate of a name as "U+0007", None if there is none.
+
+    Example:
+        >>> control_character("a\tb"), control_character("\u0645\u06cc\u200c\u062e")
+        ('U+0009', None)
+    """
+    found = next((c for c in name if unicodedata.category(c) in _CONTROL_CATEGORIES), None)
+    return None if found is None else _code(found)
+
+
+def normalize_name(name: str) -> str:
+    """The form in which names are compared, NFC: a letter and its accent are a single character where possible."""
+    return unicodedata.normalize("NFC", name)
+
+
+def look_alike(first: str, second: str) -> bool:
+    """Whether two names differ only in case, spaces, invisible characters or forms of the same characters."""
+    return _skeleton(first) == _skeleton(second)
+
+
+def difference(first: str, second: str) -> str:
+    r"""Describe the first character in which two different names differ.
+
+    Example:
+        >>> difference("guinea pig", "guinea\u00a0pig")
+        'character 7 is U+0020 SPACE in the first and U+00A0 NO-BREAK SPACE in the second'
+    """
+    pairs = enumerate(zip_longest(normalize_name(first), normalize_name(second)), start=1)
+    position, (left, right) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
+    return f"character {position} is {_describe(left)} in the first and {_describe(right)} in the second"
+
+
+def _skeleton(name: str) -> str:
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    return "".join(c for c in folded if unicodedata.category(c) not in {"Cf", "Zs"})
+
+
 def _rewrites_terminal(character: str) -> bool:
-    return (
-        unicodedata.category(character) in _REPLACED_CATEGORIES
-        or unicodedata.bidirectional(character) in _BIDI_CONTROLS
-    )
+    if unicodedata.category(character) in _REPLACED_CATEGORIES:
+        return True
+    return unicodedata.bidirectional(character) in _BIDI_CONTROLS
+
+
+def _describe(character: str | None) -> str:
+    return "missing" if character is None else f"{_code(character)} {unicodedata.name(character, '')}".strip()
+
+
+def _code(character: str) -> str:
+    return f"U+{ord(character):04X}"

@@ -68,8 +68,8 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
     def __init__(self, backbone: Backbone, config: PromptConfig, *, head_dropout: float = 0.1) -> None:
         """Use `wrap` instead, which finds the driver of a model and builds the configuration."""
         super().__init__()
-        if not 0.0 <= head_dropout < 1.0:
-            raise ConfigError(f"head_dropout={head_dropout} must be at least 0 and below 1.")
+        if not isinstance(head_dropout, (int, float)) or not 0.0 <= head_dropout < 1.0:
+            raise ConfigError(f"head_dropout={head_dropout!r} must be a number of at least 0 and below 1.")
         depth = len(backbone.blocks)
         if (config.dim, config.depth, config.feature_dim) != (backbone.dim, depth, backbone.feature_dim):
             raise ConfigError(

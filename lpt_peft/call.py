@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lpt_peft.backbones.base import Backbone, refuse_offloaded
 from lpt_peft.backbones.weights import FrozenWeights
-from lpt_peft.errors import InputError, StateError
+from lpt_peft.errors import ConfigError, InputError, LPTError, StateError
 from lpt_peft.losses import AGCLLoss
-from lpt_peft.output import AdapterOutput, cross_entropy_with_match, image_classifier_output
+from lpt_peft.output import AdapterOutput, cross_entropy_with_match, explain_labels, image_classifier_output
 from lpt_peft.state import StateMixin
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class CallMixin(StateMixin):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("criterion", "eval_criterion"):
+            if not callable(value):
+                raise ConfigError(f"{name}={value!r:.80} must be a function or module: criterion(output, labels).")
             self._modules.pop(name, None)  # torch refuses to replace a module by a function
             if isinstance(value, nn.Module):  # a loss may add noise in training only
                 value.train(self.training)
@@ -177,8 +179,7 @@ class CallMixin(StateMixin):
             return output
         if labels is None:
             return logits if pixel_values is None else image_classifier_output(logits, None)
-        criterion = self.criterion if self.training else self.eval_criterion
-        return image_classifier_output(logits, criterion(logits if _takes_logits(criterion) else output, labels))
+        return image_classifier_output(logits, self._loss(output, labels))
 
     if TYPE_CHECKING:  # torch's own __call__ returns Any
         __call__ = forward
@@ -213,6 +214,20 @@ class CallMixin(StateMixin):
     def _features(self, images: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return features, query, similarity and groups of `AdapterOutput`."""
         raise NotImplementedError
+
+    def _loss(self, output: AdapterOutput, labels: Tensor) -> Tensor:
+        criterion = self.criterion if self.training else self.eval_criterion
+        predicted = output.logits if _takes_logits(criterion) else output
+        if torch.compiler.is_compiling():
+            return criterion(predicted, labels)
+        try:
+            return criterion(predicted, labels)
+        except LPTError:
+            raise
+        except Exception as error:
+            if (reason := explain_labels(output.logits, labels)) is not None:
+                raise InputError(f"{reason} The loss reports: {error!s:.200}") from error
+            raise
 
     def _check_wrapped(self) -> None:
         if "vit" not in self._modules:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lpt_peft._classes import integers_in_order, names_in_order
 from lpt_peft.errors import ConfigError, InputError
 
 MAX_CLASSES = 1_000_000
@@ -163,3 +164,10 @@ class PromptMetadata:
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     temperature: float | None = None
     backbone_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.label_names is not None:  # names may repeat: id2label of ImageNet has "crane" twice
+            object.__setattr__(self, "label_names", names_in_order(self.label_names, unique=False))
+        if self.class_counts is not None:
+            counts = integers_in_order(self.class_counts, label_names=self.label_names)
+            object.__setattr__(self, "class_counts", counts)

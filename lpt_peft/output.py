@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,6 +41,31 @@ def cross_entropy_with_match(output: AdapterOutput, labels: Tensor) -> Tensor:
     """
     loss = F.cross_entropy(output.logits, labels)
     return loss + (1 - output.similarity.mean()) if output.similarity.shape[1] else loss
+
+
+def explain_labels(logits: Tensor, labels: object) -> str | None:
+    """Return why `labels` cannot be the labels of `logits` (B, C) in a cross-entropy, with a remedy, or None."""
+    rows, classes = logits.shape
+    if not isinstance(labels, Tensor):
+        return f"labels is a {type(labels).__name__}: pass torch.tensor(labels)."
+    rule = f"labels must be class indices ({rows},) int64 or probabilities ({rows}, {classes}) floating point"
+    found = f"{rule}, not {labels.dtype} of shape {tuple(labels.shape)}"
+    reason = None
+    if labels.device != logits.device:
+        reason = f"labels is on {labels.device} and logits are on {logits.device}: pass labels.to(logits.device)."
+    elif labels.ndim == 2 and labels.shape[1] == 1 < classes:
+        reason = f"{found}: pass labels.squeeze(1)."
+    elif labels.shape == (rows, classes):
+        reason = None if labels.is_floating_point() else f"{found}: pass labels.float() if it is one-hot."
+    elif labels.shape != (rows,):
+        reason = f"{found}."
+    elif labels.dtype not in {torch.int64, torch.uint8}:
+        reason = f"{found}: pass labels.long() if the values are class indices."
+    elif labels.device.type == "cpu" and rows:
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= classes:
+            reason = f"labels has values from {low} to {high}, and the classes are 0 to {classes - 1}."
+    return reason
 
 
 def image_classifier_output(logits: Tensor, loss: Tensor | None) -> ImageClassifierOutput:

@@ -11,15 +11,21 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import torch
 from torch import nn
 
-from lpt_peft._prompt_content import content_of, fill, replace_prompts
-from lpt_peft.backbones import Backbone, find_backbone
+from lpt_peft._prompt_content import (
+    content_of,
+    replace_prompts,
+    warn_of,
+    with_classes,
+    wrap_content,
+)
+from lpt_peft.backbones import Backbone
 from lpt_peft.backbones.loading import build
 from lpt_peft.backbones.weights import FrozenWeights
-from lpt_peft.checkpoint import PromptContent, check_match, encode, write_prompt_file
+from lpt_peft.checkpoint import encode, write_prompt_file
 from lpt_peft.checkpoint.match import check_choice
+from lpt_peft.checkpoint.relabel import LabelChanges
 from lpt_peft.config import PromptMetadata
 from lpt_peft.hub import check_subfolder, hub_errors, push, read_prompts
 from lpt_peft.state import StateMixin
@@ -29,6 +35,8 @@ if TYPE_CHECKING:
 
 _Adapter = TypeVar("_Adapter", bound="PretrainedMixin")
 Source = str | PathLike[str]
+Counts = Iterable[int] | Mapping[Any, int]
+Labels = Iterable[str] | Mapping[Any, Any]
 
 
 class PretrainedMixin(StateMixin):
@@ -47,8 +55,8 @@ class PretrainedMixin(StateMixin):
         subfolder: str | None = None,
         is_main_process: bool = True,
         save_function: Callable[..., object] | None = None,
-        class_counts: Iterable[int] | None = None,
-        label_names: Iterable[str] | None = None,
+        class_counts: Counts | None = None,
+        label_names: Labels | None = None,
         training: Mapping[str, Any] | None = None,
         preprocess: Mapping[str, Any] | None = None,
     ) -> None:
@@ -100,6 +108,8 @@ class PretrainedMixin(StateMixin):
         source: Source,
         vit: nn.Module | None = None,
         *,
+        label_names: Labels | None = None,
+        num_classes: int | None = None,
         check_backbone: Literal["error", "warn", "off"] = "error",
         head_dropout: float = 0.1,
         revision: str | None = None,
@@ -116,6 +126,10 @@ class PretrainedMixin(StateMixin):
         Args:
             source: A folder if it exists (a `Path` is always a folder), else "owner/name".
             vit: The same backbone as in training, not wrapped; None builds the pretrained model that the file names.
+            label_names: Names of the classes that the head is for; None keeps the file's classes. Trained rows of
+                classes that the file knows by the same name are kept, other rows are new, and a warning lists the
+                differences.
+            num_classes: Expected number of classes; another number is an error.
             check_backbone: On another backbone or other weights: "error" refuses, "warn" warns, "off" does not check.
             head_dropout: Dropout before the head while training; not stored in the file.
             revision: Branch, tag or commit; for repositories only.
@@ -128,7 +142,8 @@ class PretrainedMixin(StateMixin):
         Raises:
             PromptFileError: The file is refused, or is for another backbone.
             HubError: The Hub did not deliver the prompts or the backbone.
-            BackboneError: The ViT cannot take prompts, or is already wrapped.
+            BackboneError: The ViT cannot take prompts, is already wrapped, or has no weights (meta device).
+            InputError: `label_names` is invalid, or the file does not name its classes.
             ConfigError: An argument is out of range, or `vit` is None and the backbone cannot be built.
         """
         check_choice(check_backbone)
@@ -141,32 +156,13 @@ class PretrainedMixin(StateMixin):
             local_files_only=local_files_only,
             force_download=force_download,
         )
+        content, changes = with_classes(content, label_names, num_classes)
         if vit is None:
             with hub_errors("Downloading the backbone", content.backbone.architecture, token):
                 vit = build(asdict(content.backbone))
-        adapter = cls._from_content(content, vit, check_backbone, head_dropout)
+        adapter = wrap_content(cls, content, vit, check_backbone=check_backbone, head_dropout=head_dropout)
         adapter.eval()
-        return adapter
-
-    @classmethod
-    def _from_content(
-        cls: type[_Adapter],
-        content: PromptContent,
-        vit: nn.Module,
-        check_backbone: Literal["error", "warn", "off"],
-        head_dropout: float,
-    ) -> _Adapter:
-        backbone = find_backbone(vit)
-        check_match(content, backbone, check_backbone)
-        # The constructor draws initial prompts; loading must not change the caller's random state.
-        construct: Any = cls
-        with torch.random.fork_rng(devices=[]):
-            adapter: _Adapter = construct(backbone, content.config, head_dropout=head_dropout)
-        try:
-            fill(adapter, content)
-        except BaseException:
-            adapter.unwrap()
-            raise
+        warn_of(changes)
         return adapter
 
     def load_prompts(
@@ -174,6 +170,7 @@ class PretrainedMixin(StateMixin):
         source: Source,
         *,
         part: Literal["all", "shared"] = "all",
+        label_names: Labels | None = None,
         check_backbone: Literal["error", "warn", "off"] = "error",
         revision: str | None = None,
         subfolder: str | None = None,
@@ -181,26 +178,32 @@ class PretrainedMixin(StateMixin):
         cache_dir: str | PathLike[str] | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
-    ) -> None:
+    ) -> LabelChanges | None:
         """Replace the adapter's prompts by those of another prompt file; the ViT and the mode stay as they are.
 
         Args:
-            source: As in `from_pretrained`; so are the arguments below `part`.
+            source: As in `from_pretrained`.
             part: "all" replaces prompts, head, phase and metadata by new parameters, so make a new optimizer; "shared"
                 copies the shared prompts and leaves the rest.
+            label_names: Names of the classes that the head is for; trained rows of classes that the file knows by the
+                same name are kept, other rows are new, and a warning lists the differences. With "shared", these are
+                the names of the adapter's own head, into which the trained rows are copied.
             check_backbone: As in `from_pretrained`.
-            revision: Branch, tag or commit.
-            subfolder: Folder inside the folder or repository.
+            revision: As in `from_pretrained`.
+            subfolder: As in `from_pretrained`.
             token: As in `from_pretrained`.
             cache_dir: As in `from_pretrained`.
             local_files_only: As in `from_pretrained`.
             force_download: As in `from_pretrained`.
 
+        Returns:
+            Classes whose rows are kept, new or dropped; None without `label_names`.
+
         Raises:
             PromptFileError: The file is refused, or is for another backbone; nothing changed.
+            InputError: `label_names` is invalid, or the file does not name its classes; nothing changed.
             HubError: The Hub did not deliver the prompts; nothing changed.
-            ConfigError: An argument is out of range.
-            StateError: The adapter was unwrapped.
+            ConfigError, StateError: An argument is out of range, or the adapter was unwrapped; nothing changed.
         """
         check_choice(check_backbone)
         content = read_prompts(
@@ -212,14 +215,16 @@ class PretrainedMixin(StateMixin):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        replace_prompts(self, content, part=part, check_backbone=check_backbone)
+        return warn_of(
+            replace_prompts(self, content, part=part, label_names=label_names, check_backbone=check_backbone)
+        )
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
-        class_counts: Iterable[int] | None = None,
-        label_names: Iterable[str] | None = None,
+        class_counts: Counts | None = None,
+        label_names: Labels | None = None,
         training: Mapping[str, Any] | None = None,
         preprocess: Mapping[str, Any] | None = None,
         revision: str | None = None,
@@ -260,8 +265,7 @@ class PretrainedMixin(StateMixin):
             The client's `CommitInfo`: `oid`, `commit_url`, `pr_url`.
 
         Raises:
-            InputError: The adapter cannot be saved with these arguments; nothing was sent.
-            StateError: A parameter is not finite; nothing was sent.
+            InputError, StateError: The adapter cannot be saved with these arguments; nothing was sent.
             HubError: The Hub refused or could not be reached, or the repository holds another library's `config.json`.
             ConfigError: An argument is out of range.
         """

@@ -13,8 +13,10 @@ Not here: those subclasses (`_prompted.py`), the self-check (`_self_check.py`), 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ def attach_blocks(blocks: Sequence[nn.Module], dim: int, *, hint: str) -> None:
         kinds[block] = ("block", len(attentions))
         for attention in attentions:
             kinds |= {part: ("bias", 0) for part in attention.modules() if hasattr(part, "get_bias")}
-            kinds[attention] = ("attention", 0)
+            kinds[attention] = ("uncast attention" if _uses_autocast(attention) else "attention", 0)
     for module in kinds:
         _check_attachable(module)
     try:
@@ -156,6 +158,26 @@ def _check_attachable(module: nn.Module) -> None:
             "distribute it over devices, so prompts would not reach it. Load the model without device_map and without "
             "offloading, and wrap it; compile it, offload it (transformers' models) or move it with to() afterwards."
         )
+
+
+def _uses_autocast(attention: nn.Module) -> bool:
+    """Whether an attention may turn autocast off or change its dtype, so that its input must not be cast before."""
+    return any(_mentions_autocast(type(part)) for part in attention.modules())  # type: ignore[arg-type]
+
+
+@cache
+def _mentions_autocast(original: type[nn.Module]) -> bool:
+    """Whether a method of the class, or a function that it calls, uses a name with "autocast"."""
+    for cls in original.__mro__:
+        if cls.__module__.startswith("torch."):
+            continue
+        for method in filter(inspect.isfunction, vars(cls).values()):
+            called = (method.__globals__.get(name) for name in method.__code__.co_names)
+            for function in (method, *filter(inspect.isfunction, called)):
+                code = function.__code__
+                if any("autocast" in name for name in (code.co_name, *code.co_names, *code.co_freevars)):
+                    return True
+    return False
 
 
 def _settings_of_parts(block: nn.Module) -> tuple[Any, ...]:

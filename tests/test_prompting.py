@@ -331,6 +331,98 @@ def test_self_check_of_a_custom_attention():
     assert [type(module) for module in vit.modules()] == before
 
 
+# Attentions that turn autocast off
+
+
+class Float32Attention(Attention):
+    def forward(self, x, **masks):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float(), **masks)
+
+
+class UncastAttention(Attention):
+    """Fails with a dtype error for tokens in bfloat16."""
+
+    def forward(self, x, **masks):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x, **masks)
+
+
+class DecoratedAttention(Attention):
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, x, **masks):
+        return super().forward(x, **masks)
+
+
+def in_full_precision(kind):
+    return torch.autocast(kind, enabled=False)
+
+
+class HelperAttention(Attention):
+    def forward(self, x, **masks):
+        with in_full_precision(x.device.type):
+            return super().forward(x, **masks)
+
+
+class MethodAttention(Attention):
+    def full_precision(self):
+        return torch.amp.autocast("cpu", enabled=False)
+
+    def forward(self, x, **masks):
+        with self.full_precision():
+            return super().forward(x, **masks)
+
+
+class Float32Linear(nn.Linear):
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x)
+
+
+def with_float32_projection():
+    vit = tiny_vit()
+    for block in vit.blocks:
+        block.attn.qkv.__class__ = Float32Linear
+    return vit
+
+
+UNCAST = {
+    kind.__name__: lambda kind=kind: with_attention(kind)
+    for kind in (Float32Attention, UncastAttention, DecoratedAttention, HelperAttention, MethodAttention)
+}
+UNCAST["a projection of it"] = with_float32_projection
+
+
+@pytest.mark.parametrize("name", UNCAST)
+def test_attention_that_turns_autocast_off_gets_the_same_dtype_as_without_prompts(name):
+    vit, prompts = UNCAST[name](), [random_prompts(4, 24, seed=layer).float() for layer in range(2)]
+    images, inputs = IMAGES.float(), []
+    for block in vit.blocks:
+        block.attn.qkv.register_forward_pre_hook(lambda _, args: inputs.append(args[0].dtype))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with concatenated_prompts(vit.blocks, prompts):
+            expected = reference_feature(vit, images)
+        dtypes = inputs.copy()
+        backbone = find_backbone(vit)
+        backbone.attach()
+        inputs.clear()  # those of the self-check
+        actual = backbone.pool(backbone.run(backbone.embed(images), 0, prompts))
+    assert set(inputs) == set(dtypes) == {torch.float32}
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+
+
+def test_attention_without_autocast_gets_tokens_in_its_dtype():
+    vit, dtypes = tiny_vit(), []
+    backbone = find_backbone(vit)
+    backbone.attach()
+    for block in vit.blocks:
+        block.attn.qkv.register_forward_pre_hook(lambda _, args: dtypes.append(args[0].dtype))
+    prompts = [random_prompts(4, 24, seed=layer).float() for layer in range(2)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        backbone.run(backbone.embed(IMAGES.float()), 0, prompts)
+    assert set(dtypes) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("phase", ["shared", "group"])
 def test_threads_have_their_own_prompts(phase):
     """Eight threads at once, with separate adapters on the same block classes, and with the same ViT."""
@@ -423,3 +515,21 @@ def test_hooks_on_blocks_run_when_compiled_with_checkpointing():
     torch.compiler.reset()
     compiled = torch.compile(adapter.features, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(IMAGES), expected)
+
+
+def test_a_failed_checkpointed_block_restores_the_state_of_its_thread(monkeypatch):
+    """While compiling; here the function for compilers is called directly."""
+    vit = tiny_vit()
+    attach_blocks(vit.blocks, 24, hint="")
+    tokens, prompt = torch.randn(2, 5, 24, requires_grad=True), torch.randn(1, 3, 24)
+    plain = vit.blocks[1](tokens)
+
+    def fail(*args, **kwargs):
+        raise ValueError("in the block")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_prompted, "checkpoint", fail)
+        with pytest.raises(ValueError, match="in the block"):
+            _prompted.checkpoint_in_graph(vit.blocks[0], tokens, prompt, {})
+    assert _prompted._local.prompt is None
+    assert torch.equal(vit.blocks[1](tokens), plain)

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lpt_peft.backbones.bundled.glyph_vit import NAME as BUNDLED
-from lpt_peft.backbones.bundled.glyph_vit import glyph_vit
+from lpt_peft.backbones.bundled import NAME as BUNDLED
 from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.errors import BackboneError
 
@@ -153,6 +152,8 @@ def _without_tag(title: str) -> str:
 
 def _bundled() -> Iterator[Entry]:
     def make() -> nn.Module:
+        from lpt_peft.backbones.bundled.glyph_vit import glyph_vit  # noqa: PLC0415 - imports timm
+
         with torch.device("cpu"):  # its weights are values, which the meta device drops
             return glyph_vit()
 

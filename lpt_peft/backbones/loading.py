@@ -14,13 +14,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import nn
 
 from lpt_peft._text import printable
-from lpt_peft.backbones.bundled.glyph_vit import NAME as BUNDLED
-from lpt_peft.backbones.bundled.glyph_vit import TAG, glyph_config, glyph_vit
-from lpt_peft.backbones.by_name import BUILDERS
+from lpt_peft.backbones.bundled import NAME as BUNDLED
+from lpt_peft.backbones.bundled import TAG
 from lpt_peft.errors import ConfigError
 
 MAX_IMAGE_SIZE = 2048
@@ -70,6 +68,9 @@ def build_backbone(
         >>> vit.patch_embed.img_size, vit.num_classes
         ((32, 32), 0)
     """
+    from lpt_peft.backbones.bundled.glyph_vit import glyph_vit  # noqa: PLC0415 - imports timm
+    from lpt_peft.backbones.by_name import BUILDERS  # noqa: PLC0415 - imports timm
+
     if spec in {BUNDLED, f"lpt_peft/{BUNDLED}"}:
         if not pretrained or img_size is not None or weights_file is not None or model_args:
             raise ConfigError(
@@ -117,13 +118,8 @@ def can_build(info: Mapping[str, Any]) -> bool:
 
 def _plan(info: Mapping[str, Any]) -> Callable[[], nn.Module]:
     """Return a function that builds the model."""
-    if info["library"] == "timm" and (info["architecture"], info["pretrained_tag"]) == (BUNDLED, TAG):
-        if dict(info["model_args"]) != glyph_config()["model_args"]:
-            raise _refusal(info, "its sizes are not those of the bundled model")
-        return glyph_vit
     if info["library"] == "timm":
-        name, arguments = _plan_timm(info)
-        return lambda: timm.create_model(name, pretrained=True, **arguments).eval()
+        return _plan_timm(info)
     if info["library"] != "transformers":
         raise _refusal(info, f'models of "{info["library"]:.40}" are not built here')
     if find_spec("transformers") is None:
@@ -137,14 +133,22 @@ def _plan(info: Mapping[str, Any]) -> Callable[[], nn.Module]:
     return partial(loading.load, info)
 
 
-def _plan_timm(info: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and arguments for timm, from its list."""
+def _plan_timm(info: Mapping[str, Any]) -> Callable[[], nn.Module]:
+    import timm  # noqa: PLC0415 - takes a second to import
+
+    from lpt_peft.backbones.bundled.glyph_vit import glyph_config, glyph_vit  # noqa: PLC0415 - imports timm
+
     architecture, tag = info["architecture"], info["pretrained_tag"]
+    if (architecture, tag) == (BUNDLED, TAG):
+        if dict(info["model_args"]) != glyph_config()["model_args"]:
+            raise _refusal(info, "its sizes are not those of the bundled model")
+        return glyph_vit
     if architecture not in timm.list_models():
         raise _refusal(info, f"timm {timm.__version__} has no such architecture")
     if tag is None or f"{architecture}.{tag}" not in timm.list_models(pretrained=True):
         raise _refusal(info, f"timm {timm.__version__} has no pretrained weights of that tag")
-    return f"{architecture}.{tag}", _arguments(info)
+    arguments = _arguments(info)
+    return lambda: timm.create_model(f"{architecture}.{tag}", pretrained=True, **arguments).eval()
 
 
 def _arguments(info: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class FrozenWeights:
             ConfigError: Another dtype is given.
         """
         if dtype not in _DTYPES:
-            raise ConfigError(f"dtype={dtype} must be torch.float32, torch.bfloat16 or torch.float16.")
+            raise ConfigError(f"dtype={dtype!r} must be torch.float32, torch.bfloat16 or torch.float16.")
         original = self.compute_fingerprint()
         for module in self._backbone.model.modules():
             for parameter in module.parameters(recurse=False):

@@ -6,6 +6,7 @@ is described in docs/explanation/prompt-file.md. Not here: adapters (`lpt_peft.p
 
 from lpt_peft.checkpoint.content import USAGE, PromptContent
 from lpt_peft.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
+from lpt_peft.checkpoint.limits import check_writable
 from lpt_peft.checkpoint.match import CheckBackbone, check_match
 from lpt_peft.checkpoint.prompt_file import (
     MAX_FILE_BYTES,
@@ -15,6 +16,7 @@ from lpt_peft.checkpoint.prompt_file import (
     read_prompt_file,
     write_prompt_file,
 )
+from lpt_peft.checkpoint.relabel import LabelChanges, relabel
 
 __all__ = [
     "CONFIG_NAME",
@@ -23,10 +25,13 @@ __all__ = [
     "WEIGHTS_NAME",
     "CheckBackbone",
     "Encoded",
+    "LabelChanges",
     "PromptContent",
     "check_match",
+    "check_writable",
     "decode",
     "encode",
     "read_prompt_file",
+    "relabel",
     "write_prompt_file",
 ]

@@ -31,6 +31,7 @@ from lpt_peft._json import (
     sha256,
     text,
 )
+from lpt_peft._text import control_character
 from lpt_peft._version import __version__
 from lpt_peft.backbones import BackboneInfo
 from lpt_peft.backbones.fingerprint import ALGORITHM
@@ -44,6 +45,13 @@ FORMAT_VERSION = 2
 MAX_TRAINING_BYTES = 2**16
 MAX_TENSOR_BYTES = 2**34  # 16 GiB: a million classes of width 4096 in float32
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
+
+
+def _label_name(value: Any, path: str) -> None:
+    text(value, path)
+    if (found := control_character(value)) is not None:
+        raise BrokenRule(f"{path}={value!r:.80} must not contain control characters, but contains {found}")
+
 
 _SIZE = integer(1, 10**6)
 _BACKBONE = {
@@ -68,7 +76,7 @@ _PROMPT_SIZES = ("prompt_length", "shared_layers", "pool_size", "top_k", "dim", 
 _HEAD = {
     "num_classes": integer(1, MAX_CLASSES),
     "logit_scale": positive,
-    "label_names": nullable(list_of(text, 1, MAX_CLASSES)),
+    "label_names": nullable(list_of(_label_name, 1, MAX_CLASSES)),
 }
 _CONTENT = {
     "format": one_of(FORMAT),
@@ -123,6 +131,11 @@ def content_to_config(content: PromptContent, tensors: Mapping[str, Mapping[str,
         raise BrokenRule(f"training, label_names and class_counts must be plain JSON: {error}") from error
     _CONTENT_RULE(checked, "")
     _check_together(checked)
+    if (size := tensor_bytes(checked)) > MAX_TENSOR_BYTES:
+        raise BrokenRule(
+            f"the tensors take {size} bytes, at most {MAX_TENSOR_BYTES} are read; use a smaller pool, shorter prompts "
+            "or fewer classes"
+        )
     return checked
 
 

@@ -25,7 +25,7 @@ def inspect(
     """Check a prompt file and print its contents; no backbone is needed.
 
     Args:
-        source: A folder, or owner/name on the Hugging Face Hub.
+        source: A prompt file or the output folder of a run, or owner/name on the Hugging Face Hub.
         revision: Branch, tag or commit of the repository.
         subfolder: Folder inside the folder or repository.
         as_json: Print the configuration in the header of prompts.safetensors.
@@ -47,11 +47,13 @@ def _read(source: str, revision: str | None, subfolder: str | None) -> tuple[Pro
     """The content, and the bytes of config.json beside it."""
     from lpt_peft.checkpoint import decode
     from lpt_peft.checkpoint.files import read_copy
-    from lpt_peft.hub import HubLocation, is_repository, pull, pull_copy, read_prompts
+    from lpt_peft.cli.common.paths import prompt_folder
+    from lpt_peft.hub import HubLocation, check_subfolder, is_repository, pull, pull_copy, read_prompts
 
     if not is_repository(source):
-        content = read_prompts(source, revision=revision, subfolder=subfolder)
-        return content, read_copy(Path(source, subfolder or ""))
+        check_subfolder(subfolder)
+        folder = prompt_folder(Path(source, subfolder or ""))
+        return read_prompts(folder, revision=revision), read_copy(folder)
     pulled = pull(HubLocation(repo_id=source, revision=revision, subfolder=subfolder))
     return decode(pulled.weights), pull_copy(HubLocation(repo_id=source, revision=pulled.commit, subfolder=subfolder))
 

@@ -27,7 +27,7 @@ def push(
     """Push a prompt file, and a model card if the repository has none. Log in first: hf auth login, or HF_TOKEN.
 
     Args:
-        folder: Folder with prompts.safetensors; nothing else in it is sent.
+        folder: A prompt file, or the output folder of a run; only its prompts are sent.
         repo: owner/name; created if missing.
         revision: Branch, created if missing.
         subfolder: Folder inside the repository.
@@ -39,10 +39,11 @@ def push(
         as_json: Print one JSON object.
     """
     from lpt_peft.checkpoint import read_prompt_file
+    from lpt_peft.cli.common.paths import prompt_folder
     from lpt_peft.hub import push as push_content
 
     info = push_content(
-        read_prompt_file(folder),
+        read_prompt_file(prompt_folder(folder)),
         repo,
         revision=revision,
         subfolder=subfolder,

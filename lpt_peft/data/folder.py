@@ -20,12 +20,14 @@ from lpt_peft.errors import InputError, UnlabelledError
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_SPLITS = {"train", "val", "valid", "validation", "dev", "test"}
+
 
 def image_folder(
     root: str | os.PathLike[str],
     class_names: ClassNames | None = None,
     *,
-    ignore: Iterable[str | os.PathLike[str]] = (),
+    ignore: str | os.PathLike[str] | Iterable[str | os.PathLike[str]] = (),
     **options: Unpack[Options],
 ) -> LabelledImages:
     """Open the images below `root/<class>/`; labels number the classes in sorted order of their names.
@@ -38,8 +40,8 @@ def image_folder(
         class_names: (C,) names of the folders in label order, or a mapping as in `LabelledImages`; None uses the
             existing folders, sorted. For a validation split pass those of the training set, with `allow_empty=True` if
             classes may be missing.
-        ignore: Files and folders to leave out, such as the output of a run inside the data; absolute, or relative to
-            `root`.
+        ignore: A path or several: files and folders to leave out, such as the output of a run inside the data;
+            absolute, or relative to `root`.
         **options: Options of `LabelledImages`.
 
     Raises:
@@ -51,17 +53,21 @@ def image_folder(
         raise InputError(
             f"root={os.fspath(root)!r} is not a folder; pass the folder that contains one folder per class."
         )
-    found = ClassFolders(root, ignore)
+    found = ClassFolders(root, [ignore] if isinstance(ignore, (str, os.PathLike)) else ignore)
     if not found.class_names:
         _refuse_without_classes(root, found)
     names, labels, notes = _labels(root, found, class_names)
     if not len(found.paths):
         raise InputError(
-            f"The class folders of {root} contain no image that Pillow can read. They contain: "
-            f"{_reasons(found) or 'nothing'}."
+            f"The class folders of {root} contain no image that Pillow can read. They contain: {_reasons(found)}."
         )
     counts = np.bincount(labels, minlength=len(names))
     empty = [name for name, count in zip(names, counts, strict=True) if not count and name in found.class_names]
+    if empty and not options.get("allow_empty"):
+        raise InputError(
+            f"{len(empty)} of {len(names)} classes have no image; the first is label {names.index(empty[0])} "
+            f"({empty[0]!r}), whose folder contains: {_reasons(found, empty[0])}. Remove the folder, or add images."
+        )
     if empty:
         notes.append(f"class folders without an image: {', '.join(map(repr, empty[:5]))}")
     return LabelledImages(ImageFiles(root, found.paths), labels, names, left_out=found.left_out, notes=notes, **options)
@@ -77,8 +83,13 @@ def _refuse_without_classes(root: str | os.PathLike[str], found: ClassFolders) -
     raise InputError(f"{root} has no class folder; sort the images into one folder per class.{detail}")
 
 
-def _reasons(found: ClassFolders) -> str:
-    return ", ".join(f"{len(files)} {reason}" for reason, files in sorted(found.left_out.items()))
+def _reasons(found: ClassFolders, class_name: str | None = None) -> str:
+    """Count what was left out, in all or in a class folder."""
+    counts = {reason: len(files) for reason, files in sorted(found.left_out.items())}
+    if class_name is not None:
+        start = class_name + os.sep
+        counts = {reason: sum(file.startswith(start) for file in found.left_out[reason]) for reason in counts}
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count) or "nothing"
 
 
 def _labels(
@@ -96,6 +107,12 @@ def _labels(
     ]
     if CLOSED in found.left_out:
         notes.append(f"images may be missing: {len(found.left_out[CLOSED])} folders cannot be opened")
+    folders = set(found.class_names)
+    if class_names is None and {"train"} < folders <= _SPLITS:
+        raise InputError(
+            f"{root} has the folders {', '.join(found.class_names)}, which look like splits and not like classes. Pass "
+            f"{Path(root, 'train')}, or class_names= if they are classes."
+        )
     if class_names is None:
         return found.class_names, found.labels, notes
     names = checked_names(class_names)

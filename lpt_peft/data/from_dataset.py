@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lpt_peft.data._dataset_labels import ListedLabels, compare_with_items, listed_labels
 from lpt_peft.data.checks import ClassNames
-from lpt_peft.data.dataset_labels import ListedLabels, compare_with_items, listed_labels
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ItemImages
 from lpt_peft.errors import InputError

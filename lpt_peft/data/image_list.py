@@ -16,8 +16,6 @@ from lpt_peft.data.sources import ImageFiles
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_SAMPLE = 20
-
 
 def image_list(
     list_file: str | os.PathLike[str],
@@ -54,15 +52,4 @@ def image_list(
     labels = np.frombuffer(table.labels, dtype=np.int64)
     names = table.names if given is None else given
     notes = [f"the first row is read as a header: {', '.join(table.header)}"] if table.header else []
-    return LabelledImages(images, labels, names, notes=[*notes, *_notes(images, root)], **options)
-
-
-def _notes(images: ImageFiles, root: str | os.PathLike[str]) -> list[str]:
-    """Remark if no file of a sample exists, which usually means another root."""
-    sample = [images.path(index) for index in range(0, len(images), max(len(images) // _SAMPLE, 1))][:_SAMPLE]
-    if any(Path(path).exists() for path in sample):
-        return []
-    hint = "; paths with \\ are those of Windows" if "\\" in sample[0] and os.sep == "/" else ""
-    return [
-        f"none of {len(sample)} files that were looked for exists below {os.fspath(root)}, such as {sample[0]}{hint}"
-    ]
+    return LabelledImages(images, labels, names, notes=[*notes, *images.missing_notes()], **options)

@@ -13,17 +13,16 @@ from typing import Any, Literal, TypedDict
 from torch.utils.data import Dataset
 
 from lpt_peft._numbers import checked_integer
+from lpt_peft.data._unreadable import MAX_NAMES, ClassOrder, UnreadableImages, first_names, missing_files, short_error
 from lpt_peft.data.checks import ClassNames, checked_classes
 from lpt_peft.data.files.reading import WHITE, Color, Reading
 from lpt_peft.data.inspection.summary import DataSummary
 from lpt_peft.data.sources import Images, SubsetSource
-from lpt_peft.data.unreadable import ClassOrder, UnreadableImages
 from lpt_peft.errors import ConfigError, InputError
 from lpt_peft.samplers.checks import Labels
 
 Unreadable = Literal["error", "skip"]
 Verify = Literal["no", "exists", "decode"]
-_MAX_NAMES = 5  # in a message
 
 
 class Options(TypedDict, total=False):
@@ -176,11 +175,13 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         positions = self.unreadable_images.positions()
         if not positions:
             return None
-        causes = ((self.images.name(position), self._attempt(position)[1]) for position in positions[:_MAX_NAMES])
-        names = ", ".join(f"{name} ({_short(error)})" if error else name for name, error in causes)
+        names = []
+        for position in positions[: MAX_NAMES + 1]:
+            error = self._attempt(position)[1]
+            names.append(self.images.name(position) + (f" ({short_error(error)})" if error else ""))
         return (
             f"{len(positions)} of {len(self)} images cannot be read; other images of their classes replaced them: "
-            f"{names}{', ...' if len(positions) > _MAX_NAMES else ''}"
+            f"{first_names(names)}"
         )
 
     def about(self) -> dict[str, Any]:
@@ -225,12 +226,12 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         name = self.images.name(position)
         if self._policy == "error":
             raise InputError(
-                f"{name} (index {position}) cannot be read: {_short(error)}. Repair or remove it, or pass "
+                f"{name} (index {position}) cannot be read: {short_error(error)}. Repair or remove it, or pass "
                 'unreadable="skip" to replace it by another image of its class.'
             ) from error
         self.unreadable_images.add(
             [position],
-            f"{name} (index {position}) cannot be read: {_short(error)}. Another image of its class replaces it; "
+            f"{name} (index {position}) cannot be read: {short_error(error)}. Another image of its class replaces it; "
             "`skipped` of the data set names all such images.",
         )
         for other in self._candidates(position):
@@ -265,15 +266,13 @@ class LabelledImages(Dataset[tuple[Any, int]]):
 
     def _verify(self, method: Verify) -> None:
         if method == "exists":
-            paths = ((position, self.images.path(position)) for position in range(len(self)))
-            broken = [position for position, path in paths if path is not None and not os.path.isfile(path)]  # noqa: PTH113
+            broken = missing_files(self.images)
         else:
             broken = [position for position in range(len(self)) if self._attempt(position)[1] is not None]
         if not broken:
             return
-        names = ", ".join(self.images.name(position) for position in broken[:_MAX_NAMES])
-        names += ", ..." if len(broken) > _MAX_NAMES else ""
         verb = "are missing" if method == "exists" else "cannot be read"
+        names = first_names([self.images.name(position) for position in broken[: MAX_NAMES + 1]])
         found = f"{len(broken)} of {len(self)} images {verb}: {names}."
         if self._policy == "error":
             raise InputError(
@@ -281,8 +280,3 @@ class LabelledImages(Dataset[tuple[Any, int]]):
                 "images of their classes."
             )
         self.unreadable_images.add(broken, f"{found} Other images of their classes replace them.")
-
-
-def _short(error: Exception) -> str:
-    text = str(error).rstrip(".") or "no message"
-    return f"{type(error).__name__}: {text[:200]}"

@@ -69,7 +69,8 @@ def inaturalist(
             f"{annotations} lists {len(found)} categories that differ from the {len(class_names)} of the training set, "
             "so their labels would not agree. List all categories in both files, in the same order of ids."
         )
-    return LabelledImages(ImageFiles(root, paths), labels, found, **options)
+    images = ImageFiles(root, paths)
+    return LabelledImages(images, labels, found, notes=images.missing_notes(), **options)
 
 
 def _read_json(file: Path) -> Mapping[str, Any]:

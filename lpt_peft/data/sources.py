@@ -16,6 +16,8 @@ from PIL import Image
 from lpt_peft.data.files.reading import open_image
 from lpt_peft.errors import InputError
 
+_SAMPLE = 20
+
 
 class Images(Protocol):
     """Protocol of an image source."""
@@ -65,6 +67,18 @@ class ImageFiles:
     def path(self, index: int) -> str:
         """Path including the root."""
         return os.path.join(self._root, self._paths[index])  # noqa: PTH118 - a Path for each of 500,000 is slow
+
+    def missing_notes(self) -> list[str]:
+        """Remark if no file of a sample exists, which usually means another root."""
+        sample = [self.path(index) for index in range(0, len(self), max(len(self) // _SAMPLE, 1))][:_SAMPLE]
+        if any(Path(path).exists() for path in sample):
+            return []
+        hint = "; paths with \\ are those of Windows" if "\\" in sample[0] and os.sep == "/" else ""
+        if not Path(sample[0]).suffix:
+            hint = "; the paths have no ending such as .jpg"
+        return [
+            f"none of {len(sample)} files that were looked for exists below {self._root}, such as {sample[0]}{hint}"
+        ]
 
 
 class ArrayImages:

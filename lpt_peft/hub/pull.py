@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 
 from huggingface_hub import HfFileMetadata, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -65,6 +65,8 @@ def read_prompts(
         HubError: The Hub did not deliver it.
         ConfigError: An argument is out of range.
     """
+    if not isinstance(source, (str, PathLike)) or isinstance(fspath(source), bytes):
+        raise ConfigError(f'source={source!r:.80} must be a folder, or "owner/name" on the Hugging Face Hub.')
     if is_repository(source):
         location = HubLocation(
             repo_id=str(source),

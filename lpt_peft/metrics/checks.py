@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,21 @@ def as_integers(name: str, values: Counts, size: int | None = None) -> Tensor:
         hint = "Count labels with torch.bincount(labels, minlength=num_classes)."
         values = counts_in_order(values, name)
     else:
-        hint = f"Labels go from 0 to {size - 1}, the indices of class_counts; scores need .argmax(dim=1)."
+        hint = f"Labels go from 0 to {size - 1}, the indices of class_counts."
     try:
-        tensor = torch.as_tensor(values, device="cpu")
+        tensor = torch.as_tensor(np.array(values) if _is_column(values) else values, device="cpu")
+        tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} must be a tensor or sequence of integers: {error}. {hint}") from error
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        if size is not None and tensor.ndim == 2:
+            hint = (
+                f"Pass {name}.squeeze(1)."
+                if tensor.shape[1] == 1
+                else f"Convert rows of scores with {name}.argmax(dim=1)."
+            )
+        elif size is not None and tensor.ndim == 1:
+            hint = f"Convert class indices with {name}.long(). {hint}"
         raise InputError(f"{name} must be integers (N,), not {tensor.dtype} of shape {tuple(tensor.shape)}. {hint}")
     tensor = tensor.to(torch.int64, copy=True)
     if size is None and len(tensor) == 0:
@@ -39,3 +49,8 @@ def as_integers(name: str, values: Counts, size: int | None = None) -> Tensor:
 def first_true(mask: Tensor) -> int:
     """Index of the first True in (N,)."""
     return int(mask.nonzero()[0])
+
+
+def _is_column(values: object) -> bool:
+    """Whether a value is a column of a table, such as a pandas Series, which torch reads by its index."""
+    return hasattr(values, "__array__") and not isinstance(values, (Tensor, np.ndarray))

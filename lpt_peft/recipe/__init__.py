@@ -7,7 +7,8 @@ samplers and metrics do not depend on this package. It needs the extra `lpt_peft
     settings.py, presets.py   configuration
     training/                 one phase: initialization, loop, step, optimizer, schedule
     loading/                  batches, worker processes, validation split
-    resume/                   checkpoints, Ctrl-C
+    resume/                   checkpoints, folders, Ctrl-C
+    summary.py, progress.py   output on stderr
     evaluate.py, checks.py, parallel.py
 
 Public names are imported on first use, so reading settings imports neither torch nor Accelerate.

@@ -11,29 +11,29 @@ Not here: training (`train.py`), and opening data and backbone (`lpt_peft.cli`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
 from lpt_peft._files import write_atomic
 from lpt_peft.adapter import LongTailPromptAdapter
+from lpt_peft.checkpoint.files import foreign_config, is_own_config, read_copy
 from lpt_peft.data.images import LabelledImages
-from lpt_peft.errors import LPTError, StateError
+from lpt_peft.errors import ConfigError, PromptFileExistsError, StateError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.metrics.result import SHOTS
 from lpt_peft.recipe.checks import check_evaluation_split
 from lpt_peft.recipe.evaluate import evaluate
 from lpt_peft.recipe.parallel import on_main_process
+from lpt_peft.recipe.progress import Reporter
+from lpt_peft.recipe.resume.folders import check_folder, write_errors
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.train import make_accelerator, train
 
-_CHOOSE = "Choose another folder, change its permissions, or free disk space."
 CHECKPOINTS, PROMPTS, HISTORY, RESULTS = "checkpoints", "prompts", "history.json", "results.json"
 
 
@@ -80,12 +80,14 @@ def fit(
     """
     accelerator = accelerator or make_accelerator(settings)
     metrics = ShotMetrics.from_rule(shot_rule, splits.train.class_counts)
+    reading = splits.train.reading
 
     def save(folder: Path, figures: Mapping[str, Mapping[str, float | None]]) -> None:
         adapter.save_pretrained(
             folder,
             class_counts=splits.train.class_counts,
             label_names=splits.train.class_names,
+            preprocess=reading.to_preprocess(),
             training={
                 "recipe": settings.to_dict(),
                 "metrics": figures,
@@ -95,11 +97,18 @@ def fit(
 
     def check() -> None:
         check_folder(output)
+        _check_prompts_folder(output / PROMPTS)
         # Everything that the writer refuses must be found before training.
-        with write_errors(output, _CHOOSE), TemporaryDirectory(prefix=".trial-", dir=output) as trial:
+        with write_errors(output), TemporaryDirectory(prefix=".trial-", dir=output) as trial:
             save(Path(trial), dict.fromkeys(("validation", "test"), dict.fromkeys(SHOTS, 1 / 3)))
 
     on_main_process(accelerator, check)
+    for name, split in (("validation", splits.validation), ("test", splits.test)):
+        if getattr(split, "reading", reading) != reading:
+            raise ConfigError(
+                f"The training split is read with {reading}, the {name} split with {getattr(split, 'reading', None)}: "
+                "give all transforms the same exif and background."
+            )
     if splits.test is not None:
         check_evaluation_split(adapter.to(accelerator.device), splits.test, "test", accelerator)
     history = train(
@@ -110,18 +119,23 @@ def fit(
         validation=splits.validation,
         accelerator=accelerator,
         checkpoints=output / CHECKPOINTS,
-        about={**splits.train.about(), **(about or {})},
+        about={
+            **splits.train.about(),
+            **{f"images.{name}": value for name, value in reading.to_preprocess().items()},
+            **(about or {}),
+        },
         shot_rule=shot_rule,
         resume=resume,
         progress=progress,
     )
-    results = {
-        name: evaluate(
-            adapter, split, metrics, num_workers=settings.num_workers, distributed=True, accelerator=accelerator
-        )
-        for name, split in (("validation", splits.validation), ("test", splits.test))
-        if split is not None
-    }
+    results = {}
+    with Reporter(progress, accelerator.is_main_process).unreadable_images(splits.test):
+        for name, split in (("validation", splits.validation), ("test", splits.test)):
+            if split is not None:
+                workers = settings.num_workers
+                results[name] = evaluate(
+                    adapter, split, metrics, num_workers=workers, distributed=True, accelerator=accelerator
+                )
 
     def write() -> None:
         figures = {name: {shot: getattr(result, shot) for shot in SHOTS} for name, result in results.items()}
@@ -134,35 +148,10 @@ def fit(
     return results
 
 
-def check_folder(folder: Path) -> None:
-    """Check that a file can be written into a folder, which is created if missing.
-
-    Raises:
-        StateError: It is not a folder, or not writable; the message names the reason.
-    """
-    probe = folder / f".{uuid4().hex}"
-    with write_errors(folder, _CHOOSE):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            probe.write_bytes(b"lpt_peft")
-        finally:
-            with suppress(OSError):
-                probe.unlink()
-
-
-@contextmanager
-def write_errors(folder: Path, cure: str) -> Iterator[None]:
-    """Raise errors of the operating system as `StateError`, with the folder, the reason and a cure.
-
-    Raises:
-        StateError: Instead of an `OSError`.
-    """
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, LPTError):
-            raise
-        raise StateError(f"The output folder {folder} is not writable: {error.strerror or error}. {cure}") from error
+def _check_prompts_folder(folder: Path) -> None:
+    existing = read_copy(folder)
+    if existing is not None and not is_own_config(existing):
+        raise PromptFileExistsError(foreign_config(str(folder)))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as terminal_bar
+
+from lpt_peft.data.images import LabelledImages
 
 _INTERVAL = 300.0  # seconds between lines within an epoch
 
@@ -38,6 +41,25 @@ class Reporter:
             self.note(f"warning: {text}")
         elif self._is_main:
             warnings.warn(text, stacklevel=3)
+
+    @contextmanager
+    def unreadable_images(self, *datasets: Any) -> Iterator[None]:
+        """Name unreadable images that were replaced once, at the end of the context, instead of the first as found.
+
+        Args:
+            *datasets: Every `LabelledImages` among them reports its images.
+        """
+        found = [dataset for dataset in datasets if isinstance(dataset, LabelledImages)]
+        announce = [dataset.unreadable_images.announce for dataset in found]
+        for dataset in found:
+            dataset.unreadable_images.announce = False
+        try:
+            yield
+        finally:
+            for dataset, before in zip(found, announce, strict=True):
+                dataset.unreadable_images.announce = before
+                if report := dataset.skipped_report():
+                    self.warn(report)
 
     def phase(self, name: str, *, steps: int, steps_per_epoch: int, start: int, images: int, later: int) -> Progress:
         """Start reporting a phase.

@@ -115,6 +115,8 @@ def train(
     )
     if saved:
         reporter.note(f"Resuming phase {saved.phase} after step {saved.numbers['step']}, saved in {saved.path}")
+    elif store is not None and store.removed:
+        reporter.note(f"Removed {store.removed} checkpoints of an earlier run in {store.folder}")
     history: History = list(saved.history) if saved else []
     names = list(settings.plan)
     counts = torch.bincount(torch.as_tensor(labels), minlength=adapter.prompt_config.num_classes)
@@ -146,7 +148,7 @@ def train(
         save=None if store is None else save,
     )
     try:
-        with preserve_random_state():
+        with reporter.unreadable_images(dataset, validation), preserve_random_state():
             for name in names[names.index(saved.phase) if saved else 0 :]:
                 trained = saved.adapter if saved else None
                 begin_phase(adapter, name, dataset, settings, accelerator=accelerator, reporter=reporter, saved=trained)
@@ -158,8 +160,6 @@ def train(
     finally:
         if evaluation is not None:
             evaluation.close()
-        for images in (dataset, validation):
-            _report_skipped(images, reporter)
     if names:
         adapter.phase = "shared" if names[-1] == "shared" else "group"  # "joint" also trained the shared prompt
     adapter.eval()
@@ -215,11 +215,8 @@ def run_phase(
         history=[],
         reporter=reporter,
     )
-    try:
-        with preserve_random_state():
-            loop.run(loop.start_phase(model, name, phase))
-    finally:
-        _report_skipped(dataset, reporter)
+    with reporter.unreadable_images(dataset), preserve_random_state():
+        loop.run(loop.start_phase(model, name, phase))
     model.eval()
     return loop.history
 
@@ -242,10 +239,3 @@ def make_accelerator(settings: TrainSettings, **options: Any) -> Accelerator:
             f'Accelerate cannot be set up with mixed_precision="{settings.mixed_precision}": {error} Its configuration '
             "is fixed by the first Accelerator of a process."
         ) from error
-
-
-def _report_skipped(dataset: Dataset[Any] | None, reporter: Reporter) -> None:
-    """Name the images that could not be read and were replaced."""
-    report = getattr(dataset, "skipped_report", None)
-    if report is not None and (text := report()):
-        reporter.warn(text)

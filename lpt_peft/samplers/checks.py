@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set, ValuesView
 from typing import Any
 
 import numpy as np
@@ -22,24 +22,47 @@ def checked_labels(labels: Labels) -> Rows:
     """Check labels (N,) and return them as int64."""
     if isinstance(labels, Dataset):
         raise InputError(f"labels is a dataset ({type(labels).__name__}): pass its labels, often dataset.targets.")
+    if isinstance(labels, (str, bytes, Mapping, Set, ValuesView, Iterator)):
+        raise InputError(
+            f"labels is a {type(labels).__name__}: pass a list, an array or a tensor with the class of every image, in "
+            "the order of the images."
+        )
+    if isinstance(labels, np.ma.MaskedArray) and np.ma.is_masked(labels):
+        raise InputError("labels have masked entries: remove unlabeled images.")
     try:
         array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"labels cannot be converted to a one-dimensional integer array: {error}") from error
     if array.size == 0:
         raise InputError("labels are empty: pass the class of every training image.")
     if array.ndim != 1:
-        raise InputError(
-            f"labels must be one-dimensional, not of shape {tuple(array.shape)}: pass one class per image, "
-            f"for example labels.argmax(1) of one-hot rows."
-        )
+        hint = "pass one class per image"
+        if array.ndim == 2:
+            hint = "pass labels[:, 0]" if array.shape[1] == 1 else "for one-hot rows, pass labels.argmax(1)"
+        raise InputError(f"labels must be one-dimensional, not of shape {tuple(array.shape)}: {hint}.")
+    if array.dtype.kind == "O":
+        array = _from_objects(array)
     if array.dtype.kind not in "iu":
-        raise InputError(f"labels must be integers, not {array.dtype}: encode the classes as 0, 1, 2, ...")
+        hint = "encode the classes as integers from 0"
+        if array.dtype.kind == "f":
+            missing = int(np.isnan(array).sum())
+            hint = f"remove the {missing} images without a label" if missing else "convert them with labels.astype(int)"
+        raise InputError(f"labels must be integers, not {array.dtype}: {hint}.")
     if array.min() < 0:
         raise InputError(
             f"labels must be at least 0, but labels[{array.argmin()}] is {array.min()}: remove unlabeled images."
         )
+    if array.max() > np.iinfo(np.int64).max:
+        raise InputError(f"labels[{array.argmax()}]={array.max()} is too large: encode the classes as integers from 0.")
     return array.astype(np.int64)
+
+
+def _from_objects(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Convert an array of Python integers, such as a column of a table."""
+    try:
+        return np.array([checked_integer(f"labels[{index}]", value, 0, 2**63 - 1) for index, value in enumerate(array)])
+    except ConfigError as error:
+        raise InputError(f"{error} Encode the classes as integers from 0, and remove unlabeled images.") from error
 
 
 def checked_replica(num_replicas: int | None, rank: int | None) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from lpt_peft import LongTailPromptAdapter
-from lpt_peft.errors import BackboneError, InputError, LPTError, StateError
+from lpt_peft.errors import BackboneError, ConfigError, InputError, LPTError, StateError
 from lpt_peft.prompting import Prompted
 from tests.backbones.models import ROWS, build, images, make, rows, wrap
 from tests.conftest import tiny_vit
@@ -112,6 +112,57 @@ def test_dynamic_image_size_is_not_refused():
     assert adapter(torch.randn(1, 3, 64, 48)).shape == (1, 3)
     with pytest.raises(InputError, match="Images are 64 x 50 px"):
         adapter(torch.randn(1, 3, 64, 50))
+
+
+LABELS = {
+    "column": (torch.tensor([[0], [1]]), r"int64 of shape \(2, 1\): pass labels\.squeeze\(1\)"),
+    "out of range": (torch.tensor([0, 9]), "labels has values from 0 to 9, and the classes are 0 to 4"),
+    "negative": (torch.tensor([-1, 0]), "labels has values from -1 to 0"),
+    "float": (torch.tensor([0.0, 1.0]), r"pass labels\.long\(\)"),
+    "int32": (torch.tensor([0, 1], dtype=torch.int32), r"pass labels\.long\(\)"),
+    "bool": (torch.tensor([True, False]), r"pass labels\.long\(\)"),
+    "other batch": (torch.tensor([0, 1, 2]), r"labels must be class indices \(2,\) int64"),
+    "integer one-hot": (torch.eye(5, dtype=torch.long)[:2], r"pass labels\.float\(\)"),
+    "other number of classes": (torch.rand(2, 4), r"probabilities \(2, 5\)"),
+    "list": ([0, 1], r"labels is a list: pass torch\.tensor\(labels\)"),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("wrong", LABELS)
+def test_wrong_labels(wrong, training):
+    labels, words = LABELS[wrong]
+    adapter = build("timm ViT", "group").train(training)
+    for criterion in (adapter.criterion, nn.CrossEntropyLoss()):
+        adapter.criterion = adapter.eval_criterion = criterion
+        with pytest.raises(InputError, match=words):
+            adapter(images(), labels=labels)
+
+
+def test_labels_that_cross_entropy_takes():
+    adapter = build("timm ViT")
+    for labels in (torch.tensor([0, 4]), torch.tensor([0, -100]), torch.eye(5)[:2]):
+        assert adapter(images(), labels=labels).loss.isfinite()
+
+
+def test_errors_of_a_criterion_with_right_labels_are_kept():
+    def fail(output, labels):
+        raise ZeroDivisionError
+
+    adapter = build("timm ViT")
+    adapter.eval_criterion = fail
+    with pytest.raises(ZeroDivisionError):
+        adapter(images(), labels=torch.tensor([0, 1]))
+    with pytest.raises(ConfigError, match=r"criterion=None must be a function or module"):
+        adapter.criterion = None
+
+
+@pytest.mark.parametrize("dropout", ["0.1", None, 1, -0.1, float("nan")])
+def test_wrong_dropout(dropout):
+    vit = tiny_vit()
+    with pytest.raises(ConfigError, match="head_dropout=.* must be a number of at least 0 and below 1"):
+        LongTailPromptAdapter.wrap(vit, head_dropout=dropout)
+    assert all(parameter.requires_grad for parameter in vit.parameters())
 
 
 # The model

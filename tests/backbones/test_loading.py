@@ -26,7 +26,7 @@ def created(monkeypatch):
         calls.append((name, arguments))
         return nn.Identity().train()
 
-    monkeypatch.setattr(module.timm, "create_model", create_model)
+    monkeypatch.setattr(timm, "create_model", create_model)
     return calls
 
 

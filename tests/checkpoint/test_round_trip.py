@@ -289,7 +289,9 @@ def read_prompt_file_of(weights, folder):
     return read_prompt_file(folder)
 
 
-@pytest.mark.parametrize("counts", [torch.arange(7), torch.arange(7).numpy(), range(7), iter(range(7))])
+@pytest.mark.parametrize(
+    "counts", [torch.arange(7), torch.arange(7).numpy(), range(7), {label: label for label in reversed(range(7))}]
+)
 def test_class_counts_of_any_kind(counts):
     assert encode_adapter(tiny_adapter(), class_counts=counts).config["class_counts"] == list(range(7))
 
@@ -299,14 +301,14 @@ def test_class_counts_of_any_kind(counts):
     [
         ({"class_counts": [1, 2, 3]}, "class_counts has 3 entries.*7 classes"),
         ({"class_counts": [1, 2, 3, 4, 5, 6, -7]}, r"class_counts\[6\]=-7 must be .* at least 0"),
-        ({"class_counts": [1.5] * 7}, "class_counts must hold one integer"),
-        ({"class_counts": 7}, "class_counts must hold"),
+        ({"class_counts": [1.5] * 7}, "class_counts must be one integer per class"),
+        ({"class_counts": 7}, "class_counts must be one integer per class"),
         ({"label_names": ["a"]}, "label_names has 1 entries"),
-        ({"label_names": "classes"}, "label_names must be a list"),
-        ({"label_names": [0] * 7}, "label_names must be a list"),
-        ({"label_names": [""] * 7}, r"label_names\[0\]='' must be text"),
-        ({"label_names": ["x" * 1025] * 7}, "1 to 1024 characters"),
-        ({"label_names": ["\ud800"] * 7}, "plain JSON.*surrogates"),
+        ({"label_names": "classes"}, "label_names must be one string per class"),
+        ({"label_names": [0] * 7}, r"label_names\[0\]=0 must be a string"),
+        ({"label_names": ["", *"abcdef"]}, r"label_names\[0\]='' must be text"),
+        ({"label_names": ["x" * 1025, *"abcdef"]}, "1 to 1024 characters"),
+        ({"label_names": ["\ud800", *"abcdef"]}, "plain JSON.*surrogates"),
         ({"training": {"loss": float("nan")}}, "plain JSON"),
         ({"training": {"when": object()}}, "plain JSON.*object"),
         ({"training": {1: "a", "1": "b"}}, "plain JSON"),
@@ -339,11 +341,13 @@ def test_training_that_nests_too_deeply_or_refers_to_itself():
 def test_a_header_too_large_to_be_read_is_not_written():
     adapter = LongTailPromptAdapter.wrap(tiny_vit(), 2000, prompt_length=1, pool_size=2)
     with pytest.raises(InputError, match="the header takes .* shorten label_names"):
-        encode_adapter(adapter, label_names=["x" * 1000] * 2000)
+        encode_adapter(adapter, label_names=[f"{label:01000}" for label in range(2000)])
     adapter.metadata = PromptMetadata(label_names=("n" * 200,) * 2000)
     decode(encode_adapter(adapter).weights)
     with pytest.raises(InputError, match="the header takes .* shorten label_names"):
-        encode_adapter(adapter, label_names=['"' * 200] * 2000)  # four characters each: escaped twice
+        encode_adapter(
+            adapter, label_names=['"' * 200 + str(label) for label in range(2000)]
+        )  # four characters each: escaped twice
     adapter = LongTailPromptAdapter.wrap(tiny_vit(), 600_000, prompt_length=1, pool_size=2)
     with pytest.raises(InputError, match="leave class_counts out"):
         encode_adapter(adapter, class_counts=[0] * 600_000)

@@ -76,7 +76,7 @@ def test_two_runs_of_one_phase_equal_a_run_of_both(run, data, tmp_path, capsys):
     others = write_images(tmp_path / "others", [4, 3, 0], seed=5)  # no cats
     words[1] = str(others)
     assert main([*words, "--output", str(tmp_path / "third"), "--start-from", first]) == 0
-    assert "the known rows of 2 classes; 1 class is not used: cat" in capsys.readouterr().err
+    assert "keeps the trained rows of 2 classes. In the file, but not used: 'cat'." in capsys.readouterr().err
     assert main([*second[:-2], "--output", str(tmp_path / "no"), "--start-from", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
     wrong = ["--prompt-length", "3", "--start-from", first]

@@ -345,6 +345,8 @@ def test_tables_with_class_names(tmp_path):
         ("path,image,label\na,b,1\n", {}, "has 3 columns"),
         ("path,label\na.png,0\nb.png\n", {}, "line 3: 'b.png' has no path or no label"),
         ("path,label\na.png,0\nb.png,cat\n", {}, "both integers and names as labels, such as '0' and 'cat'"),
+        ("path,label\na.png,0.0\nb.png,1.0\n", {}, r"has the label '0\.0'\. Write labels as integers"),
+        ("path,label\na.png,-1\nb.png,1\n", {}, "has the label '-1'.*remove rows of images without a label"),
         ("path,label\na.png,0\n", {"label_column": "kind"}, r"no column label_column='kind'; the columns are \['path'"),
     ],
 )
@@ -365,5 +367,7 @@ def test_missing_files_are_noted(tmp_path):
     [note] = image_list(tmp_path / "list.txt", tmp_path).summary.notes
     assert note.startswith("none of 2 files that were looked for exists below")
     assert note.endswith("paths with \\ are those of Windows")
+    (tmp_path / "kaggle.csv").write_text("id,breed\na1,dog\nb1,cat\n")
+    assert image_list(tmp_path / "kaggle.csv", tmp_path).summary.notes[1].endswith("have no ending such as .jpg")
     write_png(tmp_path / "train\\b.png", 0)
     assert not image_list(tmp_path / "list.txt", tmp_path).summary.notes

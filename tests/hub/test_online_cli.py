@@ -52,6 +52,36 @@ def test_push_inspect_pull(local, folder, tmp_path, capsys):
     assert local.requests == []
 
 
+def test_the_output_folder_of_a_run_is_pushed(local, folder, tmp_path, capsys):
+    assert main(["push", str(folder.parent), REPO]) == 0
+    assert local.hub.repositories[REPO].at("main").files["prompts.safetensors"].content == (
+        (folder / "prompts.safetensors").read_bytes()
+    )
+
+
+def test_a_copy_that_differs_on_the_hub(local, folder, capsys):
+    assert main(["push", str(folder), REPO]) == 0
+    local.hub.repositories[REPO].put({"config.json": b'{"model_type": "vit"}'})
+    capsys.readouterr()
+    assert main(["inspect", REPO]) == 0
+    assert "config.json differs in backbone" in capsys.readouterr().out
+    assert main(["push", str(folder), REPO]) == 1
+    assert 'subfolder="prompts"' in capsys.readouterr().err
+
+
+def test_a_pull_into_a_file_or_over_another_model(local, folder, tmp_path, capsys):
+    assert main(["push", str(folder), REPO]) == 0
+    (tmp_path / "file").write_text("mine")
+    assert main(["pull", REPO, str(tmp_path / "file")]) == 1
+    message = capsys.readouterr().err
+    assert "must be a folder, but" in message
+    assert "Errno" not in message
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    assert main(["pull", REPO, str(tmp_path)]) == 1
+    assert "does not belong to a prompt file" in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "vit"}'
+
+
 def test_push_json_private_and_pull_request(local, folder, capsys):
     assert main(["push", str(folder), REPO, "--json", "--private"]) == 0
     answer = json.loads(capsys.readouterr().out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +24,17 @@ INVALID_BATCHES = {
         GOOD.long(),
         r"target must be integers \(N,\), not torch.int64 of shape \(2, 10\).*argmax",
     ),
-    "float target": (GOOD, LABELS.float(), r"target must be integers \(N,\), not torch.float32"),
+    "float target": (GOOD, LABELS.float(), r"target must be integers \(N,\), not torch.float32 .*target\.long\(\)"),
+    "column of labels": (GOOD, LABELS[:, None], r"not torch.int64 of shape \(2, 1\)\. Pass target\.squeeze\(1\)\."),
+    "soft target": (
+        GOOD,
+        GOOD.softmax(1),
+        r"shape \(2, 10\)\. Convert rows of scores with target\.argmax",
+    ),
+    "mapping": (GOOD, {0: 1, 1: 2}, "target must be a tensor or sequence of integers"),
+    "generator": (GOOD, (label for label in [1, 2]), "target must be a tensor or sequence of integers"),
+    "unlabeled": (GOOD, [1, None], "target must be a tensor or sequence of integers"),
+    "large": (GOOD, np.array([1, 2**63], dtype=np.uint64), r"target\[1\]=.* is out of range"),
     "bool target": (GOOD, LABELS.bool(), r"target must be integers \(N,\), not torch.bool"),
     "words": (GOOD, ["a", "b"], "target must be a tensor or sequence of integers"),
     "ragged": (GOOD, [[1], [1, 2]], "target must be a tensor or sequence of integers"),
@@ -102,3 +113,12 @@ def test_counts_as_mappings_are_sorted_by_label():
     result = shot_metrics(correct=Counter([1, 0]), total=Counter([1, 1, 0]), class_counts={1: 5, 0: 500})
     assert (result.many, result.few) == (1.0, 0.5)
     assert ShotMetrics.from_rule("lpt", Counter(labels)).class_counts.tolist() == [1, 2, 3]
+
+
+def test_labels_of_a_table_and_sparse_labels():
+    pandas = pytest.importorskip("pandas")
+    logits, target = draw(30)
+    expected = filled(logits, target).compute()
+    order = np.random.default_rng(0).permutation(30)
+    assert filled(logits, pandas.Series(target.numpy(), index=order)).compute() == expected
+    assert filled(logits, target.to_sparse()).compute() == expected

@@ -7,18 +7,22 @@ import json
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import Subset, TensorDataset
 
 from lpt_peft import LongTailPromptAdapter
+from lpt_peft.data.folder import image_folder
 from lpt_peft.data.from_dataset import from_dataset
-from lpt_peft.errors import InputError, LPTError, StateError
+from lpt_peft.data.transforms import transforms
+from lpt_peft.errors import ConfigError, InputError, LPTError, PromptFileExistsError, StateError
 from lpt_peft.recipe import Splits, experiment, fit, train
+from lpt_peft.recipe.resume.folders import check_folder
 from lpt_peft.recipe.training.optimizer import PhaseOptimizer
 from lpt_peft.recipe.training.phase import PhaseRun
-from tests.recipe.tiny import PHASE, SHORT, result_of, same, striped_data, tiny_adapter
+from tests.recipe.tiny import PHASE, SHORT, folder_with_a_broken_image, result_of, same, striped_data, tiny_adapter
 
 NAMES = ["ant", "bee", "cat"]
 SHARED_ONLY = replace(SHORT, group=replace(PHASE, epochs=0))
@@ -66,19 +70,56 @@ def test_splits_that_cannot_be_evaluated_are_found_before_training(no_step, tmp_
 def test_an_output_folder_that_cannot_be_written_is_found_before_training(no_step, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(StateError, match="The output folder .*file.* is not writable: "):
+        with pytest.raises(ConfigError, match="file"):
             fit(tiny_adapter(), splits(), SHARED_ONLY, folder, progress=False)
 
     def refuse(self, data):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(experiment.Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(StateError, match="is not writable: Read-only file system"):
         fit(tiny_adapter(), splits(), SHARED_ONLY, tmp_path / "run", progress=False)
+    dataset, labels = striped_data()
+    with pytest.raises(StateError, match="is not writable: Read-only file system"):
+        train(tiny_adapter(), dataset, labels, SHARED_ONLY, checkpoints=tmp_path / "run", progress=False)
+
+
+def test_a_prompt_folder_of_another_library_is_found_before_training(no_step, tmp_path):
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(PromptFileExistsError, match="does not belong to a prompt file"):
+        fit(tiny_adapter(), splits(), SHARED_ONLY, tmp_path, progress=False)
+
+
+def image_splits(folder, **options):
+    """The same folder three times, with transforms of these options."""
+    folder_with_a_broken_image(folder)
+    preprocess = tiny_adapter().backbone.preprocess()
+    options = {"train": {}, "validation": {}, "test": {}, **options}
+    transform = {name: transforms(preprocess, train=name == "train", **given) for name, given in options.items()}
+    return Splits(**{n: image_folder(folder, transform=t, unreadable="skip") for n, t in transform.items()})
+
+
+def test_the_reading_of_images_is_stored_in_the_prompt_file(tmp_path):
+    choice = {"exif": False, "background": (1, 2, 3)}
+    images = image_splits(tmp_path / "images", train=choice, validation=choice, test=choice)
+    fit(tiny_adapter(), images, SHARED_ONLY, tmp_path / "run", progress=False)
+    preprocess = json.loads((tmp_path / "run" / "prompts" / "config.json").read_text())["preprocess"]
+    assert (preprocess["exif"], preprocess["background"]) == (False, [1, 2, 3])
+    fit(tiny_adapter(), splits(), SHARED_ONLY, tmp_path / "default", progress=False)
+    preprocess = json.loads((tmp_path / "default" / "prompts" / "config.json").read_text())["preprocess"]
+    assert (preprocess["exif"], preprocess["background"]) == (True, [255, 255, 255])
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_splits_must_be_read_as_the_training_images(no_step, tmp_path, name):
+    images = image_splits(tmp_path, **{name: {"exif": False}})
+    with pytest.raises(ConfigError, match=f"the {name} split with .*give all transforms the same exif"):
+        fit(tiny_adapter(), images, SHARED_ONLY, tmp_path / "run", progress=False)
 
 
 def test_the_probe_leaves_nothing(tmp_path):
-    experiment.check_folder(tmp_path / "new")
+    check_folder(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -141,6 +182,16 @@ def test_a_training_record_of_the_largest_size_is_tried(tmp_path):
     record = json.loads((tmp_path / "prompts" / "config.json").read_text())["training"]
     assert set(record["metrics"]) == {"validation", "test"}
     assert record["rule"] == "many: n > 100, medium: 20 < n <= 100, few: n <= 20; mean over classes"
+
+
+def test_an_unreadable_test_image_is_named_at_the_end(tmp_path, capsys):
+    folder_with_a_broken_image(tmp_path)
+    adapter = tiny_adapter()
+    transform = transforms(adapter.backbone.preprocess(), train=False)
+    test = image_folder(tmp_path, transform=transform, unreadable="skip")
+    fit(adapter, splits(test=test), SHARED_ONLY, tmp_path / "run")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "23.png" in line] == lines[-1:]
 
 
 # Gradients

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import replace
 
@@ -131,7 +132,21 @@ def communication():
     return gather_strided(accelerator, share, 7), gradients, scalars
 
 
-def all_scenarios():
+def error_of_the_first_rank(folder):
+    """A checkpoint that only the first process writes, on a full disk."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    dataset, labels = striped_data()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StateError) as error:
+            train(tiny_adapter(), dataset, labels, SETTINGS, checkpoints=folder, progress=False)
+    return str(error.value)
+
+
+def all_scenarios(folder):
     """Everything that two processes do in this file, so that they start once."""
     return {
         "runs": {change: double_precision_run(change) for change in CHANGES},
@@ -141,12 +156,13 @@ def all_scenarios():
         "refusals": refusals(),
         "random": [random_numbers_of_steps() for _ in range(2)],
         "communication": communication(),
+        "error": error_of_the_first_rank(folder),
     }
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    return run_ranks(all_scenarios, init=False)
+def ranks(tmp_path_factory):
+    return run_ranks(all_scenarios, tmp_path_factory.mktemp("run"), init=False)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -188,6 +204,11 @@ def test_gathered_rows_and_mean_gradients(ranks):
         assert torch.equal(rows, torch.arange(14.0).reshape(7, 2))
         assert torch.equal(gradients[0], torch.full((2, 3), 0.5))
         assert (float(gradients[1]), scalars.tolist()) == (2.0, [5.0])
+
+
+def test_an_error_of_the_first_process_ends_all(ranks):
+    for rank in ranks:
+        assert "cannot be written: No space left on device. There is no earlier checkpoint" in rank["error"]
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(ranks):

@@ -263,3 +263,19 @@ def test_the_real_compiler():
     finally:
         torch.compiler.reset()
     assert all(same(*tensors) for tensors in zip(states[0][:2], states[1][:2], strict=True))
+
+
+def test_precisions_that_would_not_be_used_are_refused(precision):
+    """A scaled loss without a GPU, a precision that only one side has, and one that the loop does not support."""
+    dataset, labels = striped_data()
+    with pytest.raises(ConfigError, match='mixed_precision="fp16" scales the loss only on a GPU; on cpu small'):
+        train(tiny_adapter(), dataset, labels, replace(SHORT, mixed_precision="fp16"), progress=False)
+    AcceleratorState._reset_state()
+    plain = make_accelerator(SHORT)
+    bfloat16 = replace(SHORT, mixed_precision="bf16")
+    with pytest.raises(ConfigError, match='accelerator has mixed_precision="no" but the settings "bf16"'):
+        train(tiny_adapter(), dataset, labels, bfloat16, accelerator=plain, progress=False)
+    with pytest.raises(ConfigError, match='Accelerate cannot be set up with mixed_precision="bf16".*first Accelerator'):
+        train(tiny_adapter(), dataset, labels, bfloat16, progress=False)
+    with pytest.raises(ConfigError, match='mixed_precision="fp8" of Accelerate is not supported'):
+        check_precision(SHORT, SimpleNamespace(mixed_precision="fp8"))

@@ -12,7 +12,9 @@ import torch
 import tqdm.notebook
 from torch.utils.data import TensorDataset
 
+from lpt_peft.data.folder import image_folder
 from lpt_peft.data.from_dataset import from_dataset
+from lpt_peft.data.transforms import transforms
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe import make_accelerator, progress, run_phase, train
 from lpt_peft.recipe.loading.batches import steps_per_epoch
@@ -28,6 +30,7 @@ from tests.recipe.tiny import (
     SHORT,
     FailingLoss,
     PowerCut,
+    folder_with_a_broken_image,
     noisy_validation,
     striped_data,
     tiny_adapter,
@@ -327,3 +330,45 @@ def test_a_collapsed_run_is_warned_of_once(capsys, shown):
 def test_a_good_run_is_not_warned_of(capsys):
     run(replace(SHARED_ONLY, shared=replace(PHASE, epochs=6), batch_size=128))
     assert "rare classes" not in capsys.readouterr().err
+
+
+# Groups, checkpoints, unreadable images
+
+
+def test_groups_that_were_never_selected_are_named(capsys):
+    adapter = tiny_adapter()
+    dataset, labels = striped_data()
+    with torch.no_grad():
+        adapter.phase = "group"
+        query = adapter.features(dataset.tensors[0]).mean(0)
+        adapter.pool.keys[:3], adapter.pool.keys[3] = query, -query
+    settings = replace(SETTINGS, shared=replace(PHASE, epochs=0), group=replace(PHASE, epochs=1), init_keys="random")
+    train(adapter, dataset, labels, settings)
+    assert adapter.pool.dead_groups() == [3]
+    assert "group: 1 of 4 groups were never selected: 3\n" in capsys.readouterr().err
+
+
+def test_removed_checkpoints_are_reported(tmp_path, capsys):
+    run(checkpoints=tmp_path, progress=False)
+    run(checkpoints=tmp_path, resume=False)
+    assert f"Removed 2 checkpoints of an earlier run in {tmp_path}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_images_are_named_once_at_the_end(tmp_path, capsys, caplog, workers):
+    folder_with_a_broken_image(tmp_path)
+    adapter = tiny_adapter()
+    transform = transforms(adapter.backbone.preprocess(), train=True)
+    images = image_folder(tmp_path, transform=transform, unreadable="skip")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(adapter, images, images.labels, replace(SHARED_ONLY, num_workers=workers))
+    assert not caplog.records
+    assert images.unreadable_images.announce
+    lines = capsys.readouterr().err.splitlines()
+    found = [line for line in lines if "23.png" in line]
+    assert len(found) == 1
+    assert found[0] == lines[-1]
+    assert found[0].startswith("warning: 1 of 31 images cannot be read")
+    assert not [item for item in caught if "23.png" in str(item.message)]
+    assert lines[0] == "Training: 31 images of 3 classes; largest class class 0 (20), smallest class class 2 (3)"

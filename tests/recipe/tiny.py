@@ -28,7 +28,7 @@ def folder_with_a_broken_image(root):
     labels = [label for label, count in enumerate(COUNTS) for _ in range(count)]
     for number, label in enumerate(labels):
         folder = root / f"class {label}"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True, parents=True)
         Image.new("RGB", (32, 32)).save(folder / f"{number:02}.png")
     (root / "class 1" / "23.png").write_bytes(b"not an image")
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -18,11 +22,37 @@ from tests.samplers.draws import make_dual, make_single, makers
         ({"labels": torch.zeros(0, dtype=torch.long)}, InputError, "labels are empty"),
         ({"labels": [4, 4, 4]}, InputError, r"single class \(4\).*RandomSampler"),
         ({"labels": [0, 1, -1]}, InputError, r"at least 0, but labels\[2\] is -1"),
-        ({"labels": [0.0, 1.0]}, InputError, "integers, not float64"),
+        ({"labels": [0.0, 1.0]}, InputError, r"integers, not float64: convert them with labels\.astype\(int\)"),
+        ({"labels": [0.0, 1.0, math.nan]}, InputError, "float64: remove the 1 images without a label"),
+        ({"labels": [[0], [1]]}, InputError, r"not of shape \(2, 1\): pass labels\[:, 0\]"),
+        ({"labels": {0: 1, 1: 0}}, InputError, "labels is a dict: pass a list.*in the order of the images"),
+        ({"labels": Counter([0, 1])}, InputError, "labels is a Counter: pass a list"),
+        ({"labels": {0, 1}}, InputError, "labels is a set: pass a list"),
+        ({"labels": {"a": 0, "b": 1}.values()}, InputError, "labels is a dict_values: pass a list"),
+        ({"labels": (label for label in (0, 1))}, InputError, "labels is a generator: pass a list"),
+        ({"labels": "01"}, InputError, "labels is a str: pass a list"),
+        ({"labels": b"01"}, InputError, "labels is a bytes: pass a list"),
+        ({"labels": [0, None]}, InputError, r"labels\[1\]=None must be an integer.*remove unlabeled"),
+        ({"labels": [0, 2**70]}, InputError, r"labels\[1\]=1180591620717411303424 must be an integer from 0"),
+        (
+            {"labels": np.array([0, 2**63], dtype=np.uint64)},
+            InputError,
+            r"labels\[1\]=9223372036854775808 is too",
+        ),
+        ({"labels": np.array([0, "a"], dtype=object)}, InputError, r"labels\[1\]='a' must be an integer"),
+        ({"labels": np.array([0, True], dtype=object)}, InputError, r"labels\[1\]=True must be an integer"),
+        ({"labels": np.ma.array([0, 1, 1], mask=[0, 0, 1])}, InputError, "masked entries: remove unlabeled"),
+        ({"labels": np.array(["2020-01-01"], dtype="datetime64[D]")}, InputError, "not datetime64.*encode the classes"),
+        ({"labels": torch.tensor([0, 1], device="meta")}, InputError, "labels cannot be converted"),
+        ({"labels": torch.tensor([0, 1]).to_sparse()}, InputError, "labels cannot be converted.*to_dense"),
         ({"labels": torch.tensor([0.5, 1.0])}, InputError, "integers, not float32"),
         ({"labels": [True, False]}, InputError, "integers, not bool"),
         ({"labels": ["cat", "dog"]}, InputError, "integers, not <U3.*encode"),
-        ({"labels": [[0, 1], [1, 0]]}, InputError, r"one-dimensional, not of shape \(2, 2\).*argmax"),
+        (
+            {"labels": [[0, 1], [1, 0]]},
+            InputError,
+            r"not of shape \(2, 2\): for one-hot rows, .*argmax",
+        ),
         ({"labels": [[0, 1], [1]]}, InputError, "labels cannot be converted"),
         ({"labels": 3}, InputError, "one-dimensional"),
         ({"labels": None}, InputError, "one-dimensional"),

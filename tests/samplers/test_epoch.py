@@ -7,6 +7,7 @@ import itertools
 import json
 import pickle
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -48,6 +49,7 @@ def test_order_depends_only_on_seed_and_epoch(make):
 def test_types_of_labels(make):
     array = np.array(LONG_TAIL)
     forms = [tuple(LONG_TAIL), array, array.astype(np.uint8), torch.tensor(LONG_TAIL), torch.tensor(LONG_TAIL).int()]
+    forms += [array.astype(object), [np.int64(label) for label in LONG_TAIL], [torch.tensor(x) for x in LONG_TAIL]]
     expected = list(make())
     assert all(list(make(labels=form)) == expected for form in forms)
     assert array.tolist() == LONG_TAIL
@@ -283,3 +285,27 @@ def test_repr(make):
         f"{type(sampler).__name__}(images=101, classes=6, {sizes}, samples_per_class=4, seed=3, epoch=4, "
         "num_replicas=2, rank=1)"
     )
+
+
+@makers
+def test_labels_of_a_table(make):
+    """The rows of a Series count, not its index."""
+    pandas = pytest.importorskip("pandas")
+    order = np.random.default_rng(0).permutation(len(LONG_TAIL))
+    assert list(make(labels=pandas.Series(LONG_TAIL, index=order))) == list(make())
+    assert list(make(labels=pandas.Series(LONG_TAIL, dtype=object))) == list(make())
+
+
+@makers
+def test_work_per_draw_does_not_depend_on_the_number_of_images(make):
+    """After the first draw of an epoch, draws allocate less than one array of the labels."""
+    labels = np.arange(400_000) % 50
+    sizes = {"num_batches": 200} if make is make_dual else {"num_samples": 2_000}
+    iterator = iter(make(labels=labels, **sizes))
+    next(iterator)
+    tracemalloc.start()
+    drawn = list(itertools.islice(iterator, 150))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(drawn) == 150
+    assert peak < labels.nbytes / 4

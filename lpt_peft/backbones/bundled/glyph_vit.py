@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import load
 from timm.models.vision_transformer import VisionTransformer
 
-NAME, TAG = "glyph_vit", "dejavu"
+from lpt_peft.backbones.bundled import NAME, TAG
 
 
 @cache

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from lpt_peft._prompt_content import replace_prompts
@@ -17,7 +16,6 @@ from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.paths import prompt_folder
 from lpt_peft.cli.common.run_settings import RunSettings
 from lpt_peft.hub import read_prompts
-from lpt_peft.recipe.training.head_init import copy_head_rows
 
 
 def build_run_backbone(run: RunSettings) -> nn.Module:
@@ -48,10 +46,10 @@ def build_adapter(run: RunSettings, class_names: Sequence[str]) -> LongTailPromp
     return adapter
 
 
-@torch.no_grad()
 def _start_from(source: str, adapter: LongTailPromptAdapter, class_names: Sequence[str]) -> None:
     folder = Path(source)
     prompts = read_prompts(str(prompt_folder(folder)) if folder.is_dir() else source)
-    replace_prompts(adapter, prompts, part="shared")
-    head = prompts.tensors["head.weight"]
-    notice(f"{source}: {copy_head_rows(adapter.head, class_names, head, prompts.metadata.label_names)}.")
+    named = prompts.metadata.label_names is not None
+    changes = replace_prompts(adapter, prompts, part="shared", label_names=class_names if named else None)
+    text = "The file does not name its classes, so all rows of the head are new." if changes is None else str(changes)
+    notice(f"{source}: {text}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import re
 from array import array
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
@@ -102,6 +103,11 @@ def read_table(
 def _numbered(file: Path, paths: PathList, texts: list[str], class_names: Sequence[str] | None) -> ImageTable:
     """Convert labels to integers; names are numbered in sorted order, or as in `class_names`."""
     integers = [_label(text.encode(errors="surrogateescape"), {}) for text in texts]
+    if number := next((text for text in texts if re.fullmatch(r"-\d+|-?\d*\.\d*", text)), None):
+        raise InputError(
+            f"{file} has the label {number!r}. Write labels as integers of at least 0, and remove rows of images "
+            "without a label."
+        )
     if all(label is not None for label in integers):
         return ImageTable(paths, array("q", [label for label in integers if label is not None]))
     names = [str(name) for name in class_names] if class_names is not None else sorted(set(texts))
@@ -223,7 +229,8 @@ class _reported:  # noqa: N801 - used as a context manager
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (OSError, csv.Error)):
-            raise InputError(f"The image list {self._file} cannot be read: {error}.") from error
+            reason = getattr(error, "strerror", None) or str(error)
+            raise InputError(f"The image list {self._file} cannot be read: {reason}.") from error
 
 
 def _unquoted(path: bytes) -> bytes:

@@ -116,7 +116,7 @@ class ClassFolders:
                 continue
             self._entered.add(real)
             files = self._images.setdefault(class_name, {}).setdefault(folder, [])
-            for entry, is_link in self._entries(folder, real):
+            for entry, is_link in self._entries(folder, real, files):
                 below = folder + os.sep + entry.name
                 if is_link and os.path.isdir(below):  # noqa: PTH112 - entry.is_dir() fails on a link to itself
                     self._folder_links.append((class_name, below))
@@ -127,16 +127,22 @@ class ClassFolders:
                 elif self._is_image(entry.name, below, entry.is_file()):
                     files.append(entry.name)
 
-    def _entries(self, folder: str, real: str) -> list[tuple[os.DirEntry[str], bool]]:
-        """Entries that are not hidden or ignored, sorted by name, and whether they are links."""
+    def _entries(self, folder: str, real: str, images: list[str] | None = None) -> list[tuple[os.DirEntry[str], bool]]:
+        """Entries that are not hidden or ignored, sorted by name, and whether they are links.
+
+        With `images`, the names of ordinary image files are added there instead: the fast path of large folders.
+        """
         try:
             with os.scandir(folder) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
+                if images is None or self._ignored:
+                    others = list(entries)
+                else:
+                    others = [entry for entry in entries if not self._is_ordinary_image(entry, images)]
         except OSError:
             self._leave_out(CLOSED, folder)
             return []
         kept = []
-        for entry in found:
+        for entry in sorted(others, key=lambda entry: entry.name):
             if is_hidden(entry.name):
                 self._leave_out(HIDDEN, entry.path)
             elif self._ignored and os.path.join(real, entry.name) in self._ignored:  # noqa: PTH118
@@ -145,6 +151,14 @@ class ClassFolders:
                 is_junction = getattr(entry, "is_junction", bool)()  # Windows, Python 3.12
                 kept.append((entry, entry.is_symlink() or is_junction))
         return kept
+
+    def _is_ordinary_image(self, entry: os.DirEntry[str], images: list[str]) -> bool:
+        name = entry.name
+        ending = name[name.rfind(".") :].lower()
+        if ending in self._endings and name[0] not in ".~" and entry.is_file(follow_symlinks=False):
+            images.append(name)
+            return True
+        return False
 
     def _is_image(self, name: str, path: str, is_file: bool) -> bool:
         if os.path.splitext(name)[1].lower() not in self._endings:  # noqa: PTH122

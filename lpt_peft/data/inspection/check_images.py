@@ -151,7 +151,7 @@ def _describe(image: Any, notes: _Notes) -> None:
     elif image.mode not in _ORDINARY_MODES and not is_deep_grey(image):
         notes.append(("mode", f"mode {image.mode}"))
     tiles = getattr(image, "tile", None)
-    if image.mode in ("RGB", "RGBA") and tiles and ";16" in str(tiles[0][3]):
+    if image.mode in ("RGB", "RGBA", "LA") and tiles and ";16" in str(tiles[0][3]):
         notes.append(("deep", "16-bit colour"))
     frames = 1
     with suppress(Exception):  # a broken later frame does not matter

@@ -87,10 +87,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return []
 
 
-def remove_checkpoints(folder: Path) -> None:
-    """Remove all checkpoints, newest first, so that a kill leaves only earlier ones."""
-    for path in reversed(checkpoints(folder)):
+def remove_checkpoints(folder: Path) -> int:
+    """Remove all checkpoints, newest first, so that a kill leaves only earlier ones; return their number."""
+    found = checkpoints(folder)
+    for path in reversed(found):
         _discard(path)
+    return len(found)
 
 
 def _discard(path: Path) -> None:

@@ -20,6 +20,7 @@ from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.errors import StateError
 from lpt_peft.recipe.parallel import on_main_process
 from lpt_peft.recipe.resume.checkpoint_io import checkpoints, read_checkpoint, remove_checkpoints, write_checkpoint
+from lpt_peft.recipe.resume.folders import check_folder
 from lpt_peft.recipe.settings import RESUME_IGNORED_FIELDS, TrainSettings
 from lpt_peft.recipe.training.phase import PhaseRun
 
@@ -40,28 +41,36 @@ class Checkpoints:
     """The checkpoints of a run in a folder; only the first process accesses the disk.
 
     Args:
-        folder: Created with the first checkpoint.
+        folder: Created by `load` if missing.
         identity: What distinguishes this run from others, plain JSON; see `run_identity`.
         settings: Number of checkpoints to keep.
         accelerator: Its processes must all call every method.
+
+    Attributes:
+        removed: Number of checkpoints removed by `load(resume=False)`, on the main process.
     """
 
     def __init__(
         self, folder: Path, identity: Mapping[str, Any], settings: TrainSettings, accelerator: Accelerator
     ) -> None:
-        self.folder = folder
+        self.folder, self.removed = folder, 0
         self._identity, self._settings, self._accelerator = identity, settings, accelerator
 
     def load(self, resume: bool) -> SavedRun | None:
-        """Read the last checkpoint, if any; with `resume=False`, remove all of them.
+        """Check that the folder is writable, then read the last checkpoint, if any.
+
+        Args:
+            resume: False removes all checkpoints.
 
         Raises:
-            StateError: It is damaged, or belongs to a different run; the message lists the differences.
+            StateError: The folder is not writable, the checkpoint is damaged, or it belongs to a different run; the
+                message lists the differences.
         """
 
         def read() -> SavedRun | None:
+            check_folder(self.folder)
             if not resume:
-                remove_checkpoints(self.folder)
+                self.removed = remove_checkpoints(self.folder)
             return self._read()
 
         return on_main_process(self._accelerator, read)

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from lpt_peft.metrics import ShotResult
 from lpt_peft.metrics.result import SHOTS
+from lpt_peft.prompts import PromptPool
 from lpt_peft.recipe.loading.batches import batches, steps_per_epoch
 from lpt_peft.recipe.loading.loader import open_batches
 from lpt_peft.recipe.progress import Progress, Reporter
@@ -27,6 +28,7 @@ from lpt_peft.recipe.training.phase import PhaseRun
 from lpt_peft.recipe.training.rare_predictions import RarePredictionMonitor
 
 History = list[dict[str, Any]]
+_MAX_GROUPS = 10  # in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,10 @@ class Loop:
             best = f"epoch {run.best['epoch'] + 1}, balanced accuracy {100 * run.best['score']:.1f} %"
             self.reporter.note(f"{run.name}: the result is that of the best validation ({best})")
         run.finalize()
+        pool = getattr(run.model, "pool", None)
+        if isinstance(pool, PromptPool) and run.name != "shared" and (dead := pool.dead_groups()):
+            groups = ", ".join(map(str, dead[:_MAX_GROUPS])) + (", ..." if len(dead) > _MAX_GROUPS else "")
+            self.reporter.note(f"{run.name}: {len(dead)} of {len(pool.keys)} groups were never selected: {groups}")
 
     def _after_step(self, run: PhaseRun, progress: Progress, interruption: Interruption) -> None:
         """Validate at the end of an epoch, save if due, and stop if requested."""

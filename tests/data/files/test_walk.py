@@ -254,14 +254,28 @@ def test_a_link_to_a_hidden_store_is_followed(tmp_path):
 
 
 def test_every_ending_that_pillow_opens_is_an_image_and_the_others_are_named(tmp_path):
-    for ending in (".png", ".gif", ".jfif", ".jp2", ".webp", ".bmp", ".tif", ".ppm", ".jpe", ".tga", ".pcx", ".ico"):
+    for ending in (
+        ".png",
+        ".gif",
+        ".jfif",
+        ".jp2",
+        ".webp",
+        ".bmp",
+        ".tif",
+        ".ppm",
+        ".jpe",
+        ".tga",
+        ".pcx",
+        ".ico",
+        ".mpo",
+    ):
         (tmp_path / "a").mkdir(exist_ok=True)
         Image.new("RGB", (16, 16), (200, 10, 10)).save(tmp_path / "a" / f"1{ending.upper()}")
     write_png(tmp_path / "b" / "1.png", 1)
     for name in ("1.heic", "2.HEIC", "scan.pdf", "film.mp4", "drawing.eps", "labels.csv", "README"):
         touch(tmp_path / "b" / name)
     data = image_folder(tmp_path, verify="decode")
-    assert data.class_counts == [12, 1]
+    assert data.class_counts == [13, 1]
     counts = {reason: len(files) for reason, files in data.summary.left_out.items()}
     assert counts == {
         "HEIC photo; pip install pillow-heif": 2,
@@ -323,6 +337,8 @@ def test_ignored_output_is_not_a_class(tmp_path):
         data = image_folder(tmp_path, ignore=ignore)
         assert (data.class_names, data.class_counts) == (["a", "b"], [1, 1])
         assert sorted(data.summary.left_out[IGNORED]) == ["b/link", "b/plot.png", "b/run2", "run"]
+    for ignore in ("run", tmp_path / "run"):
+        assert image_folder(tmp_path, ignore=ignore).class_names == ["a", "b"]
 
 
 def test_files_in_the_root_are_named(tmp_path):
@@ -384,10 +400,37 @@ def test_empty_class_folders_are_named(tmp_path):
     write_png(tmp_path / "b" / "1.png", 1)
     (tmp_path / "empty").mkdir()
     touch(tmp_path / "junk" / "Thumbs.db")
-    with pytest.raises(InputError, match=r"2 of 4 classes have no image; the first is label 2 \('empty'\)"):
+    with pytest.raises(InputError, match=r"2 of 4 classes have no image; the first is label 2 \('empty'\), .* nothing"):
         image_folder(tmp_path)
+    (tmp_path / "empty").rmdir()
+    touch(tmp_path / "junk" / "1.heic")
+    with pytest.raises(InputError, match=r"'junk'\), .* contains: 1 HEIC photo; pip install pillow-heif, 1 hidden or"):
+        image_folder(tmp_path)
+    (tmp_path / "empty").mkdir()
     split = image_folder(tmp_path, ["a", "b", "empty", "junk", "other"], allow_empty=True)
     assert split.summary.empty == ["empty", "junk", "other"]
     text = str(split.summary)
     assert "3 classes without an image: empty, junk, other" in text
     assert "note: class folders without an image: 'empty', 'junk'" in text
+
+
+def test_folders_of_splits_are_not_classes(tmp_path):
+    for name in ("train", "val"):
+        write_png(tmp_path / name / "1.png", 1)
+    with pytest.raises(InputError, match=r"train, val, which look like splits .* Pass .*/train, or class_names="):
+        image_folder(tmp_path)
+    assert image_folder(tmp_path, ["train", "val"]).class_counts == [1, 1]
+    write_png(tmp_path / "bus" / "1.png", 1)
+    assert image_folder(tmp_path).class_names == ["bus", "train", "val"]
+
+
+def test_root_may_be_a_link_or_relative(tmp_path, monkeypatch):
+    write_png(tmp_path / "real" / "a" / "1.png", 1)
+    write_png(tmp_path / "real" / "b" / "2.png", 2)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "b" / "loop").symlink_to(tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "link")
+    for root in (tmp_path / "link", ".", "../link/", "./a/.."):
+        data = image_folder(root, verify="decode")
+        assert data.class_counts == [1, 1]
+        assert list(data.summary.left_out[REPEATED]) == ["b/loop"]

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import TensorDataset
 
@@ -189,6 +194,81 @@ def test_interrupts_stop_the_check(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         check_images(image_folder(tmp_path), workers=2, progress=interrupt)
+
+
+def corrupt(path, seed):
+    photo(seed).save(path, "PNG")
+    content = bytearray(path.read_bytes())
+    content[60:70] = b"xxxxxxxxxx"
+    path.write_bytes(content)
+
+
+def truncated(path, seed):
+    photo(seed).save(path, "PNG")
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def rotated(path, seed):
+    exif = Image.Exif()
+    exif[0x0112] = 2 + seed % 7
+    photo(seed).save(path, "JPEG", exif=exif)
+
+
+MAKERS = {
+    None: [
+        lambda path, seed: photo(seed).save(path, "JPEG"),
+        lambda path, seed: photo(seed).convert("L").save(path, "PNG"),
+        lambda path, seed: photo(seed).quantize(16).save(path, "GIF"),
+        lambda path, seed: photo(seed).save(path, "WEBP"),
+    ],
+    "rotated": [rotated],
+    "corrupt": [corrupt],
+    "truncated": [truncated],
+    "not an image": [lambda path, seed: path.write_bytes(b"x" * seed)],
+    "unsupported mode": [
+        lambda path, seed: Image.fromarray(np.random.default_rng(seed).random((20, 20), np.float32)).save(path, "TIFF"),
+        lambda path, seed: Image.fromarray(np.full((20, 20), seed, np.int32)).save(path, "TIFF"),
+    ],
+    "mode": [lambda path, seed: photo(seed).convert("CMYK").save(path, "TIFF")],
+    "deep": [
+        lambda path, seed: Image.fromarray(
+            np.random.default_rng(seed).integers(0, 65536, (20, 20)).astype(np.uint16)
+        ).save(path, "PNG")
+    ],
+    "transparent": [
+        lambda path, seed: photo(seed).convert("RGBA").save(path, "PNG"),
+        lambda path, seed: photo(seed).convert("LA").save(path, "PNG"),
+    ],
+    "tiny": [lambda path, seed: photo(seed, 7, 30).save(path, "BMP")],
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_random_folders_of_odd_images(draw):
+    """Every file has the ending .png; what it contains decides what is found, and what training can read."""
+    planted = draw.draw(st.lists(st.tuples(st.sampled_from(list(MAKERS)), st.integers(0, 3)), max_size=12))
+    with tempfile.TemporaryDirectory() as folder:
+        classes = {}
+        for label, name in enumerate(["a", "\N{LATIN SMALL LETTER E WITH ACUTE}"]):
+            Path(folder, name).mkdir()
+            photo(label).save(Path(folder, name, "good.png"))
+            classes[name] = 1
+        expected = Counter()
+        for index, (kind, choice) in enumerate(planted):
+            name = list(classes)[index % 2]
+            maker = MAKERS[kind][choice % len(MAKERS[kind])]
+            maker(Path(folder, name, f"{index}.png"), 100 + index)
+            classes[name] += 1
+            expected[kind] += 1
+        del expected[None]
+        data = image_folder(folder, unreadable="skip")
+        assert data.class_counts == list(classes.values())
+        report = check_images(data, workers=1)
+        assert report.counts == dict(expected)
+        assert all(image.mode == "RGB" for image, _ in data)
+        broken = sorted(finding.files[0] for finding in report.findings if finding.kind in UNREADABLE)
+        assert sorted(data.skipped) == broken
 
 
 def test_findings_are_printable():

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
+from lpt_peft.data.sources import Images
+
+MAX_NAMES = 5  # in a message
 _logger = logging.getLogger("lpt_peft.data")
 
 
@@ -35,6 +39,8 @@ class UnreadableImages:
 
     def add(self, positions: Sequence[int], message: str | None = None) -> None:
         """Record positions; `message` is logged if they are the first."""
+        if len(positions) == 1 and positions[0] in self:
+            return  # known: a repeated draw must not scan the record
         if message and self.announce and not self._found.any():
             _logger.warning(message)
         self._found[list(positions)] = True
@@ -69,3 +75,20 @@ class ClassOrder:
         rows = self._rows[self._starts[label] : self._starts[label + 1]]
         place = int(np.searchsorted(rows, position))
         return (int(rows[(place + step) % len(rows)]) for step in range(1, len(rows)))
+
+
+def missing_files(images: Images) -> list[int]:
+    """Positions of images whose file does not exist; images that are not files are passed over."""
+    paths = ((position, images.path(position)) for position in range(len(images)))
+    return [position for position, path in paths if path is not None and not os.path.isfile(path)]  # noqa: PTH113
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Join the first names for a message."""
+    return ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
+
+
+def short_error(error: Exception) -> str:
+    """Describe an exception in a short line."""
+    text = str(error).rstrip(".") or "no message"
+    return f"{type(error).__name__}: {text[:200]}"

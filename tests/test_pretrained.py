@@ -1,0 +1,142 @@
+"""Errors of saving and loading prompt files are those of this library.
+
+Not here: the files themselves (`tests/checkpoint`), the Hub (`tests/hub`).
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from lpt_peft import LongTailPromptAdapter
+from lpt_peft.errors import BackboneError, ConfigError, LPTError, StateError
+from lpt_peft.pretrained import PretrainedMixin
+from tests.checkpoint.adapters import IMAGES, encode_adapter, same_snapshot, snapshot, tiny_adapter
+from tests.conftest import tiny_vit
+
+from_pretrained = LongTailPromptAdapter.from_pretrained
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tiny_adapter().save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_every_keyword_is_spelled_out():
+    """Editors complete them, and a misspelt name is an error."""
+    for name in ("save_pretrained", "from_pretrained", "load_prompts", "push_to_hub"):
+        kinds = {parameter.kind for parameter in inspect.signature(getattr(PretrainedMixin, name)).parameters.values()}
+        assert kinds <= {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize("check_backbone", ["error", "warn", "off"])
+def test_a_vit_on_the_meta_device(saved, check_backbone):
+    vit = tiny_vit().to("meta")
+    classes = [type(module) for module in vit.modules()]
+    with pytest.raises(BackboneError, match=r"no weights: it is on the meta device.*to_empty"):
+        from_pretrained(saved, vit, check_backbone=check_backbone)
+    assert [type(module) for module in vit.modules()] == classes
+    vit = vit.to_empty(device="cpu")  # as the message says
+    vit.load_state_dict(tiny_vit().state_dict())
+    assert torch.equal(from_pretrained(saved, vit, check_backbone=check_backbone)(IMAGES), tiny_adapter()(IMAGES))
+
+
+def test_saving_prompts_without_values(tmp_path):
+    with torch.device("meta"):
+        adapter = LongTailPromptAdapter.wrap(tiny_vit())
+    adapter.to("meta")
+    with pytest.raises(StateError, match="meta device"):
+        adapter.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_vit_that_is_partly_on_the_meta_device(saved):
+    vit = tiny_vit()
+    vit.blocks[1].to("meta")
+    before = [type(module) for module in vit.modules()]
+    with pytest.raises(LPTError, match="meta device"):
+        from_pretrained(saved, vit)
+    assert [type(module) for module in vit.modules()] == before
+
+
+def test_an_unwrapped_adapter(tmp_path, saved):
+    adapter = tiny_adapter()
+    adapter.unwrap()
+    for call in (
+        lambda: adapter.save_pretrained(tmp_path / "new"),
+        lambda: adapter.push_to_hub("me/x"),
+        lambda: adapter.load_prompts(saved),
+    ):
+        with pytest.raises(StateError, match="unwrapped"):
+            call()
+
+
+@pytest.mark.parametrize("vit", ["vit_base_patch16_224", 3, {}, torch.zeros(3)])
+def test_something_else_in_place_of_a_vit(saved, vit):
+    with pytest.raises(BackboneError, match="takes a ViT"):
+        from_pretrained(saved, vit)
+
+
+@pytest.mark.parametrize("source", ["", ".", "no-such-folder", "a/b/c", "~", "x" * 5000, "a\0b", "hf:me/x"])
+def test_sources_that_are_not_prompt_files(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LPTError) as caught:
+        from_pretrained(source, tiny_vit())
+    assert "Errno" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", [None, 3, b"folder", ["folder"]])
+def test_sources_of_the_wrong_type(source):
+    with pytest.raises(ConfigError, match=r'source=.* must be a folder, or "owner/name"'):
+        from_pretrained(source, tiny_vit())
+    with pytest.raises(ConfigError, match="source="):
+        tiny_adapter().load_prompts(source)
+
+
+def test_options_of_the_wrong_kind(saved):
+    vit = tiny_vit()
+    before = snapshot(vit)
+    for options, words in (
+        ({"check_backbone": True}, "check_backbone=True"),
+        ({"head_dropout": -0.1}, "head_dropout"),
+        ({"subfolder": "../x"}, "subfolder="),
+        ({"revision": "v1"}, "revision='v1' is for repositories"),
+        ({"num_classes": 8}, "num_classes=8"),
+        ({"num_classes": "7"}, "num_classes='7'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            from_pretrained(saved, vit, **options)
+    assert same_snapshot(before, snapshot(vit))
+
+
+def test_load_prompts_on_an_adapter_keeps_it_usable_after_errors(saved, tmp_path):
+    adapter = tiny_adapter(seed=1)
+    before = encode_adapter(adapter)
+    for source in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(LPTError):
+            adapter.load_prompts(source)
+    assert encode_adapter(adapter) == before
+
+
+def test_an_offloaded_transformers_model(tmp_path):
+    """accelerate keeps its weights outside of the module."""
+    transformers = pytest.importorskip("transformers")
+    accelerate = pytest.importorskip("accelerate")
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2}
+    config = transformers.ViTConfig(**sizes, num_attention_heads=2, intermediate_size=48)
+    torch.manual_seed(0)
+    vit = transformers.ViTModel(config).eval()
+    state = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    adapter = LongTailPromptAdapter.wrap(vit, 3, prompt_length=2, pool_size=3)
+    adapter.save_pretrained(tmp_path)
+    offloaded = transformers.ViTModel(config).eval()
+    offloaded.load_state_dict(state)
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    with pytest.raises(StateError, match="offloaded, or not loaded yet"):
+        from_pretrained(tmp_path, offloaded)
+    loaded = from_pretrained(tmp_path, offloaded, check_backbone="off")
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(loaded(images), adapter.eval()(images), atol=1e-5)
