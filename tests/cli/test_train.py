@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -243,7 +242,10 @@ def test_output_that_cannot_be_written(data, tmp_path, capsys, place):
     if place == "locked/below" and os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     assert main(["train", str(data), "--output", str(tmp_path / place), *BACKBONE, *SMALL]) == 1
-    assert f"{tmp_path / place / 'settings.json'} cannot be written" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"{tmp_path / place}" in err
+    assert "Choose another folder." in err
+    assert "[Errno" not in err
     assert (tmp_path / "file").read_text() == "text"
 
 
@@ -268,8 +270,8 @@ def test_presets(data, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "cannot be read"),
-        ("[]", "one JSON object"),
+        ("{", "is not strict JSON"),
+        ("[]", "must hold a JSON object"),
         ('{"backbone": "a", "shot_rule": []}', "shot_rule=[] must be one of lift, oltr, lpt"),
         ('{"backbone": "a", "colour": 1}', "RunSettings has no colour"),
         ('{"backbone": "a", "images": {"colour": 1}}', "ImageSettings has no colour"),
@@ -312,7 +314,7 @@ def test_without_the_extra_the_other_commands_work(tmp_path, run, data):
         f'lpt-peft: lpt-peft {words[0]} needs accelerate: pip install "lpt_peft[train]".' for words in commands
     ]
     assert "All checks passed" in done.stdout
-    assert re.search(f"{image} +ant", done.stdout)
+    assert str(image) in done.stdout
     assert "15 images of 3 classes" in done.stdout
     assert "usage: lpt-peft train" in done.stdout
     assert list(tmp_path.iterdir()) == []
