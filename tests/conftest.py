@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,14 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Start every test, its fixtures included, from the same state of the global generators."""
+    """Make every test, its fixtures included, independent of earlier tests: generators, compiled code, Accelerate."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if "accelerate.state" in sys.modules:  # the first Accelerator of a process fixes its mixed precision
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def tiny_vit(**options: Any) -> VisionTransformer:

@@ -24,13 +24,11 @@ from tests.processes import run_ranks
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
-@pytest.mark.slow
 @rows
 @phases
 def test_compile(row, phase):
     adapter = build(row, phase)
     expected = adapter(images())
-    torch._dynamo.reset()
     compiled = torch.compile(adapter, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images()), expected, **CLOSE)
 
@@ -43,7 +41,6 @@ def test_export(row, phase):
     torch.testing.assert_close(program.module()(images(3, seed=1)), adapter(images(3, seed=1)), **CLOSE)
 
 
-@pytest.mark.slow
 @rows
 @phases
 def test_onnx(row, phase):

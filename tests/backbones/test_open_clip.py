@@ -344,7 +344,6 @@ def test_deepcopy_pickle_and_compile(phase, options):
     expected = adapter(IMAGES)
     assert torch.equal(copy.deepcopy(adapter)(IMAGES), expected)
     assert torch.equal(pickle.loads(pickle.dumps(adapter))(IMAGES), expected)
-    torch._dynamo.reset()
     compiled = torch.compile(adapter, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(IMAGES), expected, rtol=1e-12, atol=1e-12)
 
