@@ -310,7 +310,7 @@ def test_without_the_extra_the_other_commands_work(tmp_path, run, data):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines() == [
+    assert done.stderr.splitlines()[: len(commands)] == [
         f'lpt-peft: lpt-peft {words[0]} needs accelerate: pip install "lpt_peft[train]".' for words in commands
     ]
     assert "All checks passed" in done.stdout
