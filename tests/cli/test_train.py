@@ -243,7 +243,9 @@ def test_output_that_cannot_be_written(data, tmp_path, capsys, place):
     if place == "locked/below" and os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     assert main(["train", str(data), "--output", str(tmp_path / place), *BACKBONE, *SMALL]) == 1
-    assert f"{tmp_path / place / 'settings.json'} cannot be written" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"{tmp_path / place} must be a folder" in message or "settings.json cannot be written" in message
+    assert "Errno" not in message
     assert (tmp_path / "file").read_text() == "text"
 
 
@@ -268,8 +270,8 @@ def test_presets(data, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "cannot be read"),
-        ("[]", "one JSON object"),
+        ("{", "is not strict JSON"),
+        ("[]", "must hold a JSON object"),
         ('{"backbone": "a", "shot_rule": []}', "shot_rule=[] must be one of lift, oltr, lpt"),
         ('{"backbone": "a", "colour": 1}', "RunSettings has no colour"),
         ('{"backbone": "a", "images": {"colour": 1}}', "ImageSettings has no colour"),
