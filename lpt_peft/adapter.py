@@ -82,15 +82,16 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
         self.backbone = backbone
         self.prompt_config = config
         self.vit = backbone.model
-        self.shared = SharedPrompt(config.depth, config.prompt_length, config.dim)
-        self.pool = PromptPool.from_config(config)
-        self.head_drop = nn.Dropout(head_dropout)
-        self.head = CosineClassifier(backbone.feature_dim, config.num_classes, config.logit_scale)
         # At least float32, also on a bfloat16 backbone; blocks cast the prompts.
         device = execution_device(self.vit)
         dtype = torch.promote_types(next(self.vit.parameters()).dtype, torch.float32)
-        for trained in (self.shared, self.pool, self.head):
-            trained.to(device=device, dtype=dtype)
+        with torch.inference_mode(False):  # parameters created in inference mode would silently get no gradient
+            self.shared = SharedPrompt(config.depth, config.prompt_length, config.dim)
+            self.pool = PromptPool.from_config(config)
+            self.head_drop = nn.Dropout(head_dropout)
+            self.head = CosineClassifier(backbone.feature_dim, config.num_classes, config.logit_scale)
+            for trained in (self.shared, self.pool, self.head):
+                trained.to(device=device, dtype=dtype)
         # Modules of the ViT keep their train/eval modes; new modules follow the mode of the ViT.
         self.training = self.vit.training
         for module in (self.shared, self.pool, self.head_drop, self.head):
@@ -222,6 +223,12 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
             raise StateError(
                 f"The wrapped model pooled by {self._pooling!r} when it was wrapped, and by {pooling!r} now, which "
                 "changes the features that prompts and head were made for. Set it back, or wrap the model again."
+            )
+        vit, model = self.vit, self.backbone.model
+        if vit is not model and not any(module is model for module in vit.modules()):
+            raise StateError(
+                f"adapter.vit was replaced by another {type(vit).__name__}, which has no prompts. Wrap that model: "
+                "LongTailPromptAdapter.wrap(vit), and load the prompts."
             )
         if len(self.backbone.blocks) != self.prompt_config.depth:
             raise StateError(

@@ -30,6 +30,11 @@ def explain_failure(
     if (reason := _changed_block(backbone)) is not None:
         return StateError(f"{reason} Replace blocks before wrap(), or unwrap() and wrap the model again.{reported}")
     model = type(backbone.model).__name__
+    if torch.is_grad_enabled() and any(parameter.is_inference() for parameter in backbone.model.parameters()):
+        return StateError(
+            f"Weights of {model} were created in torch.inference_mode(), so no gradient passes them. Build and load "
+            f"the model outside of it.{reported}"
+        )
     given = [*args, *kwargs.values()]
     images = next((value for value in given if isinstance(value, (Tensor, Mapping))), given[0] if given else None)
     if isinstance(images, Mapping):  # patches of NaFlexViT
@@ -53,8 +58,10 @@ def _changed_block(backbone: Backbone) -> str | None:
     for index, block in enumerate(backbone.blocks):
         if not any(isinstance(part, Prompted) for part in block.modules()):
             return f"Block {index}, a {type(block).__name__}, takes no prompts: it was replaced after wrap()."
-        if isinstance(block, Prompted) and len(attentions_of(block)) != block.sites:
-            return f"Block {index}, a {type(block).original.__name__}, has lost an attention since wrap()."
+        if isinstance(block, Prompted) and block.sites:
+            found = [part for part in attentions_of(block) if any(isinstance(p, Prompted) for p in part.modules())]
+            if len(found) != block.sites:
+                return f"The attention of block {index}, a {type(block).original.__name__}, was replaced after wrap()."
     return None
 
 

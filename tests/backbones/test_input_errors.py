@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 from lpt_peft import LongTailPromptAdapter
 from lpt_peft.errors import BackboneError, ConfigError, InputError, LPTError, StateError
-from lpt_peft.prompting import Prompted
+from lpt_peft.prompting import Prompted, attentions_of
 from tests.backbones.models import ROWS, build, images, make, on_meta, rows, wrap
 from tests.conftest import tiny_vit
 from tests.host_reads import count_host_reads
@@ -251,6 +251,52 @@ def test_a_block_that_was_replaced(row):
     holder[1] = nn.Identity()
     with pytest.raises(StateError, match=r"Block 1, a Identity, takes no prompts.*unwrap\(\) and wrap"):
         adapter(images())
+
+
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+@rows
+def test_an_attention_that_was_replaced(row, change):
+    adapter = build(row)
+    block = adapter.backbone.blocks[1]
+    name = next(name for name, module in block.named_modules() if name and module is attentions_of(block)[0])
+    holder, _, leaf = name.rpartition(".")
+    if change == "replaced":
+        setattr(block.get_submodule(holder), leaf, nn.Identity())
+    else:
+        delattr(block.get_submodule(holder), leaf)
+    with pytest.raises(LPTError, match=r"replaced after wrap.*unwrap\(\) and wrap"):
+        adapter(images())
+
+
+def test_a_vit_that_was_replaced():
+    adapter = build("timm ViT")
+    vit = adapter.vit
+    adapter.vit = make("timm ViT")
+    with pytest.raises(StateError, match=r"adapter\.vit was replaced by another VisionTransformer.*Wrap that model"):
+        adapter(images())
+    adapter.vit = nn.Sequential(vit)  # a wrapper around the same model, as of PEFT or FSDP
+    assert adapter(images()).shape == (2, 5)
+
+
+@pytest.mark.parametrize("phase", ["shared", "group"])
+def test_an_adapter_that_was_created_in_inference_mode_trains(phase):
+    vit = tiny_vit()
+    with torch.inference_mode():
+        adapter = LongTailPromptAdapter.wrap(vit, 3)
+    adapter.phase = phase
+    output = adapter.train()(images(), return_output=True)
+    (output.logits.sum() + output.similarity.sum()).backward()
+    assert all(parameter.grad is not None for parameter in adapter.trainable_parameters())
+
+
+def test_training_on_a_vit_that_was_created_in_inference_mode():
+    with torch.inference_mode():
+        vit = tiny_vit()
+    adapter = LongTailPromptAdapter.wrap(vit, 3)
+    with torch.no_grad():
+        assert adapter(images()).shape == (2, 3)
+    with pytest.raises(StateError, match=r"created in torch\.inference_mode\(\), so no gradient passes them.*Build"):
+        adapter.train()(images())
 
 
 @rows
