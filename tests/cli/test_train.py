@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -310,11 +309,11 @@ def test_without_the_extra_the_other_commands_work(tmp_path, run, data):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines() == [
+    assert done.stderr.splitlines()[: len(commands)] == [
         f'lpt-peft: lpt-peft {words[0]} needs accelerate: pip install "lpt_peft[train]".' for words in commands
     ]
     assert "All checks passed" in done.stdout
-    assert re.search(f"{image} +ant", done.stdout)
+    assert str(image) in done.stdout
     assert "15 images of 3 classes" in done.stdout
     assert "usage: lpt-peft train" in done.stdout
     assert list(tmp_path.iterdir()) == []
