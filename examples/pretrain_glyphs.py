@@ -255,7 +255,7 @@ def main(settings: Settings) -> None:
     about = {
         "architecture": "timm.models.vision_transformer.VisionTransformer",
         "model_args": BACKBONE,
-        "preprocess": {"input_size": [3, PIXELS, PIXELS], "mean": [0.5] * 3, "std": [0.5] * 3},
+        "preprocess": {"input_size": [3, PIXELS, PIXELS], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0},
         "pretraining": {
             **{k: v for k, v in asdict(settings).items() if k not in {"output", "resume"}},
             "faces": list(FACES),

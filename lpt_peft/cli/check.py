@@ -9,6 +9,7 @@ import tyro
 
 from lpt_peft.cli.common.exit_codes import INCOMPLETE, OK
 from lpt_peft.cli.common.extras import requires_extra
+from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.options import Json
 
 
@@ -42,7 +43,9 @@ def check(
         from lpt_peft.data.inspection.check_images import check_images
 
     splits = open_splits(data, ImageSettings(root=root, val=val, test=test), seed=0, allow_empty=True)
-    with tqdm(total=sum(map(len, splits.values())), unit="image", disable=None, file=sys.stderr) as bar:
+    total = sum(map(len, splits.values()))
+    notice(f"checking {total:,} images")
+    with tqdm(total=total, unit="image", disable=None, file=sys.stderr) as bar:
         report = check_images(splits, progress=lambda done, total: bar.update())
     if as_json:
         print_json(report.to_dict())

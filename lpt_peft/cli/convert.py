@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +36,7 @@ def convert(
     """
     from lpt_peft.backbones.loading import build
     from lpt_peft.checkpoint.convert_official import EPS, read_official, write_official
+    from lpt_peft.cli.common.streams import print_json, print_text
     from lpt_peft.hub.errors import hub_errors
 
     official = read_official(checkpoint, num_heads=num_heads)
@@ -51,15 +51,17 @@ def convert(
     name = f"{official.architecture}.{tag}"
     if as_json:
         answer = {"folder": str(folder), "architecture": official.architecture, "pretrained": same, "compared": name}
-        print(json.dumps(answer | ({"reason": why} if same is None else {})))
+        print_json(answer | ({"reason": why} if same is None else {}))
         return
-    print(f"{folder}: prompts of {checkpoint.name} for {official.architecture}, LayerNorm eps {EPS:g}")
+    print_text(f"{folder}: prompts of {checkpoint.name} for {official.architecture}, LayerNorm eps {EPS:g}")
     if same is None:
-        print(f"Unknown whether its backbone is the pretrained {name}: {why}")
+        print_text(f"Unknown whether its backbone is the pretrained {name}: {why}")
     elif same:
-        print(f"Its backbone is the pretrained {name}: from_pretrained({str(folder)!r}) builds it.")
+        print_text(f"Its backbone is the pretrained {name}: from_pretrained({str(folder)!r}) builds it.")
     else:
-        print(f"Its backbone is NOT the pretrained {name}: the prompts work only on the backbone in the checkpoint.")
+        print_text(
+            f"Its backbone is NOT the pretrained {name}: the prompts work only on the backbone in the checkpoint."
+        )
 
 
 def _info(official: OfficialCheckpoint, tag: str) -> dict[str, object]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from lpt_peft.cli.common.extras import requires_extra
+from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.options import Json
 from lpt_peft.errors import ConfigError, InputError
 
@@ -30,7 +31,7 @@ def evaluate(
     with requires_extra("lpt-peft evaluate", "train"):
         from lpt_peft.cli.common.load_run import load_run
         from lpt_peft.cli.common.open_data import open_splits, open_test_splits, set_transforms
-        from lpt_peft.cli.common.run_summary import print_skipped, print_summary
+        from lpt_peft.cli.common.split_summary import print_skipped, print_summaries
         from lpt_peft.cli.common.tables import print_results
         from lpt_peft.metrics import ShotMetrics, ShotResult
         from lpt_peft.recipe.evaluate import evaluate as measure
@@ -58,7 +59,8 @@ def evaluate(
     set_transforms(splits, run.adapter.backbone.preprocess(), run.images)
     metrics = ShotMetrics.from_rule(run.shot_rule, counts)
     accelerator = make_accelerator(_available_precision(run.training))
-    print_summary(splits, accelerator)
+    print_summaries(splits)
+    notice(f"device {accelerator.device}")
     results: dict[str, ShotResult] = {
         name: measure(run.adapter, splits[name], metrics, num_workers=run.training.num_workers, accelerator=accelerator)
         for name in ("validation", "test")

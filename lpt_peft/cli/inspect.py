@@ -32,15 +32,16 @@ def inspect(
     """
     from lpt_peft.checkpoint import encode
     from lpt_peft.checkpoint.files import compare_copy
+    from lpt_peft.cli.common.streams import print_json, print_text
 
     content, copy = _read(source, revision, subfolder)
     config = encode(content).config
     if as_json:
-        print(json.dumps(config, indent=2))
+        print_json(config)
         return
-    print(describe(source, content))
+    print_text(describe(source, content))
     if (difference := compare_copy(copy, config)) is not None:
-        print(printable(f"config.json {difference}; it is only a copy, and prompts.safetensors is what loads."))
+        print_text(printable(f"config.json {difference}; it is only a copy, and prompts.safetensors is what loads."))
 
 
 def _read(source: str, revision: str | None, subfolder: str | None) -> tuple[PromptContent, bytes | None]:

@@ -90,7 +90,7 @@ def _predictions(run: LoadedRun, paths: Sequence[Path], show: int) -> Iterator[l
         exif=run.images.exif,
         background=run.images.background,
     )
-    device = run.adapter.head.weight.device
+    device, temperature = run.adapter.head.weight.device, run.adapter.metadata.temperature or 1.0
     for start in range(0, len(paths), _BATCH):
         answers: list[dict[str, Any]] = []
         tensors = []
@@ -100,7 +100,7 @@ def _predictions(run: LoadedRun, paths: Sequence[Path], show: int) -> Iterator[l
             tensors += [] if tensor is None else [tensor]
         if tensors:
             with torch.no_grad():
-                found = run.adapter(torch.stack(tensors).to(device)).float().softmax(1).topk(show)
+                found = (run.adapter(torch.stack(tensors).to(device)).float() / temperature).softmax(1).topk(show)
             readable = (answer for answer in answers if "error" not in answer)
             for answer, probabilities, labels in zip(readable, *(part.tolist() for part in found), strict=True):
                 answer["classes"] = [

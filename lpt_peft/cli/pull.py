@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import tyro
@@ -24,20 +23,23 @@ def pull(
 
     Args:
         repo: owner/name.
-        folder: Created if missing; its other files are not touched.
+        folder: Created if missing; its other files are not touched. Of the output folder of a run, its prompts/.
         revision: Branch, tag or commit.
         subfolder: Folder inside the repository.
         offline: Load from the cache without a request to the Hub.
         as_json: Print one JSON object.
     """
     from lpt_peft.checkpoint import decode, write_prompt_file
+    from lpt_peft.cli.common.paths import PROMPTS, SETTINGS
+    from lpt_peft.cli.common.streams import print_json, print_text
     from lpt_peft.hub import HubLocation
     from lpt_peft.hub import pull as pull_file
 
     location = HubLocation(repo_id=repo, revision=revision, subfolder=subfolder, local_files_only=offline)
     pulled = pull_file(location)
+    folder = folder / PROMPTS if (folder / SETTINGS).is_file() else folder
     write_prompt_file(folder, decode(pulled.weights))
     if as_json:
-        print(json.dumps({"commit": pulled.commit, "folder": str(folder)}))
+        print_json({"commit": pulled.commit, "folder": str(folder)})
     else:
-        print(f"{folder}: prompt file of {repo} at {pulled.commit}, {len(pulled.weights):,} bytes")
+        print_text(f"{folder}: prompt file of {repo} at {pulled.commit}, {len(pulled.weights):,} bytes")

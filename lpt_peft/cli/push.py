@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import tyro
@@ -40,6 +39,7 @@ def push(
     """
     from lpt_peft.checkpoint import read_prompt_file
     from lpt_peft.cli.common.paths import prompt_folder
+    from lpt_peft.cli.common.streams import print_json
     from lpt_peft.hub import push as push_content
 
     info = push_content(
@@ -54,6 +54,6 @@ def push(
         datasets=dataset,
     )
     if as_json:
-        print(json.dumps({"commit": info.oid, "url": str(info.commit_url), "pull_request": info.pr_url}))
+        print_json({"commit": info.oid, "url": str(info.commit_url), "pull_request": info.pr_url})
     else:
         print(f"{info.pr_url or info.commit_url}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -77,21 +78,24 @@ def run_training(
     with requires_extra("lpt-peft train", "train"):
         from lpt_peft.cli.common.build_adapter import build_adapter
         from lpt_peft.cli.common.open_data import check_output, open_splits, set_transforms
-        from lpt_peft.cli.common.run_summary import print_summary
+        from lpt_peft.cli.common.split_summary import print_summaries
         from lpt_peft.cli.common.streams import print_text
         from lpt_peft.cli.common.tables import print_results
         from lpt_peft.recipe.experiment import RESULTS, Splits, fit, write_json
         from lpt_peft.recipe.train import make_accelerator
 
     run.check()
+    if log_with:
+        _check_tracker(log_with)
     check_output(output, data, run.images)
     splits = open_splits(data, run.images, run.training.seed)
     adapter = build_adapter(run, splits["train"].class_names)
+    adapter.metadata = replace(adapter.metadata, preprocess=run.images.preprocess())
     set_transforms(splits, adapter.backbone.preprocess(), run.images)
     accelerator = make_accelerator(run.training, **({"log_with": log_with, "project_dir": output} if log_with else {}))
     if log_with:
-        _start_trackers(accelerator, run, log_with)
-    print_summary(splits, accelerator, run.training)
+        _start_trackers(accelerator, run)
+    print_summaries({name: split for name, split in splits.items() if name != "train"})
     settings = run.to_dict()
     if accelerator.is_main_process and not (output / SETTINGS).exists():
         # Settings of an earlier run describe its prompts, and stay until this run has finished.
@@ -140,9 +144,13 @@ def _initial_settings(words: Sequence[str]) -> RunSettings | Any:
     return start
 
 
-def _start_trackers(accelerator: Any, run: RunSettings, name: Log) -> None:
-    if not accelerator.log_with:
+def _check_tracker(name: Log) -> None:
+    libraries = {"tensorboard": ("tensorboard", "tensorboardX")}.get(name, (name,))
+    if not any(find_spec(library) for library in libraries):
         raise MissingExtraError(f"--log-with {name} needs that library: pip install {name}.")
+
+
+def _start_trackers(accelerator: Any, run: RunSettings) -> None:
     settings = run.to_dict()
     flat = {f"{group}.{key}": value for group in ("prompts", "images") for key, value in settings[group].items()}
     flat |= {key: value for key, value in settings["training"].items() if not isinstance(value, dict)}

@@ -52,6 +52,16 @@ def test_push_inspect_pull(local, folder, tmp_path, capsys):
     assert local.requests == []
 
 
+def test_a_pull_into_the_output_folder_of_a_run(local, folder, tmp_path, capsys):
+    assert main(["push", str(folder), REPO]) == 0
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "settings.json").write_text("{}")
+    assert main(["pull", REPO, str(run)]) == 0
+    assert {path.name for path in run.iterdir()} == {"settings.json", "prompts"}
+    assert (run / "prompts" / "prompts.safetensors").read_bytes() == (folder / "prompts.safetensors").read_bytes()
+
+
 def test_the_output_folder_of_a_run_is_pushed(local, folder, tmp_path, capsys):
     assert main(["push", str(folder.parent), REPO]) == 0
     assert local.hub.repositories[REPO].at("main").files["prompts.safetensors"].content == (

@@ -51,7 +51,7 @@ def load_run(folder: Path) -> LoadedRun:
     return LoadedRun(
         adapter=adapter.eval(),
         class_names=list(names),
-        images=ImageSettings() if run is None else run.images,
+        images=ImageSettings.from_preprocess(adapter.metadata.preprocess) if run is None else run.images,
         shot_rule="lpt" if run is None else run.shot_rule,
         training=TrainSettings() if run is None else run.training,
         data=data,

@@ -6,6 +6,7 @@ Not here: the backbone and the adapter that they describe (`build_adapter.py`).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -64,6 +65,20 @@ class ImageSettings:
     """Follow the EXIF orientation of photos."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour behind transparent pixels: red, green, blue, from 0 to 255."""
+
+    def preprocess(self) -> dict[str, Any]:
+        """Settings that a prompt file records, so that later predictions read images in the same way."""
+        recorded = {"exif": self.exif, "background": list(self.background), "crop_pct": self.crop_pct}
+        return {name: value for name, value in recorded.items() if value is not None}
+
+    @classmethod
+    def from_preprocess(cls, preprocess: Mapping[str, Any]) -> ImageSettings:
+        """The settings that a prompt file records, and the defaults of the others."""
+        recorded = {name: preprocess[name] for name in ("exif", "background", "crop_pct") if name in preprocess}
+        if "background" in recorded:
+            red, green, blue = recorded["background"]
+            recorded["background"] = (red, green, blue)
+        return cls(**recorded)
 
 
 @dataclass(frozen=True, kw_only=True)
