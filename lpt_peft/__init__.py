@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lpt_peft.config import PromptConfig
     from lpt_peft.errors import LPTError
     from lpt_peft.heads import CosineClassifier, cosine_logits
-    from lpt_peft.losses import AGCLLoss, LPTLoss, agcl_loss
+    from lpt_peft.losses import AGCLLoss, LogitAdjustedLoss, LPTLoss, agcl_loss, logit_adjusted_loss
     from lpt_peft.metrics import SHOT_RULES, ShotMetrics, ShotResult, ShotRule, shot_metrics
     from lpt_peft.output import AdapterOutput
     from lpt_peft.prompts import PoolMatch, PromptPool, SharedPrompt, decay_selected
@@ -28,6 +28,7 @@ __all__ = [
     "DualSampler",
     "LPTError",
     "LPTLoss",
+    "LogitAdjustedLoss",
     "LongTailPromptAdapter",
     "PoolMatch",
     "PromptConfig",
@@ -40,6 +41,7 @@ __all__ = [
     "agcl_loss",
     "cosine_logits",
     "decay_selected",
+    "logit_adjusted_loss",
     "shot_metrics",
 ]
 
@@ -50,7 +52,7 @@ import_on_first_use(  # must match the imports above; a test compares them
         "config": ["PromptConfig"],
         "errors": ["LPTError"],
         "heads": ["CosineClassifier", "cosine_logits"],
-        "losses": ["AGCLLoss", "LPTLoss", "agcl_loss"],
+        "losses": ["AGCLLoss", "LogitAdjustedLoss", "LPTLoss", "agcl_loss", "logit_adjusted_loss"],
         "metrics": ["SHOT_RULES", "ShotMetrics", "ShotResult", "ShotRule", "shot_metrics"],
         "output": ["AdapterOutput"],
         "prompts": ["PoolMatch", "PromptPool", "SharedPrompt", "decay_selected"],

@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from lpt_peft.backbones.base import Backbone, execution_device
 from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.backbones.freezing import FrozenState
-from lpt_peft.backbones.input_errors import explain_failure
 from lpt_peft.backbones.weights import FrozenWeights
 from lpt_peft.call import CallMixin
 from lpt_peft.config import PHASES, Phase, PromptConfig, PromptMetadata
 from lpt_peft.delegates import DelegateMixin
-from lpt_peft.errors import ConfigError, LPTError, StateError
+from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.heads import CosineClassifier
 from lpt_peft.phase import in_process_group
 from lpt_peft.pretrained import PretrainedMixin
-from lpt_peft.prompting import find_gradient_gap
+from lpt_peft.prompting import detach_blocks, find_gradient_gap
 from lpt_peft.prompts import PromptPool, SharedPrompt
 
 __all__ = ["PHASES", "LongTailPromptAdapter", "Phase"]
@@ -38,6 +37,9 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
     phases: "shared" trains a prompt for all images, "group" freezes it and trains a pool of prompts, from which each
     image selects some by cosine similarity. The classifier is trained in both. Reference: LPT, Dong et al., ICLR 2023,
     arXiv 2210.01033.
+
+    Shapes: B images, C classes; L blocks of width d, the first K without group prompts; n tokens per prompt; m group
+    prompts, k selected per image.
 
     Attributes:
         vit: The wrapped model, frozen; the same object that was given to `wrap`.
@@ -80,15 +82,16 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
         self.backbone = backbone
         self.prompt_config = config
         self.vit = backbone.model
-        self.shared = SharedPrompt(config.depth, config.prompt_length, config.dim)
-        self.pool = PromptPool.from_config(config)
-        self.head_drop = nn.Dropout(head_dropout)
-        self.head = CosineClassifier(backbone.feature_dim, config.num_classes, config.logit_scale)
         # At least float32, also on a bfloat16 backbone; blocks cast the prompts.
         device = execution_device(self.vit)
         dtype = torch.promote_types(next(self.vit.parameters()).dtype, torch.float32)
-        for trained in (self.shared, self.pool, self.head):
-            trained.to(device=device, dtype=dtype)
+        with torch.inference_mode(False):  # parameters created in inference mode would silently get no gradient
+            self.shared = SharedPrompt(config.depth, config.prompt_length, config.dim)
+            self.pool = PromptPool.from_config(config)
+            self.head_drop = nn.Dropout(head_dropout)
+            self.head = CosineClassifier(backbone.feature_dim, config.num_classes, config.logit_scale)
+            for trained in (self.shared, self.pool, self.head):
+                trained.to(device=device, dtype=dtype)
         # Modules of the ViT keep their train/eval modes; new modules follow the mode of the ViT.
         self.training = self.vit.training
         for module in (self.shared, self.pool, self.head_drop, self.head):
@@ -99,6 +102,7 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
         self._init_call()
         self._pooling = getattr(backbone, "pooling", None)
         self._init_state()
+        self._attached = tuple(backbone.blocks)
         backbone.attach()  # the model is not changed before this line
         try:
             self._gradient_gap = find_gradient_gap(backbone.blocks, backbone.dim)
@@ -160,12 +164,13 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
     def unwrap(self) -> nn.Module:
         """Remove the prompts and return the wrapped model; the adapter cannot be used afterwards.
 
-        Classes, forwards and `requires_grad` are as they were before `wrap`; the train/eval mode is the current one.
+        Classes, forwards and `requires_grad` are as they were before `wrap`; the train/eval mode does not change.
         If layers such as LoRA's were added in the meantime, `requires_grad` is left unchanged.
         """
         self._check_wrapped()
         vit = self.vit
         self.backbone.detach()
+        detach_blocks(self._attached)  # also those that were removed since
         self._frozen.restore(vit)
         del self.vit
         return vit
@@ -190,18 +195,10 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
         self._check_unchanged()
         args = () if images is None else (images, *args)
         args, kwargs = self.frozen_weights.cast_inputs((args, kwargs))
-        if torch.compiler.is_compiling():
-            return self._two_passes(args, kwargs)
-        try:
-            return self._two_passes(args, kwargs)
-        except LPTError:
-            raise
-        except Exception as error:
-            if (explained := explain_failure(self.backbone, args, kwargs, error)) is not None:
-                raise explained from error
-            raise
+        features: tuple[Tensor, Tensor, Tensor, Tensor] = self._run(self._two_passes, args, kwargs)
+        return features
 
-    def _two_passes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _two_passes(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         backbone, shared, split = self.backbone, self.shared(), self.prompt_config.first_group_layer
         kept = backbone.run(backbone.embed(*args, **kwargs), 0, shared[:split].unbind())
         if self._phase == "shared":
@@ -226,6 +223,12 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
             raise StateError(
                 f"The wrapped model pooled by {self._pooling!r} when it was wrapped, and by {pooling!r} now, which "
                 "changes the features that prompts and head were made for. Set it back, or wrap the model again."
+            )
+        vit, model = self.vit, self.backbone.model
+        if vit is not model and not any(module is model for module in vit.modules()):
+            raise StateError(
+                f"adapter.vit was replaced by another {type(vit).__name__}, which has no prompts. Wrap that model: "
+                "LongTailPromptAdapter.wrap(vit), and load the prompts."
             )
         if len(self.backbone.blocks) != self.prompt_config.depth:
             raise StateError(

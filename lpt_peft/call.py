@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lpt_peft.backbones.base import Backbone, refuse_offloaded
+from lpt_peft.backbones.input_errors import explain_failure
 from lpt_peft.backbones.weights import FrozenWeights
 from lpt_peft.errors import ConfigError, InputError, LPTError, StateError
 from lpt_peft.losses import AGCLLoss
@@ -160,7 +161,7 @@ class CallMixin(StateMixin):
                 )
             call = call if labels is None else {"labels": labels, **call}
             images, args, call = self.frozen_weights.cast_inputs((images, args, call))
-            return self.vit(*args, **call) if images is None else self.vit(images, *args, **call)
+            return self._run(self.vit, args if images is None else (images, *args), call)
         if self.training and torch.is_grad_enabled():
             if self._gradient_gap is not None:
                 raise StateError(
@@ -214,6 +215,19 @@ class CallMixin(StateMixin):
     def _features(self, images: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return features, query, similarity and groups of `AdapterOutput`."""
         raise NotImplementedError
+
+    def _run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function of the wrapped model; its errors are replaced if its input explains them."""
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except LPTError:
+            raise
+        except Exception as error:
+            if (explained := explain_failure(self.backbone, args, kwargs, error)) is not None:
+                raise explained from error
+            raise
 
     def _loss(self, output: AdapterOutput, labels: Tensor) -> Tensor:
         criterion = self.criterion if self.training else self.eval_criterion

@@ -8,8 +8,8 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 ENVIRONMENTS=${1:-$(mktemp -d)}
 BASE=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-CORE="tests/test_prompting.py tests/test_golden.py tests/backbones/test_fingerprint_and_freezing.py tests/test_adapter.py
-    tests/test_adapter_state.py tests/checkpoint/test_round_trip.py tests/test_prompts.py tests/losses/test_losses.py tests/backbones"
+CORE="tests/test_prompting.py tests/test_golden.py tests/test_adapter.py tests/test_adapter_state.py tests/test_prompts.py
+    tests/checkpoint/test_round_trip.py tests/losses/test_agcl.py tests/losses/test_lpt.py tests/backbones"
 PYTHONPATH=$PWD
 OMP_NUM_THREADS=1
 export PYTHONPATH OMP_NUM_THREADS

@@ -1,4 +1,4 @@
-"""Functions called in new processes: a single one, or the ranks of a gloo process group.
+"""Functions called in new processes: in a single process, or as the ranks of a gloo process group.
 
 Every process starts as `python -m tests.processes`, never as a fork, so it inherits no threads and no state. The
 function and its arguments are pickled; the function must therefore be at the top level of a module.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import pydoc
 
 import pytest
 import timm
@@ -334,7 +336,7 @@ def test_adapter_state_dict_round_trip_and_refusals():
         ({"prompt_length": 0}, "prompt_length=0"),
         ({"pool_size": 3, "top_k": 4}, "top_k=4 must be from 1 to 3"),
         ({"shared_layers": 2}, "shared_layers=2 must be from 0 to 1"),
-        ({"shared_layers": "1"}, "shared_layers='1' must be a whole number"),
+        ({"shared_layers": "1"}, "shared_layers='1' must be an integer"),
         ({"head_dropout": 1.0}, "head_dropout"),
         ({"logit_scale": 0}, "logit_scale=0"),
         ({"logit_scale": float("nan")}, "logit_scale=nan"),
@@ -419,3 +421,21 @@ def test_a_block_that_is_used_several_times():
         assert torch.equal(ours(IMAGES), theirs(IMAGES))
     kinds = {type(block) for block in ours.unwrap().blocks}
     assert kinds == {type(tiny_vit().blocks[0])}
+
+
+def test_help():
+    text = pydoc.plain(pydoc.render_doc(LongTailPromptAdapter))
+    head = text.splitlines()[:10]
+    assert any("Create an adapter with `wrap(vit, num_classes)`" in line for line in head)
+    assert "Initialize internal Module state" not in text
+    places = [
+        text.index(f"\n |  {name}(") for name in ("wrap", "forward", "save_pretrained", "get_classifier", "buffers")
+    ]
+    assert places == sorted(places), "the class itself, then calls, files, delegates, and nn.Module last"
+    own = [cls for cls in LongTailPromptAdapter.__mro__ if cls.__module__.startswith("lpt_peft")]
+    for cls in own:
+        for name, member in vars(cls).items():
+            if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+                doc = inspect.getdoc(member)
+                assert doc, name
+                assert doc.splitlines()[0].endswith("."), name

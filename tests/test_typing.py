@@ -128,7 +128,8 @@ LOSSES = """
 from torch import Tensor
 from typing_extensions import assert_type
 
-from lpt_peft import AdapterOutput, AGCLLoss, ClassBalancedSampler, DualSampler, LPTLoss, agcl_loss
+from lpt_peft import AdapterOutput, AGCLLoss, ClassBalancedSampler, DualSampler, LogitAdjustedLoss, LPTLoss, agcl_loss
+from lpt_peft import logit_adjusted_loss
 
 
 def objective(output: AdapterOutput, target: Tensor) -> None:
@@ -137,6 +138,8 @@ def objective(output: AdapterOutput, target: Tensor) -> None:
     assert_type(criterion(output, target, 1), Tensor)
     assert_type(AGCLLoss([5, 2, 1])(output.logits, target), Tensor)
     assert_type(agcl_loss(output.logits, target, [5, 2, 1]), Tensor)
+    assert_type(LogitAdjustedLoss({0: 5, 1: 2, 2: 1})(output.logits, target), Tensor)
+    assert_type(logit_adjusted_loss(output.logits, target, [5, 2, 1]), Tensor)
 
 
 def draws(labels: list[int]) -> None:

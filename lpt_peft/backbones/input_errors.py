@@ -30,13 +30,20 @@ def explain_failure(
     if (reason := _changed_block(backbone)) is not None:
         return StateError(f"{reason} Replace blocks before wrap(), or unwrap() and wrap the model again.{reported}")
     model = type(backbone.model).__name__
+    if torch.is_grad_enabled() and any(parameter.is_inference() for parameter in backbone.model.parameters()):
+        return StateError(
+            f"Weights of {model} were created in torch.inference_mode(), so no gradient passes them. Build and load "
+            f"the model outside of it.{reported}"
+        )
     given = [*args, *kwargs.values()]
     images = next((value for value in given if isinstance(value, (Tensor, Mapping))), given[0] if given else None)
     if isinstance(images, Mapping):  # patches of NaFlexViT
         images = next((value for value in images.values() if isinstance(value, Tensor)), None)
         reasons = [] if images is None else [*_dtype_and_device(backbone, images)]
     elif isinstance(images, Tensor):
-        reasons = [*_dtype_and_device(backbone, images), *_shape(backbone, images)]
+        reasons = [*_dtype_and_device(backbone, images)]
+        if sum(isinstance(value, Tensor) for value in given) == 1:  # with masks or positions, images may be patches
+            reasons += _shape(backbone, images)
     elif images is None:
         reasons = [f"{model} needs images: call adapter(images) with a tensor (B, C, H, W)."]
     else:
@@ -51,8 +58,10 @@ def _changed_block(backbone: Backbone) -> str | None:
     for index, block in enumerate(backbone.blocks):
         if not any(isinstance(part, Prompted) for part in block.modules()):
             return f"Block {index}, a {type(block).__name__}, takes no prompts: it was replaced after wrap()."
-        if isinstance(block, Prompted) and len(attentions_of(block)) != block.sites:
-            return f"Block {index}, a {type(block).original.__name__}, has lost an attention since wrap()."
+        if isinstance(block, Prompted) and block.sites:
+            found = [part for part in attentions_of(block) if any(isinstance(p, Prompted) for p in part.modules())]
+            if len(found) != block.sites:
+                return f"The attention of block {index}, a {type(block).original.__name__}, was replaced after wrap()."
     return None
 
 
@@ -78,7 +87,12 @@ def _dtype_and_device(backbone: Backbone, images: Tensor) -> Iterator[str]:
 
 
 def _shape(backbone: Backbone, images: Tensor) -> Iterator[str]:
-    channels, height, width = backbone.preprocess()["input_size"]
+    if hasattr(getattr(backbone.model, "config", None), "num_frames"):
+        return  # videos
+    try:
+        channels, height, width = backbone.preprocess()["input_size"]
+    except (AttributeError, TypeError, ValueError):  # the model does not describe its images
+        return
     shape = tuple(images.shape)
     expected = f"{type(backbone.model).__name__} takes (B, {channels}, {height}, {width})"
     if images.ndim != 4:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lpt_peft.data.checks import ClassNames, checked_names
-from lpt_peft.data.files.list_reader import TABLES, read_list, read_table
+from lpt_peft.data.files.list_reader import TABLES, ImageTable, read_list, read_table
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ImageFiles
 
@@ -52,4 +52,17 @@ def image_list(
     labels = np.frombuffer(table.labels, dtype=np.int64)
     names = table.names if given is None else given
     notes = [f"the first row is read as a header: {', '.join(table.header)}"] if table.header else []
-    return LabelledImages(images, labels, names, notes=[*notes, *images.missing_notes()], **options)
+    notes += [*_repeated(table), *images.missing_notes()]
+    return LabelledImages(images, labels, names, notes=notes, **options)
+
+
+def _repeated(table: ImageTable) -> list[str]:
+    """Remark on paths that occur several times; hashes are compared, because a set of all paths needs much memory."""
+    paths, labels, hashes = table.paths, np.asarray(table.labels), np.asarray(table.hashes)
+    order = np.argsort(hashes, kind="stable")
+    pairs = order[np.flatnonzero(np.diff(hashes[order]) == 0)[:, None] + [0, 1]]
+    pairs = np.array([pair for pair in pairs if paths[pair[0]] == paths[pair[1]]], dtype=np.int64).reshape(-1, 2)
+    if not len(pairs):
+        return []
+    different = int((labels[pairs[:, 0]] != labels[pairs[:, 1]]).sum())
+    return [f"{len(pairs)} lines repeat a path, {different} of them with another label, such as {paths[pairs[0][0]]}"]

@@ -12,7 +12,7 @@ from lpt_peft.data.checks import ClassNames, checked_names, distinct_names
 from lpt_peft.data.files.path_list import PathList
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ImageFiles
-from lpt_peft.errors import InputError
+from lpt_peft.errors import InputError, UnlabelledError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,6 +38,7 @@ def inaturalist(
         **options: Options of `LabelledImages`.
 
     Raises:
+        UnlabelledError: The file has no annotations.
         InputError: The file cannot be read or has another format, an image has no annotation or several, an id is
             unknown, the categories differ from `class_names`, `root` is not a folder, or the labels are invalid for
             `LabelledImages`.
@@ -85,12 +86,13 @@ def _read_json(file: Path) -> Mapping[str, Any]:
         "annotations": ("image_id and category_id", lambda entry: isinstance(entry, tuple)),
         "categories": ("an integer as id", lambda entry: isinstance(entry, dict) and type(entry.get("id")) is int),
     }
+    if tables.get("images") and "categories" in tables and not tables.get("annotations"):
+        raise UnlabelledError(f"{file} has no annotations, as the test files of the competition.")
     for key, (fields, valid) in rules.items():
         entries = tables.get(key)
         if not isinstance(entries, list) or not all(valid(entry) for entry in entries):
             raise InputError(
-                f"{file} is not an iNaturalist annotation file: {key!r} must be a list whose entries have {fields}. "
-                "The test files of the competition have no annotations."
+                f"{file} is not an iNaturalist annotation file: {key!r} must be a list whose entries have {fields}."
             )
     return tables
 

@@ -6,10 +6,12 @@ A wrong mean or std silently lowers accuracy, so there are no default values her
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lpt_peft.data.files.reading import Color, Reading
 from lpt_peft.errors import ConfigError
+
+if TYPE_CHECKING:  # the command line reads RECIPE_CROP_PCT without Pillow
+    from lpt_peft.data.files.reading import Color, Reading
 
 RECIPE_CROP_PCT = 224 / 256
 """The evaluation of the LPT paper: resize the shorter side to 256 and crop the central 224."""
@@ -83,6 +85,8 @@ def transforms(
     from timm.data import create_transform  # noqa: PLC0415 - imported on use
     from timm.data.transforms import str_to_interp_mode  # noqa: PLC0415
     from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop  # noqa: PLC0415
+
+    from lpt_peft.data.files.reading import Reading  # noqa: PLC0415
 
     given = {"exif": exif, "background": background}
     reading = Reading.from_preprocess(

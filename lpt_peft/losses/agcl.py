@@ -10,7 +10,7 @@ from torch import Tensor
 from lpt_peft.losses.agcl_definition import Branches, Noise
 from lpt_peft.losses.agcl_rows import agcl_rows
 from lpt_peft.losses.base import ClassCountsLoss, compute_delta
-from lpt_peft.losses.checks import Reduction, check_batch, check_settings, checked_class_counts, loss_dtype
+from lpt_peft.losses.checks import Reduction, check_batch, check_settings, checked_class_counts, loss_dtype, reduce_rows
 
 
 def agcl_loss(
@@ -92,7 +92,7 @@ def agcl_loss(
     check_batch(logits, target, noise, counts)
     delta = compute_delta(counts, loss_dtype(logits), normalize)
     branches = Branches((gamma_pos,), (gamma_neg,), scale, margin, noise_scale, label_smoothing, delta)
-    return _reduce(agcl_rows(logits, target, Noise.NONE if noise is None else noise, branches), reduction)
+    return reduce_rows(agcl_rows(logits, target, Noise.NONE if noise is None else noise, branches), reduction)
 
 
 class AGCLLoss(ClassCountsLoss):
@@ -178,10 +178,4 @@ class AGCLLoss(ClassCountsLoss):
             self.label_smoothing,
             self._delta_in(loss_dtype(logits)),
         )
-        return _reduce(agcl_rows(logits, target, self._noise_or_default(noise), branches), self.reduction)
-
-
-def _reduce(rows: Tensor, reduction: Reduction) -> Tensor:
-    if reduction == "none":
-        return rows
-    return rows.mean() if reduction == "mean" else rows.sum()
+        return reduce_rows(agcl_rows(logits, target, self._noise_or_default(noise), branches), self.reduction)

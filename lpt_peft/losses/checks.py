@@ -1,4 +1,4 @@
-"""Input validation for the losses."""
+"""Input validation, dtype and reduction of the losses."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ Reduction = Literal["mean", "sum", "none"]
 def loss_dtype(tensor: Tensor) -> torch.dtype:
     """Dtype of the computation: float64 for float64, else float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def reduce_rows(rows: Tensor, reduction: Reduction) -> Tensor:
+    """Reduce the losses `(B,)` of the rows."""
+    if reduction == "none":
+        return rows
+    return rows.mean() if reduction == "mean" else rows.sum()
 
 
 def checked_class_counts(class_counts: Sequence[int] | Mapping[int, int] | Tensor) -> Tensor:

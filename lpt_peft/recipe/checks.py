@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, default_collate
 
 from lpt_peft._random import preserve_random_state
 from lpt_peft.adapter import LongTailPromptAdapter
+from lpt_peft.data.images import LabelledImages
 from lpt_peft.errors import ConfigError, InputError
 from lpt_peft.recipe.parallel import broadcast_module, check_accelerator, check_precision
 from lpt_peft.recipe.settings import TrainSettings
@@ -104,6 +105,12 @@ def check_data(
     rows = checked_labels(labels)
     if size != len(rows):
         raise InputError(f"{len(rows)} labels do not fit a dataset of {size} items; give a label for each item.")
+    if isinstance(dataset, LabelledImages) and (differing := np.flatnonzero(rows != np.asarray(dataset.labels))).size:
+        index = differing[0]
+        raise InputError(
+            f"labels[{index}] is {rows[index]}, but dataset.labels[{index}] is {dataset.labels[index]}: pass "
+            "labels=dataset.labels."
+        )
     counts = np.bincount(rows[rows < num_classes], minlength=num_classes)
     if rows.max() >= num_classes:
         raise InputError(
@@ -137,7 +144,7 @@ def check_evaluation_split(model: nn.Module, dataset: Dataset[Any], name: str, a
 
     Args:
         model: On the accelerator's device.
-        dataset: Yields (image, label); its attribute `labels` is checked if it has one.
+        dataset: Yields (image, label); its `labels`, if any, are checked.
         name: Of the split.
         accelerator: Device and precision.
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
@@ -82,9 +81,10 @@ def fit(
     metrics = ShotMetrics.from_rule(shot_rule, splits.train.class_counts)
     reading = splits.train.reading
 
-    def save(folder: Path, figures: Mapping[str, Mapping[str, float | None]]) -> None:
+    def save(figures: Mapping[str, Mapping[str, float | None]], *, trial: bool = False) -> None:
         adapter.save_pretrained(
-            folder,
+            output / PROMPTS,
+            is_main_process=not trial,  # a trial raises the same errors and writes nothing
             class_counts=splits.train.class_counts,
             label_names=splits.train.class_names,
             preprocess=reading.to_preprocess(),
@@ -98,9 +98,7 @@ def fit(
     def check() -> None:
         check_folder(output)
         _check_prompts_folder(output / PROMPTS)
-        # Everything that the writer refuses must be found before training.
-        with write_errors(output), TemporaryDirectory(prefix=".trial-", dir=output) as trial:
-            save(Path(trial), dict.fromkeys(("validation", "test"), dict.fromkeys(SHOTS, 1 / 3)))
+        save(dict.fromkeys(("validation", "test"), dict.fromkeys(SHOTS, 1 / 3)), trial=True)
 
     on_main_process(accelerator, check)
     for name, split in (("validation", splits.validation), ("test", splits.test)):
@@ -140,7 +138,7 @@ def fit(
     def write() -> None:
         figures = {name: {shot: getattr(result, shot) for shot in SHOTS} for name, result in results.items()}
         with write_errors(output, "Training is complete and saved: fix the cause and run the same command again."):
-            save(output / PROMPTS, figures)
+            save(figures)
         write_json(output / HISTORY, history)
         write_json(output / RESULTS, {name: result.to_dict() for name, result in results.items()})
 

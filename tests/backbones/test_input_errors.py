@@ -17,8 +17,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 from lpt_peft import LongTailPromptAdapter
 from lpt_peft.errors import BackboneError, ConfigError, InputError, LPTError, StateError
-from lpt_peft.prompting import Prompted
-from tests.backbones.models import ROWS, build, images, make, rows, wrap
+from lpt_peft.prompting import Prompted, attentions_of
+from tests.backbones.models import ROWS, build, images, make, on_meta, rows, wrap
 from tests.conftest import tiny_vit
 from tests.host_reads import count_host_reads
 
@@ -69,6 +69,9 @@ def test_wrong_images(row, wrong, adapters):
         with torch.no_grad(), pytest.raises(InputError, match=words) as caught:
             adapter(change(images()))
         assert len(str(caught.value)) < 600
+    if wrong not in {"uint8", "int64", "bool"} or not row.startswith("transformers"):  # transformers casts raw pixels
+        with torch.no_grad(), adapter.disable_adapter(), pytest.raises(InputError, match=words):
+            adapter(change(images()))
 
 
 @rows
@@ -100,10 +103,44 @@ def test_out_of_memory_is_not_explained(monkeypatch):
 
 def test_a_right_forward_checks_nothing(monkeypatch):
     adapter = build("timm ViT")
-    monkeypatch.setattr("lpt_peft.adapter.explain_failure", lambda *_: pytest.fail("called"))
+    monkeypatch.setattr("lpt_peft.call.explain_failure", lambda *_: pytest.fail("called"))
     with torch.no_grad(), count_host_reads() as reads:
         adapter(images())
     assert list(reads) == []
+
+
+def test_models_that_do_not_describe_their_images_keep_the_error(monkeypatch):
+    adapter = build("timm ViT")
+
+    def fail():
+        raise AttributeError("no image size")
+
+    monkeypatch.setattr(adapter.backbone, "preprocess", fail)
+    with pytest.raises(AssertionError, match="height"):
+        adapter(torch.randn(2, 3, 64, 64))
+
+
+def test_videos_and_patches_keep_the_error():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    video = transformers.VideoMAEModel(
+        transformers.VideoMAEConfig(**sizes, image_size=32, patch_size=16, num_frames=4, tubelet_size=2)
+    ).eval()
+    adapter = LongTailPromptAdapter.wrap(video, 3)
+    assert adapter(torch.randn(1, 4, 3, 32, 32)).shape == (1, 3)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        adapter(torch.randn(1, 8, 3, 32, 32))
+    adapter = build("timm NaFlexViT")
+    with pytest.raises(InputError, match="Patches of NaFlexVit need patch_coord"):
+        adapter({"patches": torch.randn(1, 4, 192)})
+    with pytest.raises(InputError, match="Images are float64, the model is float32"):
+        adapter(
+            {
+                "patches": torch.randn(1, 4, 192).double(),
+                "patch_coord": torch.zeros(1, 4, 2, dtype=torch.long),
+                "patch_valid": torch.ones(1, 4, dtype=torch.bool),
+            }
+        )
 
 
 def test_dynamic_image_size_is_not_refused():
@@ -170,9 +207,8 @@ def test_wrong_dropout(dropout):
 
 @rows
 def test_calls_of_an_adapter_on_the_meta_device(row):
-    with torch.device("meta"):
-        model = ROWS[row].make().eval() if row != "timm BEiT" else None
-    if model is None or not any(parameter.is_meta for parameter in model.parameters()):
+    model = on_meta(ROWS[row].make).eval()
+    if not all(parameter.is_meta for parameter in model.parameters()):
         pytest.skip("cannot be built on the meta device")
     with pytest.raises(InputError, match="on cpu, and the model has no weights yet.*to_empty"):
         wrap(model)(images())
@@ -198,6 +234,9 @@ def test_blocks_that_were_removed_or_added(row):
         adapter(images())
     del holder[-1]
     assert adapter(images()).shape == (2, 5)
+    del holder[-1]
+    adapter.unwrap()
+    assert not any(isinstance(module, Prompted) for module in (*adapter.backbone.model.modules(), *last.modules()))
 
 
 @rows
@@ -212,6 +251,52 @@ def test_a_block_that_was_replaced(row):
     holder[1] = nn.Identity()
     with pytest.raises(StateError, match=r"Block 1, a Identity, takes no prompts.*unwrap\(\) and wrap"):
         adapter(images())
+
+
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+@rows
+def test_an_attention_that_was_replaced(row, change):
+    adapter = build(row)
+    block = adapter.backbone.blocks[1]
+    name = next(name for name, module in block.named_modules() if name and module is attentions_of(block)[0])
+    holder, _, leaf = name.rpartition(".")
+    if change == "replaced":
+        setattr(block.get_submodule(holder), leaf, nn.Identity())
+    else:
+        delattr(block.get_submodule(holder), leaf)
+    with pytest.raises(LPTError, match=r"replaced after wrap.*unwrap\(\) and wrap"):
+        adapter(images())
+
+
+def test_a_vit_that_was_replaced():
+    adapter = build("timm ViT")
+    vit = adapter.vit
+    adapter.vit = make("timm ViT")
+    with pytest.raises(StateError, match=r"adapter\.vit was replaced by another VisionTransformer.*Wrap that model"):
+        adapter(images())
+    adapter.vit = nn.Sequential(vit)  # a wrapper around the same model, as of PEFT or FSDP
+    assert adapter(images()).shape == (2, 5)
+
+
+@pytest.mark.parametrize("phase", ["shared", "group"])
+def test_an_adapter_that_was_created_in_inference_mode_trains(phase):
+    vit = tiny_vit()
+    with torch.inference_mode():
+        adapter = LongTailPromptAdapter.wrap(vit, 3)
+    adapter.phase = phase
+    output = adapter.train()(images(), return_output=True)
+    (output.logits.sum() + output.similarity.sum()).backward()
+    assert all(parameter.grad is not None for parameter in adapter.trainable_parameters())
+
+
+def test_training_on_a_vit_that_was_created_in_inference_mode():
+    with torch.inference_mode():
+        vit = tiny_vit()
+    adapter = LongTailPromptAdapter.wrap(vit, 3)
+    with torch.no_grad():
+        assert adapter(images()).shape == (2, 3)
+    with pytest.raises(StateError, match=r"created in torch\.inference_mode\(\), so no gradient passes them.*Build"):
+        adapter.train()(images())
 
 
 @rows

@@ -37,8 +37,8 @@ def test_compatibility_table_has_every_model_and_every_test():
     assert [line[0] for line in lines] == list(ROWS)
     for row, *cells in lines:
         for column, cell in zip(COLUMNS, cells, strict=True):
-            none = column == "checkpointing" and ROWS[row].checkpointing is None
-            assert cell == ("–" if none else "✓"), (row, column)
+            absent = column == "checkpointing" and ROWS[row].checkpointing is None
+            assert cell == ("–" if absent else "✓"), (row, column)
 
 
 def test_support_table_has_the_census():
@@ -48,4 +48,4 @@ def test_support_table_has_the_census():
         if library == "timm" and answer == "yes":
             works[family] += int(models)
     assert works == Counter(CENSUS)
-    assert {line[0] for line in lines} == {"timm", "transformers", "torchvision", "open_clip"}
+    assert {line[0] for line in lines} == {"lpt_peft", "timm", "transformers", "torchvision", "open_clip"}

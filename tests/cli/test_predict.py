@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from lpt_peft.cli import main
-from tests.cli.runs import NAMES, load_adapter
+from lpt_peft.cli.common.load_run import load_run
+from tests.cli.runs import BACKBONE, NAMES, SMALL, load_adapter
 
 predict_module = import_module("lpt_peft.cli.predict")
 
@@ -147,3 +148,23 @@ def test_class_names_and_paths_on_other_terminals(pair_run, tmp_path, environmen
     text = subprocess.run(command, capture_output=True, env=os.environ | environment, check=False)
     assert text.returncode == 0, text.stderr
     assert len(text.stdout.splitlines()) == 1
+
+
+def test_a_prompt_file_alone_reads_images_as_its_run_did(data, tmp_path, monkeypatch):
+    """EXIF orientation, background and crop of the training are in the prompt file."""
+    words = ["--background", "0", "128", "255", "--no-exif", *BACKBONE, *SMALL, "--crop-pct", "0.9"]
+    assert main(["train", str(data), "--output", str(tmp_path / "run"), *words]) == 0
+    prompts = tmp_path / "run" / "prompts"
+    recorded = json.loads((prompts / "config.json").read_text())["preprocess"]
+    assert (recorded["exif"], recorded["background"], recorded["crop_pct"]) == (False, [0, 128, 255], 0.9)
+    run = load_run(tmp_path / "run")
+    monkeypatch.setattr("lpt_peft.cli.common.load_run.LongTailPromptAdapter.from_pretrained", load_adapter)
+    alone = load_run(prompts)
+    for name in ("exif", "background", "crop_pct"):
+        assert getattr(alone.images, name) == getattr(run.images, name)
+    image = np.zeros((40, 48, 4), dtype=np.uint8)
+    image[:20] = [200, 30, 90, 255]  # the rest is transparent
+    Image.fromarray(image).save(tmp_path / "image.png")
+    answers = [next(iter(predict_module._predictions(loaded, [tmp_path / "image.png"], 3))) for loaded in (run, alone)]
+    assert answers[0] == answers[1]
+    assert answers[0][0]["classes"]

@@ -242,10 +242,9 @@ def test_output_that_cannot_be_written(data, tmp_path, capsys, place):
     if place == "locked/below" and os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     assert main(["train", str(data), "--output", str(tmp_path / place), *BACKBONE, *SMALL]) == 1
-    err = capsys.readouterr().err
-    assert f"{tmp_path / place}" in err
-    assert "Choose another folder." in err
-    assert "[Errno" not in err
+    message = capsys.readouterr().err
+    assert f"{tmp_path / place} must be a folder" in message or "settings.json cannot be written" in message
+    assert "Errno" not in message
     assert (tmp_path / "file").read_text() == "text"
 
 

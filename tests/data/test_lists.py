@@ -149,7 +149,8 @@ IMAGES, ANNOTATIONS = inat_json()["images"], inat_json()["annotations"]
         ({"images": IMAGES[:2]}, "1 annotations refer to images that are missing"),
         ({"categories": [{"id": 9}]}, "image 10 has category 4, which is missing"),
         ({"categories": [{"id": "9"}]}, "'categories' must be a list whose entries have an integer as id"),
-        ({"annotations": None}, "test files of the competition"),
+        ({"annotations": None}, "has no annotations"),
+        ({"annotations": {}, "images": []}, "'annotations' must be a list whose entries have image_id and category_id"),
         ({"images": [{"id": 1}]}, "'images' must be a list whose entries have id and file_name"),
         ({"images": [], "annotations": []}, "lists no image"),
         ({"categories": [{"id": 1}, {"id": 4}, {"id": 9}]}, r"no image; the first is label 0 \('1'\)"),
@@ -371,3 +372,22 @@ def test_missing_files_are_noted(tmp_path):
     assert image_list(tmp_path / "kaggle.csv", tmp_path).summary.notes[1].endswith("have no ending such as .jpg")
     write_png(tmp_path / "train\\b.png", 0)
     assert not image_list(tmp_path / "list.txt", tmp_path).summary.notes
+
+
+def test_repeated_paths_are_noted(tmp_path):
+    lines = [f"{index}.png {index % 2}" for index in range(50)]
+    (tmp_path / "list.txt").write_text("\n".join([*lines, "7.png 1", "8.png 1", "7.png 1"]))
+    notes = image_list(tmp_path / "list.txt", tmp_path).summary.notes
+    assert "3 lines repeat a path, 1 of them with another label, such as 7.png" in notes or (
+        "3 lines repeat a path, 1 of them with another label, such as 8.png" in notes
+    )
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    assert not any("lines repeat" in note for note in image_list(tmp_path / "list.txt", tmp_path).summary.notes)
+
+
+def test_inaturalist_without_annotations_is_unlabelled(tmp_path):
+    content = inat_json()
+    del content["annotations"]
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    with pytest.raises(UnlabelledError, match="has no annotations"):
+        inaturalist(tmp_path / "test.json", tmp_path)

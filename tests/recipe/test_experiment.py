@@ -134,8 +134,8 @@ def test_a_final_save_that_failed_is_repeated_by_the_next_run(tmp_path, monkeypa
     def full(*args):
         raise StateError("No space left on device")
 
-    def failing_save(self, folder, **content):
-        return full() if folder == tmp_path / "run" / "prompts" else saved(self, folder, **content)
+    def failing_save(self, folder, *, is_main_process, **content):
+        return full() if is_main_process else saved(self, folder, is_main_process=False, **content)
 
     def failing_json(path, content):
         return full() if path.stem == failing else written(path, content)

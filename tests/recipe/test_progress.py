@@ -1,4 +1,4 @@
-"""Output of a run on stderr: summary, bar or lines, notes and warnings."""
+"""Output of a run on stderr: bar or lines, notes and warnings."""
 
 from __future__ import annotations
 
@@ -13,16 +13,11 @@ import tqdm.notebook
 from torch.utils.data import TensorDataset
 
 from lpt_peft.data.folder import image_folder
-from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.data.transforms import transforms
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe import make_accelerator, progress, run_phase, train
-from lpt_peft.recipe.loading.batches import steps_per_epoch
 from lpt_peft.recipe.progress import Reporter
-from lpt_peft.recipe.summary import run_summary
 from lpt_peft.recipe.training import phase_init
-from lpt_peft.recipe.training.rare_predictions import RarePredictionMonitor
-from tests.host_reads import count_host_reads
 from tests.processes import run_ranks
 from tests.recipe.tiny import (
     PHASE,
@@ -140,47 +135,6 @@ def test_only_the_main_process_prints():
     assert "shared" not in second
 
 
-def test_the_summary_of_a_run(capsys):
-    run(replace(SETTINGS, shared=PHASE, group=replace(PHASE, epochs=2)))
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[:3] == [
-        "Training: 31 images of 3 classes; largest class 0 (20), smallest class 2 (3)",
-        "Phases: shared 4 epochs, group 2 epochs; 4 steps per epoch, 24 steps of 16 images (8 instance-balanced, 8 "
-        "class-balanced)",
-        "Device: cpu, float32; processes: 1, each with 0 loading images (automatic)",
-    ]
-
-
-def summary(settings=SETTINGS, labels=None, **options):
-    dataset, own = striped_data()
-    options = {"num_classes": 3, **options}
-    return run_summary(dataset, labels or own, settings, make_accelerator(settings), **options)
-
-
-def test_the_summary_names_classes_without_validation_images():
-    dataset, _ = striped_data()
-    images = TensorDataset(dataset.tensors[0][:28])
-    validation = from_dataset(images, [0] * 20 + [1] * 8, ["ant", "bee", "cat"], allow_empty=True)
-    text = summary(validation=validation)
-    assert "Validation: 28 images; 1 of 3 classes have none and do not affect its accuracy" in text
-    assert "Validation: 31 images\n" in summary(validation=dataset)
-    assert "1 classes without an image" in summary(num_classes=4)
-
-
-def test_the_summary_notes_what_settings_do_not_do_literally(monkeypatch):
-    text = summary(replace(SETTINGS, batch_size=128, shared=replace(PHASE, epochs=3), num_workers=3))
-    assert "note: half a batch (64) is larger than the training set (31 images)" in text
-    assert "note: phase shared has no warm-up: 5 % of its steps is less than a step" in text
-    assert "each with 3 loading images\n" in text
-    assert "note" not in summary(replace(SETTINGS, shared=replace(PHASE, warmup=0.1), group=replace(PHASE, warmup=0)))
-    assert 'note: the given criterion replaces loss="lpt"' in summary(criterion=len)
-    monkeypatch.setattr("lpt_peft.recipe.summary.MAX_QUERIES", 30)
-    assert "k-means of the keys uses at most 30 evenly spaced images" in summary()
-    assert "k-means" not in summary(replace(SETTINGS, group=replace(PHASE, epochs=0)))
-    assert "instance-balanced)" in summary(replace(SETTINGS, sampling="instance", loss="agcl"))
-    assert "backbone cast to bfloat16" in summary(replace(SETTINGS, backbone_dtype="bfloat16"))
-
-
 def test_a_resumed_run_says_so(tmp_path, capsys):
     with pytest.raises(PowerCut):
         run(criterion=FailingLoss(5), checkpoints=tmp_path, progress=False)
@@ -235,106 +189,6 @@ def test_too_few_distinct_queries_keep_random_keys_with_a_warning():
     assert str(warning.message).startswith("The training images give 2 distinct queries for 4 groups, too few")
 
 
-# Predictions of rare classes only
-
-LABELS = [0] * 60 + [1] * 25 + [2] * 10 + [3] * 5
-
-
-def predictions(*classes):
-    return torch.nn.functional.one_hot(torch.tensor(classes), 4).float()
-
-
-@pytest.mark.parametrize(
-    ("predicted", "warned"),
-    [
-        (LABELS, False),
-        ([3] * 100, True),
-        ([1] * 50 + [2] * 50, True),
-        ([0] * 5 + [2] * 95, True),  # 5 % of predictions, 60 % of images
-        ([0] * 7 + [2] * 93, False),
-        ([0] * 100, False),
-    ],
-)
-def test_predictions_of_rare_classes_only(predicted, warned):
-    monitor = RarePredictionMonitor(LABELS, 4, torch.device("cpu"))
-    assert monitor.num_frequent == 1
-    for half in range(2):  # in two batches
-        monitor.update(predictions(*predicted[half::2]), torch.tensor(LABELS[half::2]))
-    found = monitor.check()
-    assert (found is not None) == warned
-    if warned:
-        assert found == (predicted.count(0) / 100, 0.6, 1)
-    assert monitor.check() is None, "counts are reset"
-
-
-def test_random_predictions_of_many_classes_are_no_collapse():
-    """A class of half the images among 100: guessing names it in 1 % of cases."""
-    labels = [0] * 99 + list(range(1, 100))
-    monitor = RarePredictionMonitor(labels, 100, torch.device("cpu"))
-    assert monitor.num_frequent == 1
-    logits = torch.eye(100).repeat_interleave(2, 0)
-    monitor.update(logits[: len(labels)], torch.tensor(labels))
-    assert monitor.check() is None
-    logits[:2] = logits[2]
-    monitor.update(logits[: len(labels)], torch.tensor(labels))
-    assert monitor.check() is not None
-
-
-def test_the_frequent_classes_cover_half_of_the_images():
-    for counts, expected in (([5, 5], 1), ([4, 3, 3], 2), ([1] * 10, 5), ([9, 1, 0], 1)):
-        labels = [label for label, count in enumerate(counts) for _ in range(count)]
-        assert RarePredictionMonitor(labels, len(counts), torch.device("cpu")).num_frequent == expected
-
-
-def test_counting_predictions_reads_nothing_from_the_device():
-    monitor = RarePredictionMonitor(LABELS, 4, torch.device("cpu"))
-    batch = predictions(*LABELS), torch.tensor(LABELS)
-    with count_host_reads() as reads:
-        monitor.update(*batch)
-    assert not reads
-
-
-class Collapsing(torch.nn.Module):
-    """A model that only names class 2."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = tiny_adapter().head
-
-    def forward(self, images, return_output):
-        output = tiny_adapter()(images, return_output=True)
-        logits = self.head(output.features.detach()) * 0 + torch.tensor([0.0, 0.0, 1.0])
-        return output._replace(logits=logits)
-
-
-@pytest.mark.parametrize("shown", [True, False])
-def test_a_collapsed_run_is_warned_of_once(capsys, shown):
-    dataset, labels = striped_data()
-    settings = replace(SETTINGS, loss="cross_entropy", batch_size=120)
-    assert steps_per_epoch(len(labels), settings) * 60 >= 50, "fewer images are not judged"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        run_phase(Collapsing(), dataset, labels, settings, PHASE, name="shared", progress=shown)
-    messages = [str(item.message) for item in caught if "rare classes" in str(item.message)]
-    if shown:
-        assert not messages
-        messages = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert len(messages) == 1
-    assert (
-        "In epoch 2 of phase shared, 0.0 % of the predictions on training images name the 1 most frequent"
-        in messages[0]
-    )
-    assert "Lower learning_rate (now 2)" in messages[0]
-
-
-def test_a_good_run_is_not_warned_of(capsys):
-    run(replace(SHARED_ONLY, shared=replace(PHASE, epochs=6), batch_size=128))
-    assert "rare classes" not in capsys.readouterr().err
-
-
-# Groups, checkpoints, unreadable images
-
-
 def test_groups_that_were_never_selected_are_named(capsys):
     adapter = tiny_adapter()
     dataset, labels = striped_data()
@@ -346,6 +200,15 @@ def test_groups_that_were_never_selected_are_named(capsys):
     train(adapter, dataset, labels, settings)
     assert adapter.pool.dead_groups() == [3]
     assert "group: 1 of 4 groups were never selected: 3\n" in capsys.readouterr().err
+
+
+def test_unknown_usage_of_a_prompt_file_is_counted_from_zero():
+    adapter = tiny_adapter()
+    adapter.pool.load_usage(None)
+    dataset, labels = striped_data()
+    train(adapter, dataset, labels, SHORT, progress=False)
+    assert int(adapter.pool.usage.sum()) == 2 * 16 * 8, "two groups per image"
+    assert min(adapter.pool.usage) >= 0
 
 
 def test_removed_checkpoints_are_reported(tmp_path, capsys):

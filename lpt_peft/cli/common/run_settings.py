@@ -67,15 +67,18 @@ class ImageSettings:
     """Colour behind transparent pixels: red, green, blue, from 0 to 255."""
 
     def preprocess(self) -> dict[str, Any]:
-        """What differs from the backbone's data configuration, as in a prompt file."""
-        crop = {} if self.crop_pct is None else {"crop_pct": self.crop_pct}
-        return {"exif": self.exif, "background": list(self.background), **crop}
+        """Settings that a prompt file records, so that later predictions read images in the same way."""
+        recorded = {"exif": self.exif, "background": list(self.background), "crop_pct": self.crop_pct}
+        return {name: value for name, value in recorded.items() if value is not None}
 
     @classmethod
     def from_preprocess(cls, preprocess: Mapping[str, Any]) -> ImageSettings:
-        """The settings that `preprocess` of a prompt file gives."""
-        known = {name: preprocess[name] for name in ("exif", "background", "crop_pct") if name in preprocess}
-        return cls(**known | ({"background": tuple(known["background"])} if "background" in known else {}))
+        """The settings that a prompt file records, and the defaults of the others."""
+        recorded = {name: preprocess[name] for name in ("exif", "background", "crop_pct") if name in preprocess}
+        if "background" in recorded:
+            red, green, blue = recorded["background"]
+            recorded["background"] = (red, green, blue)
+        return cls(**recorded)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,8 @@ from lpt_peft.data.files.path_list import PathList
 from lpt_peft.errors import InputError, UnlabelledError
 
 TABLES = (".csv", ".tsv")
+_MAX_DIGITS = 18  # fit 64 bits
+_QUOTES_AND_SPACES = b"\"' \t\v\f"
 _EXAMPLE = "Write lines like: a/airfield/0001.jpg 0"
 _PATH_COLUMNS = {"path", "file", "filename", "filepath", "image", "imagepath", "img", "imgpath", "imagename", "fname"}
 _LABEL_COLUMNS = {"label", "class", "target", "category", "labels", "classid", "labelid", "classname", "y"}
@@ -23,9 +25,10 @@ _LABEL_COLUMNS = {"label", "class", "target", "category", "labels", "classid", "
 
 @dataclass(frozen=True)
 class ImageTable:
-    """Paths and labels (N,) of a list; `labels` are integers, or positions in `names` where the list has names."""
+    """Paths, their hashes and labels (N,) of a list; where it has names, labels are positions in `names`."""
 
     paths: PathList
+    hashes: array[int]
     labels: array[int]
     names: list[str] | None = None
     header: list[str] | None = None
@@ -43,26 +46,33 @@ def read_list(file: Path, class_names: Sequence[str] | None, exists: Callable[[s
         UnlabelledError: The first line is the path of an image without a label.
         InputError: The list cannot be read or is empty, or a line has no path or no label.
     """
-    paths, labels = PathList(), array("q")
+    paths, hashes, labels = PathList(), array("q"), array("q")
+    add_path, add_hash, add_label = paths.append, hashes.append, labels.append  # this loop is the time of long lists
     label_of = {name: label for label, name in enumerate(class_names or ())}
     endings = image_endings()
     with _reported(file), file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if number == 1:
                 _refuse_utf16(file, line)
-            fields = line.removeprefix(codecs.BOM_UTF8).strip().rsplit(maxsplit=1)
+                line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901
+            fields = line.rsplit(maxsplit=1)
             if not fields:
                 continue
-            label = _label(fields[-1], label_of) if len(fields) == 2 else None
-            place = f"{file}, line {number}: {_printed(b' '.join(fields))}"
-            if label is None:
-                raise _bad_line(place, [_decoded(field) for field in fields], first=not paths)
-            path = _unquoted(fields[0])
+            path, label = fields[0], fields[-1]
+            if len(fields) < 2 or not label.isdigit() or len(label) > _MAX_DIGITS:
+                number_of_name = label_of.get(_decoded(label)) if len(fields) == 2 else None
+                if number_of_name is None:
+                    raise _bad_line(_place(file, number, fields), [_decoded(field) for field in fields], not paths)
+                add_label(number_of_name)
+            else:
+                add_label(int(label))
+            if path[0] in _QUOTES_AND_SPACES:
+                path = _unquoted(path.strip())
             if b" " in path:
-                _check_columns(place, _decoded(path), _decoded(fields[1]), exists, endings)
-            paths.append(path)
-            labels.append(label)
-    return _not_empty(file, ImageTable(paths, labels))
+                _check_columns(_place(file, number, fields), _decoded(path), _decoded(label), exists, endings)
+            add_hash(hash(path))
+            add_path(path)
+    return _not_empty(file, ImageTable(paths, hashes, labels))
 
 
 def read_table(
@@ -102,14 +112,15 @@ def read_table(
 
 def _numbered(file: Path, paths: PathList, texts: list[str], class_names: Sequence[str] | None) -> ImageTable:
     """Convert labels to integers; names are numbered in sorted order, or as in `class_names`."""
-    integers = [_label(text.encode(errors="surrogateescape"), {}) for text in texts]
+    hashes = array("q", map(hash, paths))
+    integers = [_label(text.encode(errors="surrogateescape")) for text in texts]
     if number := next((text for text in texts if re.fullmatch(r"-\d+|-?\d*\.\d*", text)), None):
         raise InputError(
             f"{file} has the label {number!r}. Write labels as integers of at least 0, and remove rows of images "
             "without a label."
         )
     if all(label is not None for label in integers):
-        return ImageTable(paths, array("q", [label for label in integers if label is not None]))
+        return ImageTable(paths, hashes, array("q", [label for label in integers if label is not None]))
     names = [str(name) for name in class_names] if class_names is not None else sorted(set(texts))
     label_of = {name: label for label, name in enumerate(names)}
     numbers = [text for text, label in zip(texts, integers, strict=True) if label is not None]
@@ -121,7 +132,7 @@ def _numbered(file: Path, paths: PathList, texts: list[str], class_names: Sequen
         )
     if unknown := sorted({text for text in texts if text not in label_of}):
         raise InputError(f"{file} has labels that are missing in class_names: {unknown[:5]}. Rename or add them.")
-    return ImageTable(paths, array("q", [label_of[text] for text in texts]), names)
+    return ImageTable(paths, hashes, array("q", [label_of[text] for text in texts]), names)
 
 
 def _columns(
@@ -145,7 +156,7 @@ def _columns(
     if not images and all(len(places) == 1 for places in found.values()):
         return (found["path_column"][0], found["label_column"][0]), True
     if len(first) == 2:  # a header with other words, or no header
-        has_header = not images and _label(first[1].encode(), {}) is None and _label(first[0].encode(), {}) is None
+        has_header = not images and _label(first[1].encode()) is None and _label(first[0].encode()) is None
         return ((1, 0) if images_below == [1] else (0, 1)), has_header
     if len(first) < 2:
         raise UnlabelledError(f'{file} has a single column, {_short(first[0])!r}; write a row "path,label" per image.')
@@ -161,10 +172,8 @@ def _delimiter(file: Path, line: str) -> str:
     return max(",;\t|", key=line.count)  # the comma if there is none
 
 
-def _label(text: bytes, label_of: dict[str, int]) -> int | None:
-    if text.isdigit() and len(text) <= 18:  # 18 digits fit 64 bits
-        return int(text)
-    return label_of.get(_decoded(text))
+def _label(text: bytes) -> int | None:
+    return int(text) if text.isdigit() and len(text) <= _MAX_DIGITS else None
 
 
 def _check_columns(place: str, path: str, label: str, exists: Callable[[str], bool], endings: Set[str]) -> None:
@@ -242,8 +251,9 @@ def _decoded(text: bytes) -> str:
     return text.decode("utf-8", "surrogateescape")
 
 
-def _printed(line: bytes) -> str:
-    return repr(line[-80:].decode("utf-8", "replace"))
+def _place(file: Path, number: int, fields: list[bytes]) -> str:
+    line = b" ".join(fields)[-80:].decode("utf-8", "replace")
+    return f"{file}, line {number}: {line!r}"
 
 
 def _short(text: str) -> str:

@@ -25,7 +25,7 @@ class PathList(Sequence[str]):
 
     def append(self, path: str | bytes) -> None:
         """Append a path; bytes are used as they are."""
-        self._text += os.fsencode(path)
+        self._text += path if isinstance(path, bytes) else os.fsencode(path)
         self._ends.append(len(self._text))
 
     def __len__(self) -> int:

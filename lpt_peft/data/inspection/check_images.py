@@ -112,7 +112,7 @@ def _inspect(data: LabelledImages, position: int) -> _Facts:
             _describe(image, notes)
             if isinstance(image, Image.Image):
                 _describe_orientation(orientation_of(image), notes)
-            pixels = _pixels(data, image, notes)
+            digest = _digest(data, image, notes)
         else:
             with Path(path).open("rb") as stream:
                 image = identify(stream)
@@ -120,12 +120,11 @@ def _inspect(data: LabelledImages, position: int) -> _Facts:
                 rotation = getattr(image, "tag_v2", {}).get(ORIENTATION, 1)  # loading a TIFF file removes the tag
                 image.load()
                 _describe_orientation(rotation if rotation != 1 else orientation_of(image), notes)
-                pixels = _pixels(data, image, notes)
+                digest = _digest(data, image, notes)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise all kinds of exceptions on broken bytes
         return position, [*notes, (_kind(error), f"{type(error).__name__}: {str(error)[:200]}")], None
-    digest = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
     return position, notes, digest
 
 
@@ -170,13 +169,21 @@ def _describe_orientation(orientation: int, notes: _Notes) -> None:
         notes.append(("rotated", f"EXIF orientation {orientation}"))
 
 
-def _pixels(data: LabelledImages, image: Any, notes: _Notes) -> np.ndarray:
-    """Pixels as the training sees them."""
+def _digest(data: LabelledImages, image: Any, notes: _Notes) -> bytes:
+    """Digest of the pixels as the training sees them; adds findings about their values."""
     if isinstance(image, Image.Image) and is_deep_grey(image):
         low, high = image.getextrema()
         notes.append(("deep", f"grey, mode {image.mode}, values from {low} to {high}"))
-    pixels = np.asarray(data.reading(image))
-    first = pixels[0, 0] if isinstance(image, Image.Image) else pixels.ravel()[:1]
-    if pixels.size and (pixels == first).all():
+    pixels = data.reading(image)
+    if isinstance(pixels, Image.Image):
+        shape, content = pixels.size, pixels.tobytes()
+        blank = bool((np.ptp(np.reshape(pixels.getextrema(), (-1, 2)), axis=1) == 0).all())
+    else:
+        array = np.asarray(pixels)
+        shape, content = array.shape, array.tobytes()
+        blank = bool(array.size) and bool((array == array.ravel()[0]).all())
+    if blank:
         notes.append(("blank", ""))
-    return pixels
+    digest = hashlib.blake2b(repr(shape).encode(), digest_size=16)
+    digest.update(content)
+    return digest.digest()

@@ -83,7 +83,7 @@ class CheckReport:
     def __str__(self) -> str:
         lines: list[str] = []
         for split, summary in self.summaries.items():
-            lines += [f"{split}: {line}" if split else line for line in str(summary).splitlines()]
+            lines += [f"{split}: {line}" if split else line for line in summary.lines(with_left_out=False)]
         for kind, count in self.counts.items():
             lines.append(f"{count} {kind}: {KINDS[kind]}")
             lines += [f"  {finding}" for finding in self.of_kind(kind)]

@@ -65,6 +65,10 @@ class DataSummary:
         return sum(len(files) for files in self.left_out.values())
 
     def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def lines(self, *, with_left_out: bool = True) -> list[str]:
+        """Lines of the text, with or without those about files that were left out."""
         (large, most), (small, fewest) = self.largest, self.smallest
         lines = [
             f"{self.images} images of {self.num_classes} classes; largest class {printable(large)} ({most}), smallest "
@@ -75,11 +79,12 @@ class DataSummary:
         lines += [
             f"{len(files)} left out: {printable(reason)}: {_names(files)}"
             for reason, files in sorted(self.left_out.items())
+            if with_left_out
         ]
         if self.unreadable:
             lines.append(f"{len(self.unreadable)} cannot be read: {_names(self.unreadable)}")
         lines += [f"note: {printable(note, 1000)}" for note in self.notes]
-        return "\n".join(lines)
+        return lines
 
     def to_dict(self, names: int | None = None) -> dict[str, Any]:
         """Return the summary as plain JSON.

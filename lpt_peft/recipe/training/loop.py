@@ -96,10 +96,7 @@ class Loop:
             best = f"epoch {run.best['epoch'] + 1}, balanced accuracy {100 * run.best['score']:.1f} %"
             self.reporter.note(f"{run.name}: the result is that of the best validation ({best})")
         run.finalize()
-        pool = getattr(run.model, "pool", None)
-        if isinstance(pool, PromptPool) and run.name != "shared" and (dead := pool.dead_groups()):
-            groups = ", ".join(map(str, dead[:_MAX_GROUPS])) + (", ..." if len(dead) > _MAX_GROUPS else "")
-            self.reporter.note(f"{run.name}: {len(dead)} of {len(pool.keys)} groups were never selected: {groups}")
+        self._report_dead_groups(run)
 
     def _after_step(self, run: PhaseRun, progress: Progress, interruption: Interruption) -> None:
         """Validate at the end of an epoch, save if due, and stop if requested."""
@@ -118,6 +115,12 @@ class Loop:
         """Validate if due; return the epoch's record and log it to trackers."""
         record = run.end_epoch()
         self._check_predictions(run)
+        previous = self.history[-1].get("loss_scale") if self.history else None
+        if previous is not None and record["loss_scale"] < previous:
+            self.reporter.note(
+                f"{run.name}: the loss scale fell from {previous:g} to {record['loss_scale']:g}, since gradients "
+                "overflowed in float16; those steps were skipped"
+            )
         due = run.epoch % self.settings.validate_every == 0 or run.epoch == run.phase.epochs
         if self.validate is not None and due:
             with run.averaged_parameters():
@@ -141,6 +144,14 @@ class Loop:
             f"model only predicts rare classes. Lower learning_rate (now {run.phase.learning_rate:g})."
         )
         run.monitor = None
+
+    def _report_dead_groups(self, run: PhaseRun) -> None:
+        pool = getattr(run.model, "pool", None)
+        if not (isinstance(pool, PromptPool) and pool.usage.any()):
+            return
+        if dead := pool.dead_groups():
+            groups = ", ".join(map(str, dead[:_MAX_GROUPS])) + (", ..." if len(dead) > _MAX_GROUPS else "")
+            self.reporter.note(f"{run.name}: {len(dead)} of {len(pool.keys)} groups were never selected: {groups}")
 
     def _progress(self, run: PhaseRun) -> Progress:
         names = list(self.settings.plan)

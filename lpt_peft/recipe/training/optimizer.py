@@ -22,7 +22,7 @@ class PhaseOptimizer:
         settings: `batch_size`, `decay` and `clip_norm` are used.
         phase: Settings of the phase.
         steps: Steps of the phase.
-        accelerator: Its gradient scaler is used, if it has one.
+        accelerator: Its gradient scaler is used, if any.
 
     Attributes:
         learning_rate: Of the last step.

@@ -81,6 +81,8 @@ class PhaseRun:
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         pool = getattr(model, "pool", None)
         self._pool: PromptPool | None = pool if isinstance(pool, PromptPool) else None
+        if self._pool is not None and bool((self._pool.usage < 0).any()):
+            self._pool.reset_usage()  # unknown: the prompts come from a file without counts
         self._usage = None if self._pool is None else self._pool.usage.clone()
         self._optimizer = PhaseOptimizer(self.trainable, settings, phase, self._total, accelerator)
         self._average = clone_values(self.trainable) if settings.average else None
@@ -170,6 +172,8 @@ class PhaseRun:
         record = {"phase": self.name, "epoch": self.epoch - 1, **self.current()}
         if self._settings.clip_norm is not None:
             record["clipped"] = int(self._optimizer.clipped) / self.steps
+        if self._accelerator.scaler:
+            record["loss_scale"] = self._accelerator.scaler.get_scale()
         self._loss_sum.zero_()
         self._optimizer.clipped.zero_()
         return record

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lpt_peft import LongTailPromptAdapter, LPTLoss, ShotMetrics
-from lpt_peft.recipe import evaluate, predict, run_phase, train, warmup_cosine
+from lpt_peft.recipe import evaluate, make_accelerator, predict, run_phase, train, warmup_cosine
 from tests.conftest import tiny_vit
-from tests.recipe.tiny import COUNTS, PHASE, SETTINGS, striped_data, tiny_adapter
+from tests.recipe.tiny import COUNTS, PHASE, SETTINGS, STEPS_PER_EPOCH, striped_data, tiny_adapter
 
 
 def test_two_phases_train_only_their_parameters():
@@ -127,3 +127,24 @@ def test_schedule():
     assert all(a >= b for a, b in zip(curve[9:], curve[10:], strict=False))
     assert 0 < curve[-1] < 0.001
     assert warmup_cosine(0, 10, 0) == 1.0
+
+
+def test_steps_that_a_gradient_scaler_skips_are_reported(capsys):
+    """An infinite gradient in the second epoch halves the scale; float32 parameters, so the CPU scaler can be used."""
+    dataset, labels = striped_data()
+    accelerator = make_accelerator(SETTINGS)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+    losses = []
+
+    def criterion(output, target, epoch):
+        losses.append(0)
+        if len(losses) == STEPS_PER_EPOCH + 2:
+            output.logits.register_hook(lambda gradient: gradient * float("inf"))
+        return torch.nn.functional.cross_entropy(output.logits, target)
+
+    history = run_phase(
+        tiny_adapter(), dataset, labels, SETTINGS, PHASE, name="shared", criterion=criterion, accelerator=accelerator
+    )
+    assert [record["loss_scale"] for record in history] == [1024, 512, 512, 512]
+    message = "shared: the loss scale fell from 1024 to 512, since gradients overflowed in float16"
+    assert capsys.readouterr().err.count(message) == 1

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from lpt_peft import LongTailPromptAdapter, LPTLoss, ShotMetrics
 from lpt_peft.data.folder import image_folder
+from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.data.transforms import transforms
 from lpt_peft.errors import ConfigError, InputError, StateError
 from lpt_peft.recipe import PhaseSettings, TrainSettings, evaluate, predict, run_phase, train
@@ -93,7 +94,7 @@ def test_classes_without_images_are_accepted_if_the_loss_uses_no_counts():
 @pytest.mark.parametrize(
     ("dataset", "words"),
     [
-        (sizes((3, 48, 48)), r"dataset\[0\], an image of shape \(3, 48, 48\) and torch.float32: Input height \(48\)"),
+        (sizes((3, 48, 48)), r"dataset\[0\], an image of shape \(3, 48, 48\) and torch.float32: .*Input height \(48\)"),
         (sizes((1, 32, 32)), r"image of shape \(1, 32, 32\)"),
         (sizes((32, 32)), r"image of shape \(32, 32\)"),
         (data(images=IMAGES.double()), "and torch.float64: "),
@@ -194,3 +195,11 @@ def test_evaluation_of_images_without_a_transform():
     plain = Pairs([(Image.new("RGB", (32, 32)), 0)])
     with pytest.raises(InputError, match="are Image, not tensors"):
         evaluate(tiny_adapter(), plain, ShotMetrics([1, 1, 1]))
+
+
+def test_labels_must_be_those_of_the_data_set(no_step):
+    """Not only that of the first image, which is all that can be compared for other data sets."""
+    images = from_dataset(TensorDataset(IMAGES), LABELS)
+    wrong = [*LABELS[:20], 2, *LABELS[21:]]
+    with pytest.raises(InputError, match=r"labels\[20\] is 2, but dataset\.labels\[20\] is 1: pass labels=dataset"):
+        train(tiny_adapter(), images, wrong, SETTINGS, progress=False)

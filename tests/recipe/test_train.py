@@ -1,8 +1,7 @@
-"""Settings beyond the steps: validation, early stopping, losses by name, trackers, presets."""
+"""train: validation, early stopping, losses by name, trackers."""
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import replace
 
@@ -15,18 +14,12 @@ from torch.utils.data import TensorDataset
 from lpt_peft import AGCLLoss, ShotMetrics
 from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.errors import ConfigError
-from lpt_peft.metrics import SHOT_RULES
 from lpt_peft.recipe import (
-    PRESETS,
-    PhaseSettings,
     Splits,
     TrainSettings,
     evaluate,
     fit,
-    preset,
-    run_phase,
     train,
-    warmup_cosine,
 )
 from lpt_peft.recipe.training.criteria import build_criterion
 from tests.recipe.tiny import COUNTS, PHASE, SETTINGS, noisy_validation, result_of, same, striped_data, tiny_adapter
@@ -183,85 +176,3 @@ def test_accelerate_trackers_receive_every_epoch():
     assert [step for step, _ in tracker.lines] == list(range(1, 9))
     assert tracker.lines[0][1]["shared/loss"] == history[0]["loss"]
     assert tracker.lines[-1][1]["group/overall"] == history[-1]["validation"]["overall"]
-
-
-def test_settings_round_trip_through_json():
-    settings = replace(SETTINGS, clip_norm=1.0, patience=3, shared=PhaseSettings(epochs=7))
-    assert TrainSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
-    assert TrainSettings.from_dict({}) == TrainSettings()
-    assert list(replace(settings, phases="joint").plan) == ["joint"]
-    assert list(TrainSettings(shared=PhaseSettings(epochs=0)).plan) == ["group"]
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"batchsize": 3}, "TrainSettings has no batchsize; the fields are accumulate, average, backbone_dtype"),
-        ({"shared": {"lr": 3}}, "PhaseSettings has no lr"),
-        ({"shared": 3}, "PhaseSettings needs a mapping of names to values, not 3"),
-        ({"batch_size": "eight"}, "batch_size='eight' must be int"),
-        ({"batch_size": 8.0}, "batch_size=8.0 must be int"),
-        ({"batch_size": 7}, "batch_size=7 must be even"),
-        ({"seed": True}, "seed=True must be int"),
-        ({"clip_norm": "1"}, "clip_norm='1' must be float | None"),
-        ({"shared": {"epochs": "3"}}, "PhaseSettings: epochs='3' must be int"),
-        ({"accumulate": 0, "seed": -1}, "TrainSettings: accumulate=0 must be at least 1; seed=-1 must be from 0 to"),
-        ({"average": 1.0}, "average=1.0 must be None or above 0 and below 1"),
-        ({"phases": "both"}, "phases='both' must be one of decoupled, joint"),
-        ({"keep": []}, "keep=[] must be one of last, best"),
-        ({"seed": 2**63}, "seed=9223372036854775808 must be from 0 to 2**63 - 1"),
-        ({"num_workers": -1}, "num_workers=-1 must be None or at least 0"),
-        ({"num_workers": 1.5}, "num_workers=1.5 must be int | None"),
-        ({"compile": 1}, "compile=1 must be bool"),
-        ({"backbone_dtype": "float64"}, "backbone_dtype='float64' must be one of float32, bfloat16, float16"),
-        ({"patience": 0}, "patience=0 must be None or at least 1"),
-        ({"save_every": 0}, "save_every=0 must be None or"),
-        ({"mixed_precision": "fp8"}, "mixed_precision='fp8' must be None"),
-    ],
-)
-def test_settings_refuse(values, words):
-    with pytest.raises(ConfigError) as refusal:
-        TrainSettings.from_dict(values)
-    assert words in str(refusal.value)
-
-
-def test_presets_have_the_values_of_the_paper():
-    """The values of the paper, written here a second time on purpose."""
-    assert set(PRESETS) == {"paper", "inat2018"}
-    for name, epochs in (("paper", 40), ("inat2018", 80)):
-        known = preset(name)
-        for phase in (known.settings.shared, known.settings.group):
-            assert (phase.epochs, phase.learning_rate, phase.weight_decay, phase.momentum) == (epochs, 0.02, 0.01, 0.9)
-        assert (known.settings.samples_per_class, known.settings.eta) == (4, 0.5)
-        assert (known.settings.init_keys, known.settings.init_groups) == ("random", "random")
-        assert known.shot_rule == "lpt"
-        assert known.shot_rule in SHOT_RULES
-        assert f"{epochs} + {epochs} epochs" in known.source
-        assert "2210.01033" in str(known)
-        assert known.expected in str(known)
-    for value in ("50.07", "49.27", "52.31", "46.88", "89.1, 90.0 and 91.0"):
-        assert value in PRESETS["paper"].expected
-    assert PRESETS["inat2018"].expected == "iNaturalist 2018 76.1 (few 79.3)"
-    with pytest.raises(ConfigError, match="no preset 'places_lt'; the presets are paper, inat2018. Places-LT and"):
-        preset("places_lt")
-
-
-def test_the_default_shot_rule_is_the_papers():
-    for function in (fit, train):
-        assert inspect.signature(function).parameters["shot_rule"].default == "lpt"
-
-
-def test_batch_size_is_what_a_step_sees():
-    """The learning rate follows the size of each half, as in the paper: 0.02 for 256 images in each half."""
-    dataset, labels = striped_data()
-    settings = TrainSettings(shared=PhaseSettings(epochs=1, warmup=0.0), batch_size=12)
-    sizes = []
-
-    def criterion(output, target, epoch):
-        sizes.append(len(target))
-        return torch.nn.functional.cross_entropy(output.logits, target)
-
-    phase = replace(settings.shared, learning_rate=0.5)
-    history = run_phase(tiny_adapter(), dataset, labels, settings, phase, criterion=criterion, progress=False)
-    assert sizes == [12] * (31 // 6 + 1)
-    assert history[0]["learning_rate"] == pytest.approx(0.5 * 6 / 256 * warmup_cosine(5, 6, 0))

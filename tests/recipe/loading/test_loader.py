@@ -316,7 +316,7 @@ def test_loading_does_not_use_the_callers_generators():
 
 
 def test_the_benchmark_of_the_loader_runs(capsys):
-    module = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "benchmarks" / "loader.py"))
+    module = runpy.run_path(str(Path(__file__).parents[3] / "examples" / "benchmarks" / "loader.py"))
     small = module["Settings"](num_images=12, pixels=64, img_size=32, batch_size=8, workers=(0, 1), rounds=1)
     with torch.random.fork_rng(devices=[]):
         module["main"](small)

@@ -1,0 +1,66 @@
+"""Summary of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch.utils.data import TensorDataset
+
+from lpt_peft.data.from_dataset import from_dataset
+from lpt_peft.recipe import make_accelerator, train
+from lpt_peft.recipe.summary import run_summary
+from tests.recipe.tiny import (
+    PHASE,
+    SETTINGS,
+    SHORT,
+    striped_data,
+    tiny_adapter,
+)
+
+SHARED_ONLY = replace(SHORT, group=replace(PHASE, epochs=0))
+
+
+def run(settings=SHARED_ONLY, **options):
+    dataset, labels = striped_data()
+    return train(tiny_adapter(), dataset, labels, settings, **options)
+
+
+def test_the_summary_of_a_run(capsys):
+    run(replace(SETTINGS, shared=PHASE, group=replace(PHASE, epochs=2)))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == [
+        "Training: 31 images of 3 classes; largest class 0 (20), smallest class 2 (3)",
+        "Phases: shared 4 epochs, group 2 epochs; 4 steps per epoch, 24 steps of 16 images (8 instance-balanced, 8 "
+        "class-balanced)",
+        "Device: cpu, float32; processes: 1, each with 0 loading images (automatic)",
+    ]
+
+
+def summary(settings=SETTINGS, labels=None, **options):
+    dataset, own = striped_data()
+    options = {"num_classes": 3, **options}
+    return run_summary(dataset, labels or own, settings, make_accelerator(settings), **options)
+
+
+def test_the_summary_names_classes_without_validation_images():
+    dataset, _ = striped_data()
+    images = TensorDataset(dataset.tensors[0][:28])
+    validation = from_dataset(images, [0] * 20 + [1] * 8, ["ant", "bee", "cat"], allow_empty=True)
+    text = summary(validation=validation)
+    assert "Validation: 28 images; 1 of 3 classes have none and do not affect its accuracy" in text
+    assert "Validation: 31 images\n" in summary(validation=dataset)
+    assert "1 classes without an image" in summary(num_classes=4)
+
+
+def test_the_summary_notes_what_settings_do_not_do_literally(monkeypatch):
+    text = summary(replace(SETTINGS, batch_size=128, shared=replace(PHASE, epochs=3), num_workers=3))
+    assert "note: half a batch (64) is larger than the training set (31 images)" in text
+    assert "note: phase shared has no warm-up: 5 % of its steps is less than a step" in text
+    assert "each with 3 loading images\n" in text
+    assert "note" not in summary(replace(SETTINGS, shared=replace(PHASE, warmup=0.1), group=replace(PHASE, warmup=0)))
+    assert 'note: the given criterion replaces loss="lpt"' in summary(criterion=len)
+    monkeypatch.setattr("lpt_peft.recipe.summary.MAX_QUERIES", 30)
+    assert "k-means of the keys uses at most 30 evenly spaced images" in summary()
+    assert "k-means" not in summary(replace(SETTINGS, group=replace(PHASE, epochs=0)))
+    assert "instance-balanced)" in summary(replace(SETTINGS, sampling="instance", loss="agcl"))
+    assert "backbone cast to bfloat16" in summary(replace(SETTINGS, backbone_dtype="bfloat16"))
