@@ -5,10 +5,8 @@ Labels are read from attributes, without reading images, and compared with the l
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 
 from lpt_peft._classes import names_in_order
+from lpt_peft._random import preserve_random_state
 from lpt_peft.data.checks import distinct_names
 from lpt_peft.errors import InputError
 
@@ -73,7 +72,7 @@ def compare_with_items(dataset: Any, labels: Sequence[Any], image_key: int | str
     cannot be read or have no integer label are passed over.
     """
     size, different = len(dataset), []
-    with _kept_random_state():
+    with preserve_random_state():
         positions = _spread(size, _SAMPLE)
         start = time.perf_counter()
         for count, position in enumerate(positions):
@@ -188,14 +187,3 @@ def _integer(value: Any) -> int | None:
 def _spread(size: int, count: int) -> list[int]:
     """Positions spread evenly, with the first and the last."""
     return sorted({round(step * (size - 1) / max(count - 1, 1)) for step in range(count)}) if size else []
-
-
-@contextmanager
-def _kept_random_state() -> Iterator[None]:
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 - transforms use it
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -13,11 +14,12 @@ from lpt_peft.errors import ConfigError, InputError
 from lpt_peft.samplers.checks import Labels, checked_labels
 
 ClassNames = Sequence[str] | Mapping[int, str] | Mapping[str, int]
+_MOST_EMPTY = 100_000  # a label far above the number of images is a mistake, and its counts would not fit in memory
 _SPLIT = "for a validation or test split pass class_names of the training set and allow_empty=True"
 
 
 def checked_classes(
-    labels: Labels, class_names: ClassNames | None, allow_empty: bool
+    labels: Labels, class_names: ClassNames | None, allow_empty: bool | Literal["infer"]
 ) -> tuple[list[int], list[str], list[int]]:
     """Validate labels and class names; return labels (N,), class names (C,) and images per class (C,).
 
@@ -25,7 +27,7 @@ def checked_classes(
         labels: Class of every image.
         class_names: (C,), or a mapping from label to name or from name to label; None uses the numbers as names, and
             the largest label plus one as `C`.
-        allow_empty: Accept classes without an image, as in a validation split.
+        allow_empty: Accept classes without an image, as in a validation split; "infer" also without `class_names`.
 
     Raises:
         InputError: The labels are not integers of at least 0, a class has no image, all images belong to a single
@@ -34,7 +36,7 @@ def checked_classes(
     """
     rows = checked_labels(labels)
     names = None if class_names is None else checked_names(class_names)
-    if allow_empty and names is None:
+    if allow_empty and allow_empty != "infer" and names is None:
         raise ConfigError(
             "allow_empty=True needs class_names: the number of classes is unknown where classes have no image."
         )
@@ -45,7 +47,7 @@ def checked_classes(
             f"labels[{position}] is {rows[position]}, but there are {size} class names, for labels 0 to {size - 1}. "
             "Give a name for every class, in the order of the labels."
         )
-    if not allow_empty:
+    if not allow_empty or (names is None and size > _MOST_EMPTY + 100 * len(rows)):
         _refuse_empty(rows, size, names)
     names = names if names is not None else [str(label) for label in range(size)]
     return rows.tolist(), names, np.bincount(rows, minlength=size).tolist()

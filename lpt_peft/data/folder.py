@@ -15,12 +15,11 @@ from lpt_peft.data.checks import ClassNames, checked_names
 from lpt_peft.data.files.walk import CLOSED, OUTSIDE, ClassFolders
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ImageFiles
+from lpt_peft.data.split_names import by_split, split_of
 from lpt_peft.errors import InputError, UnlabelledError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-_SPLITS = {"train", "val", "valid", "validation", "dev", "test"}
 
 
 def image_folder(
@@ -47,7 +46,8 @@ def image_folder(
     Raises:
         UnlabelledError: `root` contains images, but no class folder.
         InputError: `root` is not a folder or has no class folder, a folder is missing in `class_names`, the names of
-            two folders differ only in their Unicode form, or a class has no image.
+            two folders differ only in their Unicode form, a class has no image, or folders are splits and not classes:
+            all have names such as "train" and "Val", or a folder of such a name contains only folders.
     """
     if not Path(root).is_dir():
         raise InputError(
@@ -107,14 +107,8 @@ def _labels(
     ]
     if CLOSED in found.left_out:
         notes.append(f"images may be missing: {len(found.left_out[CLOSED])} folders cannot be opened")
-    folders = set(found.class_names)
-    if class_names is None and {"train"} < folders <= _SPLITS:
-        raise InputError(
-            f"{root} has the folders {', '.join(found.class_names)}, which look like splits and not like classes. Pass "
-            f"{Path(root, 'train')}, or class_names= if they are classes."
-        )
     if class_names is None:
-        return found.class_names, found.labels, notes
+        return found.class_names, found.labels, notes + _split_notes(root, found)
     names = checked_names(class_names)
     label_of = {_nfc(name): label for label, name in enumerate(names)}
     label_of |= {name: label for label, name in enumerate(names)}
@@ -126,6 +120,31 @@ def _labels(
         )
     new = np.array([label_of.get(name, label_of.get(_nfc(name), -1)) for name in found.class_names], dtype=np.int64)
     return names, new[found.labels], notes
+
+
+def _split_notes(root: str | os.PathLike[str], found: ClassFolders) -> list[str]:
+    """Remark on class folders with the name of a split.
+
+    Raises:
+        InputError: They are splits: there are no other folders, or one contains images only in several folders.
+    """
+    names = by_split(found.class_names)
+    suspects = [name for group in names.values() for name in group]
+    if not suspects:
+        return []
+    inside: dict[str, set[str]] = {name: set() for name in suspects}
+    for path in found.paths:
+        class_name, _, below = path.partition(os.sep)
+        if class_name in inside:
+            inside[class_name].add(below.partition(os.sep)[0] if os.sep in below else "")
+    nested = [name for name, folders in inside.items() if len(folders) > 1 and "" not in folders]
+    if nested or ("train" in names and all(map(split_of, found.class_names))):
+        first = nested[0] if nested else names["train"][0]
+        raise InputError(
+            f"{root} has the folders {', '.join(found.class_names[:10])}, of which {', '.join(suspects)} look like "
+            f"splits and not like classes. Pass {Path(root, first)}, or class_names= if they are classes."
+        )
+    return [f"class folders with the name of a split: {', '.join(map(repr, suspects))}"]
 
 
 def _nearly(unknown: Sequence[str], names: Sequence[str]) -> str:

@@ -31,7 +31,7 @@ class Options(TypedDict, total=False):
     transform: Callable[[Any], Any] | None
     unreadable: Unreadable
     verify: Verify
-    allow_empty: bool
+    allow_empty: bool | Literal["infer"]
     exif: bool | None
     background: Color | None
 
@@ -56,7 +56,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         unreadable: "error" or "skip".
         verify: "no"; "exists" checks that every file exists; "decode" reads every image once, which takes as long as an
             epoch of reading.
-        allow_empty: Accept classes without an image, and a single class, as in validation and test splits.
+        allow_empty: Accept classes without an image, and a single class, as in validation and test splits. "infer"
+            does not need `class_names`: the largest label plus one is `C`, as for the check of a list.
         exif: Follow the EXIF orientation. None follows the transform, or True if the transform has no such setting.
         background: RGB colour behind transparent pixels; None follows the transform, or white.
         left_out: For the summary: files that are not images of the data set, for each reason.
@@ -95,7 +96,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         transform: Callable[[Any], Any] | None = None,
         unreadable: Unreadable = "error",
         verify: Verify = "no",
-        allow_empty: bool = False,
+        allow_empty: bool | Literal["infer"] = False,
         exif: bool | None = None,
         background: Color | None = None,
         left_out: Mapping[str, Sequence[str]] | None = None,
@@ -166,6 +167,10 @@ class LabelledImages(Dataset[tuple[Any, int]]):
     def add_note(self, note: str) -> None:
         """Add a remark to the summary."""
         self._notes.append(note)
+
+    def add_left_out(self, reason: str, files: Sequence[str]) -> None:
+        """Add files that are not images of the data set to the summary."""
+        self._left_out[reason] = [*self._left_out.get(reason, ()), *files]
 
     def skipped_report(self) -> str | None:
         """Describe the unreadable images found so far: count, the first names and causes; None if there are none.

@@ -417,11 +417,19 @@ def test_empty_class_folders_are_named(tmp_path):
 def test_folders_of_splits_are_not_classes(tmp_path):
     for name in ("train", "val"):
         write_png(tmp_path / name / "1.png", 1)
-    with pytest.raises(InputError, match=r"train, val, which look like splits .* Pass .*/train, or class_names="):
+    with pytest.raises(InputError, match=r"of which train, val look like splits .* Pass .*/train, or class_names="):
         image_folder(tmp_path)
     assert image_folder(tmp_path, ["train", "val"]).class_counts == [1, 1]
     write_png(tmp_path / "bus" / "1.png", 1)
-    assert image_folder(tmp_path).class_names == ["bus", "train", "val"]
+    data = image_folder(tmp_path)
+    assert data.class_names == ["bus", "train", "val"]
+    assert "note: class folders with the name of a split: 'train', 'val'" in str(data.summary)
+    write_png(tmp_path / "val" / "cat" / "1.png", 1)
+    write_png(tmp_path / "val" / "dog" / "1.png", 1)
+    assert image_folder(tmp_path).class_counts == [1, 1, 3], "val contains images of its own"
+    (tmp_path / "val" / "1.png").unlink()
+    with pytest.raises(InputError, match=r"train, val look like splits .* Pass .*/val, or class_names="):
+        image_folder(tmp_path)
 
 
 def test_root_may_be_a_link_or_relative(tmp_path, monkeypatch):
