@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from lpt_peft._classes import names_in_order
+from lpt_peft._text import control_character, name_skeleton
 from lpt_peft.errors import ConfigError, InputError
 from lpt_peft.samplers.checks import Labels, checked_labels
 
@@ -57,16 +58,41 @@ def checked_names(class_names: ClassNames) -> list[str]:
     """Validate class names; return them in the order of the labels.
 
     Raises:
-        InputError: The names have no order, occur twice, or have control characters or bytes that are not UTF-8.
+        InputError: The names have no order, a name is empty or occurs twice, or it has control characters or bytes that
+            are not UTF-8.
     """
     names = list(names_in_order(class_names, "class_names"))
     for name in names:
-        if not name or any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        kinds = {unicodedata.category(character) for character in name}
+        if not name:
+            raise InputError("A class name is empty, which a prompt file cannot store. Give every class a name.")
+        if kinds & {"Cc", "Cs"}:
+            # Python reads bytes of a file name that are not UTF-8 as surrogates.
+            problem = (
+                "bytes that are not UTF-8" if "Cs" in kinds else f"the control character {control_character(name)}"
+            )
             raise InputError(
-                f"The class name {name!r} is empty, or has control characters or bytes that are not UTF-8, which a "
-                "prompt file cannot store. Rename the class or its folder."
+                f"The class name {name!r} has {problem}, which a prompt file cannot store. Rename the class or its "
+                "folder."
             )
     return names
+
+
+def look_alike_notes(names: Sequence[str]) -> list[str]:
+    """Remarks on names that look alike but are different classes.
+
+    Example:
+        >>> look_alike_notes(["cat", "Cat", "dog"])
+        ["classes whose names differ only in case, spaces or invisible characters: 'cat', 'Cat'"]
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name_skeleton(name), []).append(name)
+    return [
+        f"classes whose names differ only in case, spaces or invisible characters: {', '.join(map(repr, group))}"
+        for group in groups.values()
+        if len(group) > 1
+    ]
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:

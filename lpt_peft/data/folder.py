@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,15 +96,12 @@ def _labels(
     root: str | os.PathLike[str], found: ClassFolders, class_names: ClassNames | None
 ) -> tuple[list[str], np.ndarray, list[str]]:
     """Class names, labels (N,) and notes; folders are matched with `class_names` in the same Unicode form."""
-    for same in _groups(found.class_names, _nfc):
+    for same in _groups(found.class_names):
         raise InputError(
             f"{root} has class folders whose names look the same and differ only in their Unicode form: "
             f"{', '.join(map(ascii, same))}. Merge them, or rename a folder."
         )
-    notes = [
-        f"class folders that differ only by upper and lower case are different classes: {', '.join(map(repr, same))}"
-        for same in _groups(found.class_names, lambda name: _nfc(name).casefold())
-    ]
+    notes = []
     if CLOSED in found.left_out:
         notes.append(f"images may be missing: {len(found.left_out[CLOSED])} folders cannot be opened")
     if class_names is None:
@@ -153,11 +150,11 @@ def _nearly(unknown: Sequence[str], names: Sequence[str]) -> str:
     return f" {pairs[0][0]!r} differs from the class {pairs[0][1]!r} only by upper and lower case." if pairs else ""
 
 
-def _groups(names: Iterable[str], key: Callable[[str], str]) -> list[list[str]]:
-    """Names with equal keys, in groups of at least two."""
+def _groups(names: Iterable[str]) -> list[list[str]]:
+    """Names that are equal in NFC, in groups of at least two."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        groups[key(name)].append(name)
+        groups[_nfc(name)].append(name)
     return [group for group in groups.values() if len(group) > 1]
 
 

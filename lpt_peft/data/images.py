@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 
 from lpt_peft._numbers import checked_integer
 from lpt_peft.data._unreadable import MAX_NAMES, ClassOrder, UnreadableImages, first_names, missing_files, short_error
-from lpt_peft.data.checks import ClassNames, checked_classes
-from lpt_peft.data.files.reading import WHITE, Color, Reading
+from lpt_peft.data.checks import ClassNames, checked_classes, look_alike_notes
+from lpt_peft.data.files.reading import WHITE, Color, Reading, without_pillow_warnings
 from lpt_peft.data.inspection.summary import DataSummary
 from lpt_peft.data.sources import Images, SubsetSource
 from lpt_peft.errors import ConfigError, InputError
@@ -115,7 +115,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         self._exif, self._background = exif, background
         self.transform = transform
         self._policy: Unreadable = unreadable
-        self._left_out, self._notes = dict(left_out or {}), list(notes)
+        self._left_out, notes = dict(left_out or {}), [*look_alike_notes(self.class_names), *notes]
+        self._notes = list(dict.fromkeys(notes))
         self.unreadable_images = UnreadableImages(len(images))
         self._order: ClassOrder | None = None
         self._replacements: dict[int, int] = {}
@@ -253,7 +254,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
 
     def _attempt(self, position: int) -> tuple[Any, Exception | None]:
         try:
-            return self.reading(self.images.read(position)), None
+            with without_pillow_warnings():
+                return self.reading(self.images.read(position)), None
         except MemoryError:
             raise  # not an error of the image
         except Exception as error:  # decoders raise all kinds of exceptions on broken bytes
@@ -266,8 +268,9 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         if self._order is None:
             self._order = ClassOrder(self.labels)
         label = self.labels[position]
-        yield from (other for other in self._order.others(position, label) if other not in self.unreadable_images)
-        yield from (other for other in self._order.others(position, label) if other in self.unreadable_images)
+        for known in (False, True):
+            for others in self._order.others(position, label):
+                yield from others[self.unreadable_images.contains(others) == known].tolist()
 
     def _verify(self, method: Verify) -> None:
         if method == "exists":

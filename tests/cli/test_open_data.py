@@ -69,7 +69,7 @@ def test_folders(data, tmp_path):
     assert {name: split.class_names for name, split in splits.items()} == {"train": NAMES, "test": NAMES}
     for name in ("val", "valid"):
         write_images(tmp_path / name, [2, 2, 2])
-    with pytest.raises(InputError, match="val and .*valid are for the same split"):
+    with pytest.raises(InputError, match="val and .*valid are for the same split: keep a single"):
         open_splits(str(tmp_path), ImageSettings(), 0)
     for name in ("train", "bus", "valid"):
         shutil.rmtree(tmp_path / name)

@@ -167,7 +167,7 @@ def _split_folders(path: Path) -> dict[str, Path]:
         return {}
     if repeated := [names for names in found.values() if len(names) > 1]:
         raise InputError(
-            f"{' and '.join(str(path / name) for name in repeated[0])} are for the same split: remove all but one."
+            f"{' and '.join(str(path / name) for name in repeated[0])} are for the same split: keep a single folder."
         )
     return {split: path / names[0] for split, names in found.items()}
 
