@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from lpt_peft._classes import names_in_order
 from lpt_peft._random import preserve_random_state
@@ -50,6 +51,8 @@ def listed_labels(dataset: Any) -> ListedLabels | None:
     """
     if isinstance(dataset, (list, tuple)):
         pairs = all(isinstance(item, (list, tuple)) and len(item) > 1 for item in dataset)
+        if pairs and any(_is_array(item[1]) and integer_label(item[1]) is None for item in dataset):
+            return None  # images, or labels of another shape
         return ListedLabels([item[1] for item in dataset], None, "its items") if dataset and pairs else None
     if hasattr(dataset, "datasets") and hasattr(dataset, "cumulative_sizes"):
         return _concatenated(dataset.datasets)
@@ -104,7 +107,7 @@ def _own_labels(dataset: Any) -> ListedLabels | None:
 
 
 def _are_pairs(rows: Sequence[Any]) -> bool:
-    return all(isinstance(row, (list, tuple)) and len(row) == 2 and _integer(row[1]) is not None for row in rows)
+    return all(isinstance(row, (list, tuple)) and len(row) == 2 and integer_label(row[1]) is not None for row in rows)
 
 
 def _plain(values: Any, size: int) -> list[Any] | None:
@@ -112,7 +115,7 @@ def _plain(values: Any, size: int) -> list[Any] | None:
     if isinstance(values, (torch.Tensor, np.ndarray)):
         return values.tolist() if values.ndim == 1 and len(values) == size else None
     if isinstance(values, Sequence) and not isinstance(values, str) and len(values) == size:
-        return [value if (label := _integer(value)) is None else label for value in values]
+        return [value if (label := integer_label(value)) is None else label for value in values]
     return None
 
 
@@ -157,7 +160,7 @@ def _transformed(listed: ListedLabels, transform: Any) -> ListedLabels:
     labels = [new_of[label] for label in listed.labels]
     names = listed.names
     if names is not None:
-        order = [_integer(new_of.get(label, transform(label))) for label in range(len(names))]
+        order = [integer_label(new_of.get(label, transform(label))) for label in range(len(names))]
         if sorted(label for label in order if label is not None) == list(range(len(names))):
             renamed = list(names)
             for name, label in zip(names, order, strict=True):
@@ -174,14 +177,19 @@ def _label_of_item(dataset: Any, position: int, image_key: int | str) -> int | N
     except Exception:  # an unreadable image is an error where it is used
         return None
     if image_key == 0 and isinstance(item, (list, tuple)) and len(item) > 1:
-        return _integer(item[1])
+        return integer_label(item[1])
     return None
 
 
-def _integer(value: Any) -> int | None:
+def integer_label(value: Any) -> int | None:
+    """The value as an integer; None if it is no integer, NumPy integer or tensor of shape ()."""
     if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
         value = value.item()
     return int(value) if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else None
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, np.ndarray, Image.Image))
 
 
 def _spread(size: int, count: int) -> list[int]:
