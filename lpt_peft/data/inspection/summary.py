@@ -71,8 +71,8 @@ class DataSummary:
         """Lines of the text, with or without those about files that were left out."""
         (large, most), (small, fewest) = self.largest, self.smallest
         lines = [
-            f"{self.images} images of {self.num_classes} classes; largest class {printable(large)} ({most}), smallest "
-            f"class {printable(small)} ({fewest})"
+            f"{self.images} images of {self.num_classes} classes; largest class {_visible(large)} ({most}), smallest "
+            f"class {_visible(small)} ({fewest})"
         ]
         if self.empty:
             lines.append(f"{len(self.empty)} classes without an image: {_names(self.empty)}")
@@ -105,6 +105,12 @@ class DataSummary:
             "unreadable": {"count": len(self.unreadable), "files": list(self.unreadable[:names])},
             "notes": list(self.notes),
         }
+
+
+def _visible(name: str) -> str:
+    """A class name; in quotes where spaces or invisible characters would be lost."""
+    plain = name.isprintable() and name == name.strip()
+    return printable(name) if plain else printable(repr(name))
 
 
 def _names(names: Sequence[str]) -> str:
