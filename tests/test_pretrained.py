@@ -6,12 +6,13 @@ Not here: the files themselves (`tests/checkpoint`), the Hub (`tests/hub`).
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
 
 from lpt_peft import LongTailPromptAdapter
-from lpt_peft.errors import BackboneError, ConfigError, LPTError, StateError
+from lpt_peft.errors import BackboneError, ConfigError, HubError, LPTError, StateError
 from lpt_peft.pretrained import PretrainedMixin
 from tests.checkpoint.adapters import IMAGES, encode_adapter, same_snapshot, snapshot, tiny_adapter
 from tests.conftest import tiny_vit
@@ -140,3 +141,59 @@ def test_an_offloaded_transformers_model(tmp_path):
     loaded = from_pretrained(tmp_path, offloaded, check_backbone="off")
     images = torch.randn(2, 3, 32, 32)
     assert torch.allclose(loaded(images), adapter.eval()(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["nosuch", "nosuch/folder"])
+def test_a_missing_folder_that_could_be_a_repository(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (lambda: from_pretrained(source, tiny_vit()), lambda: tiny_adapter().load_prompts(source)):
+        with pytest.raises(HubError) as caught:
+            call()
+        message = str(caught.value)
+        assert message.startswith(f"No folder {tmp_path / source} exists, so {source} was taken for a repository. ")
+        assert "Hugging Face Hub" in message
+        assert message.endswith("For prompts on disk, correct the path.")
+
+
+def test_home_directories(tmp_path, monkeypatch):
+    home, current = tmp_path / "home", tmp_path / "current"
+    home.mkdir()
+    current.mkdir()
+    monkeypatch.chdir(current)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    adapter = tiny_adapter()
+    logits = adapter(IMAGES)
+    for folder in ("~/text", Path("~/path")):
+        adapter.save_pretrained(folder)
+        adapter.load_prompts(folder)
+        assert torch.equal(from_pretrained(folder, tiny_vit())(IMAGES), logits)
+    adapter.save_pretrained("~/model", subfolder="prompts")
+    from_pretrained("~/model", tiny_vit(), subfolder="prompts")
+    assert sorted(path.relative_to(home).as_posix() for path in home.rglob("prompts.safetensors")) == [
+        "model/prompts/prompts.safetensors",
+        "path/prompts.safetensors",
+        "text/prompts.safetensors",
+    ]
+    assert list(current.iterdir()) == []
+
+
+def test_a_folder_whose_name_begins_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter = tiny_adapter()
+    for call in (adapter.save_pretrained, adapter.load_prompts):
+        with pytest.raises(
+            ConfigError, match=r"'~no-such-user/x': this home directory is unknown\. Give the full path"
+        ):
+            call("~no-such-user/x")
+    assert list(tmp_path.iterdir()) == []
+    adapter.save_pretrained("./~lpt-backup")
+    assert [path.name for path in tmp_path.iterdir()] == ["~lpt-backup"]
+    adapter.load_prompts("./~lpt-backup")
+    adapter.load_prompts("~lpt-backup")
+
+
+@pytest.mark.parametrize("folder", [None, 3, b"folder", ["folder"]])
+def test_saving_to_something_that_is_not_a_path(folder):
+    with pytest.raises(ConfigError, match=r"folder=.* must be a path"):
+        tiny_adapter().save_pretrained(folder)

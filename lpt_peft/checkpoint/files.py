@@ -15,7 +15,7 @@ from typing import BinaryIO
 from lpt_peft._files import make_folder, write_atomic
 from lpt_peft._json import dumps, loads
 from lpt_peft.checkpoint.schema import FORMAT
-from lpt_peft.errors import PromptFileExistsError, PromptFileFormatError, PromptFileNotFoundError
+from lpt_peft.errors import ConfigError, PromptFileExistsError, PromptFileFormatError, PromptFileNotFoundError
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "prompts.safetensors"
@@ -23,6 +23,28 @@ MAX_COPY_BYTES = 2**24
 """Most bytes of a `config.json` that are read; the indented copy is longer than the header."""
 
 _READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+def expand_user(path: str | os.PathLike[str], name: str = "folder") -> Path:
+    """Return a path with `~` or `~user` at its start expanded.
+
+    Args:
+        path: The path of a caller.
+        name: Name of the argument in messages.
+
+    Raises:
+        ConfigError: It is not a path, or the home directory is unknown.
+    """
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise ConfigError(f"{name}={path!r:.80} must be a path, as text or pathlib.Path.")
+    text = os.path.expanduser(path)  # noqa: PTH111 - Path drops the ./ of "./~x", a folder named ~x
+    if text.startswith("~") and not Path(text).exists():
+        raise ConfigError(
+            f"{name}={text!r:.300}: this home directory is unknown. Give the full path, also of a folder whose name "
+            "begins with ~."
+        )
+    expanded = Path(text)
+    return expanded.absolute() if str(expanded).startswith("~") else expanded
 
 
 @contextmanager

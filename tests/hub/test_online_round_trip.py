@@ -292,7 +292,7 @@ def test_a_lost_race_says_so_and_overwrites_nothing(local):
             repository.put({"notes.txt": b"theirs"}, "other")
 
     local.before = push_before_the_commit
-    with pytest.raises(HubConflictError, match="somebody else pushed meanwhile"):
+    with pytest.raises(HubConflictError, match="another user pushed meanwhile"):
         tiny_adapter(seed=2).push_to_hub(REPO)
     assert repository.at("main").message == "other"
     assert files_of(local)["prompts.safetensors"] == tiny_encoded(1).weights
