@@ -45,7 +45,6 @@ class PretrainedMixin(StateMixin):
     backbone: Backbone
     frozen_weights: FrozenWeights
     metadata: PromptMetadata
-
     unwrap: Callable[[], nn.Module]
 
     def save_pretrained(
@@ -162,9 +161,8 @@ class PretrainedMixin(StateMixin):
             with hub_errors("Downloading the backbone", content.backbone.architecture, token):
                 vit = build(asdict(content.backbone))
         adapter = wrap_content(cls, content, vit, check_backbone=check_backbone, head_dropout=head_dropout)
-        adapter.eval()
         warn_of(changes)
-        return adapter
+        return adapter.eval()
 
     def load_prompts(
         self,
@@ -184,8 +182,8 @@ class PretrainedMixin(StateMixin):
 
         Args:
             source: As in `from_pretrained`.
-            part: "all" replaces prompts, head, phase and metadata by new parameters, so make a new optimizer; "shared"
-                copies the shared prompts and leaves the rest.
+            part: "all" replaces prompts, head, phase and metadata by new parameters, so make a new optimizer; a warning
+                reports another number of classes. "shared" copies the shared prompts and leaves the rest.
             label_names: Names of the classes that the head is for; trained rows of classes that the file knows by the
                 same name are kept, other rows are new, and a warning lists the differences. With "shared", these are
                 the names of the adapter's own head, into which the trained rows are copied.
@@ -201,9 +199,8 @@ class PretrainedMixin(StateMixin):
             Classes whose rows are kept, new or dropped; None without `label_names`.
 
         Raises:
-            PromptFileError: The file is refused, or is for another backbone; nothing changed.
+            PromptFileError, HubError: The file is refused, is for another backbone, or was not found; nothing changed.
             InputError: `label_names` is invalid, or the file does not name its classes; nothing changed.
-            HubError: The Hub did not deliver the prompts; nothing changed.
             ConfigError, StateError: An argument is out of range, or the adapter was unwrapped; nothing changed.
         """
         check_choice(check_backbone)
@@ -216,9 +213,9 @@ class PretrainedMixin(StateMixin):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        return warn_of(
-            replace_prompts(self, content, part=part, label_names=label_names, check_backbone=check_backbone)
-        )
+        before = self.prompt_config.num_classes
+        changes = replace_prompts(self, content, part=part, label_names=label_names, check_backbone=check_backbone)
+        return warn_of(changes, before, self.prompt_config.num_classes)
 
     def push_to_hub(
         self,

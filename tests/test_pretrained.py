@@ -6,13 +6,14 @@ Not here: the files themselves (`tests/checkpoint`), the Hub (`tests/hub`).
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from lpt_peft import LongTailPromptAdapter
-from lpt_peft.errors import BackboneError, ConfigError, HubError, LPTError, StateError
+from lpt_peft.errors import BackboneError, ConfigError, HubError, LPTError, PromptFileNotFoundError, StateError
 from lpt_peft.pretrained import PretrainedMixin
 from tests.checkpoint.adapters import IMAGES, encode_adapter, same_snapshot, snapshot, tiny_adapter
 from tests.conftest import tiny_vit
@@ -95,6 +96,41 @@ def test_sources_of_the_wrong_type(source):
         from_pretrained(source, tiny_vit())
     with pytest.raises(ConfigError, match="source="):
         tiny_adapter().load_prompts(source)
+
+
+def test_a_vit_in_place_of_a_source(saved):
+    with pytest.raises(
+        ConfigError, match=r"source=VisionTransformer must be .*from_pretrained\(source, vit\)"
+    ) as caught:
+        from_pretrained(tiny_vit(), saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_or_a_run_in_place_of_the_folder(saved, tmp_path):
+    for name in ("prompts.safetensors", "config.json"):
+        with pytest.raises(
+            PromptFileNotFoundError, match=rf"{name} is a file: give its folder, {re.escape(str(saved))}\."
+        ):
+            from_pretrained(saved / name, tiny_vit())
+    saved.rename(tmp_path / "prompts")
+    inner = re.escape(str(tmp_path / "prompts"))
+    with pytest.raises(PromptFileNotFoundError, match=rf"{inner} is a prompt file: give that folder"):
+        from_pretrained(tmp_path, tiny_vit())
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "file/x"], ids=["nul", "long", "file"])
+def test_folders_that_cannot_be_created(name, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="choose another folder|Choose another folder") as caught:
+        tiny_adapter().save_pretrained(f"{tmp_path}/{name}")
+    assert "Errno" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_file_system_without_new_folders():
+    with pytest.raises(ConfigError, match=r"The folder '/proc/lpt_peft' cannot be created"):
+        tiny_adapter().save_pretrained("/proc/lpt_peft")
 
 
 def test_options_of_the_wrong_kind(saved):

@@ -69,7 +69,9 @@ def read_prompts(
         ConfigError: An argument is out of range.
     """
     if not isinstance(source, (str, PathLike)) or isinstance(fspath(source), bytes):
-        raise ConfigError(f'source={source!r:.80} must be a folder, or "owner/name" on the Hugging Face Hub.')
+        value = repr(source) if isinstance(source, (str, bytes, int, list, type(None))) else type(source).__name__
+        swapped = " Give it before the ViT: from_pretrained(source, vit)." if hasattr(source, "parameters") else ""
+        raise ConfigError(f'source={value:.80} must be a folder, or "owner/name" on the Hugging Face Hub.{swapped}')
     if is_repository(source):
         location = HubLocation(
             repo_id=str(source),

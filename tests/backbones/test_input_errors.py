@@ -83,6 +83,24 @@ def test_images_that_are_not_tensors(row, adapters):
         adapter()
 
 
+@rows
+def test_batches_and_arguments_of_other_libraries(row, adapters):
+    adapter = adapters(row)
+    for phase in ("shared", "group"):
+        adapter.phase = phase
+        with pytest.raises(
+            InputError, match=r"Images are a dict with the keys pixel_values.*call adapter\(\*\*batch\)"
+        ):
+            adapter({"pixel_values": images()})
+        with pytest.raises(InputError, match=r"Images are a dict with the keys x, y.*pass the tensor"):
+            adapter({"x": images(), "y": images()})
+        if row.startswith("transformers"):
+            continue  # its forwards accept and ignore unknown keywords
+        with pytest.raises(InputError, match=r"The forward of \w+ .*'unknown'.*arguments of that forward") as caught:
+            adapter(images(), unknown=1)
+        assert "embed" not in str(caught.value)
+
+
 def test_a_failure_with_right_images_keeps_its_error():
     adapter = build("timm ViT")
     adapter.vit.norm = nn.LayerNorm(7)
