@@ -199,7 +199,7 @@ class PretrainedMixin(StateMixin):
             Classes whose rows are kept, new or dropped; None without `label_names`.
 
         Raises:
-            PromptFileError, HubError: The file is refused, is for another backbone, or was not found; nothing changed.
+            PromptFileError, HubError: The file is refused, is for another backbone, or not delivered; nothing changed.
             InputError: `label_names` is invalid, or the file does not name its classes; nothing changed.
             ConfigError, StateError: An argument is out of range, or the adapter was unwrapped; nothing changed.
         """
