@@ -81,7 +81,7 @@ def check_batch(logits: Tensor, target: Tensor, noise: Tensor | None, class_coun
         )
     for name, tensor in (("target", target), ("noise", noise)):
         if not isinstance(tensor, Tensor) and (name == "target" or tensor is not None):
-            raise InputError(f"{name} must be a tensor, not {type(tensor).__name__}: {_as_tensor(name, tensor)}.")
+            raise InputError(f"{name} must be a tensor, not {_type(tensor)}: {_as_tensor(name, tensor)}.")
         if tensor is not None and tensor.device != logits.device:
             raise InputError(
                 f"{name} is on {tensor.device}, but logits are on {logits.device}: pass {name}.to(logits.device)."
@@ -95,6 +95,10 @@ def check_batch(logits: Tensor, target: Tensor, noise: Tensor | None, class_coun
     if noise is not None and noise.requires_grad:
         raise InputError("noise requires a gradient, but the loss has none with respect to it: pass noise.detach().")
     _check_target(target, logits.shape[0], num_classes)
+
+
+def _type(value: object) -> str:
+    return "None" if value is None else type(value).__name__
 
 
 def _as_tensor(name: str, value: object) -> str:

@@ -47,7 +47,8 @@ def checked_labels(labels: Labels) -> Rows:
         hint = "encode the classes as integers from 0"
         if array.dtype.kind == "f":
             missing = int(np.isnan(array).sum())
-            hint = f"remove the {missing} images without a label" if missing else "convert them with labels.astype(int)"
+            convert = "labels.long()" if isinstance(labels, Tensor) else "labels.astype(int)"
+            hint = f"remove images without a label ({missing})" if missing else f"convert them with {convert}"
         raise InputError(f"labels must be integers, not {array.dtype}: {hint}.")
     if array.min() < 0:
         raise InputError(

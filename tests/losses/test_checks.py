@@ -140,7 +140,7 @@ def test_invalid_class_counts(counts, words):
             {"target": (torch.zeros(4), torch.zeros(4), 0.5)},
             r"target must be a tensor, not tuple: pass a single tensor .*weight \* one_hot\(y1, C\) \+",
         ),
-        ({"target": None}, "not NoneType: the batch has no labels"),
+        ({"target": None}, "target must be a tensor, not None: the batch has no labels"),
         ({"target": {"a": torch.zeros(4), "b": 0}}, "not dict: pass the tensor of labels among its entries, a, b"),
         (
             {"target": torch.zeros(4, dtype=torch.long, device="meta")},
