@@ -176,7 +176,7 @@ def _status(error: Any) -> tuple[type[LPTError], str]:
     if status == 412:
         return (
             HubConflictError,
-            "somebody else pushed meanwhile (412); nothing was overwritten. Push again.",
+            "another user pushed meanwhile (412); nothing was overwritten. Push again.",
         )
     if status in _OUT_OF_ORDER:
         return HubUnavailableError, f"the Hub is out of order or busy ({status}). Try again later."

@@ -42,7 +42,7 @@ def push(
     """Commit a prompt file to a repository.
 
     Nothing else in the repository changes: an existing README.md and other files stay, and a `config.json` of another
-    library is never overwritten. If nothing would change, there is no commit. If somebody else pushes between the
+    library is never overwritten. If nothing would change, there is no commit. If another user pushes between the
     listing and the commit, nothing is overwritten.
 
     Args:
@@ -66,7 +66,7 @@ def push(
 
     Raises:
         InputError, StateError: The content cannot be saved; nothing was sent.
-        HubConflictError: The repository holds another library's `config.json`, or somebody else pushed meanwhile.
+        HubConflictError: The repository holds another library's `config.json`, or another user pushed meanwhile.
         HubError: The Hub refused or could not be reached; the commit is complete or does not exist.
         KeyboardInterrupt: Ctrl-C; a request that was sent may still take effect.
         ConfigError: An argument is out of range.

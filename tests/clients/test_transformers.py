@@ -159,7 +159,7 @@ def test_evaluation_has_a_separate_criterion(phase):
     adapter.eval_criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     got = adapter(images(3), labels=labels)
     torch.testing.assert_close(got.loss, F.cross_entropy(got.logits, labels, label_smoothing=0.1))
-    with pytest.raises(InputError, match="3 rows has no two equal halves"):
+    with pytest.raises(InputError, match="3 rows cannot be split into two equal halves"):
         adapter.train()(images(3), labels=labels)
 
 
