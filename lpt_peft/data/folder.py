@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lpt_peft.data.checks import ClassNames, checked_names
+from lpt_peft.data.files.formats import NO_ENDING, OTHER_ENDING
+from lpt_peft.data.files.reading import identify, without_pillow_warnings
 from lpt_peft.data.files.walk import CLOSED, OUTSIDE, ClassFolders
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ImageFiles
@@ -20,6 +22,8 @@ from lpt_peft.errors import InputError, UnlabelledError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+_SAMPLE = 20
 
 
 def image_folder(
@@ -68,6 +72,7 @@ def image_folder(
             f"{len(empty)} of {len(names)} classes have no image; the first is label {names.index(empty[0])} "
             f"({empty[0]!r}), whose folder contains: {_reasons(found, empty[0])}. Remove the folder, or add images."
         )
+    notes += _misnamed_notes(root, found)
     if empty:
         notes.append(f"class folders without an image: {', '.join(map(repr, empty[:5]))}")
     return LabelledImages(ImageFiles(root, found.paths), labels, names, left_out=found.left_out, notes=notes, **options)
@@ -81,6 +86,31 @@ def _refuse_without_classes(root: str | os.PathLike[str], found: ClassFolders) -
         )
     detail = f" It contains: {_reasons(found)}." if found.left_out else ""
     raise InputError(f"{root} has no class folder; sort the images into one folder per class.{detail}")
+
+
+def _misnamed_notes(root: str | os.PathLike[str], found: ClassFolders) -> list[str]:
+    """Remark on files without an image ending that contain an image; a sample of each ending is opened."""
+    notes = []
+    for reason, files in found.left_out.items():
+        if not reason.startswith((NO_ENDING, OTHER_ENDING)):
+            continue
+        sample = files[:_SAMPLE]
+        images = [name for name in sample if _is_image(Path(root, name))]
+        if images:
+            notes.append(
+                f"{len(images)} of {len(sample)} files that were opened contain images but are left out ({reason}), "
+                f"such as {images[0]}: rename them to .jpg, .png or another ending of their format"
+            )
+    return notes
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream, without_pillow_warnings():
+            identify(stream)
+    except Exception:  # decoders raise all kinds of exceptions
+        return False
+    return True
 
 
 def _reasons(found: ClassFolders, class_name: str | None = None) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -183,10 +183,11 @@ def _outside(path: Path, folders: Mapping[str, Path]) -> dict[str, list[str]]:
 
 def _note_shared_files(splits: Mapping[str, LabelledImages]) -> None:
     """Add a note to validation and test splits that contain files of the training split."""
-    files = {name: _real_paths(split) for name, split in splits.items() if len(splits) > 1}
+    files = {name: _real_paths(split) for name, split in splits.items() if name != "train"}
+    names = {os.path.basename(path) for paths in files.values() for path in paths}  # noqa: PTH119 - a Path is slow
+    train = _real_paths(splits["train"], names) if names else set()
     for name, split in splits.items():
-        shared = sorted(files[name] & files["train"]) if name != "train" and files else []
-        if shared:
+        if name != "train" and (shared := sorted(files[name] & train)):
             count = f"all {len(split)}" if len(shared) == len(split) else f"{len(shared)} of {len(split)}"
             split.add_note(
                 f"{count} images are also training images, such as {shared[0]}: the accuracy on them says nothing "
@@ -194,12 +195,12 @@ def _note_shared_files(splits: Mapping[str, LabelledImages]) -> None:
             )
 
 
-def _real_paths(split: LabelledImages) -> set[str]:
-    """Paths of the images; only links to folders are resolved, which is quick."""
+def _real_paths(split: LabelledImages, names: Set[str] | None = None) -> set[str]:
+    """Paths of the images, or of those with a file name in `names`; only links to folders are resolved: it is quick."""
     resolve = cache(os.path.realpath)
     paths = (split.images.path(position) for position in range(len(split)))
-    parts = (os.path.split(path) for path in paths if path is not None)
-    return {os.path.join(resolve(folder), name) for folder, name in parts}  # noqa: PTH118 - a Path per image is slow
+    parts = (path.rpartition(os.sep) for path in paths if path is not None)
+    return {f"{resolve(folder or '.')}{os.sep}{name}" for folder, _, name in parts if names is None or name in names}
 
 
 def _read_labelled(

@@ -24,9 +24,9 @@ class DataSummary:
         notes: Remarks on the data, such as classes whose names look alike.
 
     Example:
-        >>> print(DataSummary(4, ["cat", "dog"], [3, 1], left_out={"not an image (.txt)": ["cat/notes.txt"]}))
+        >>> print(DataSummary(4, ["cat", "dog"], [3, 1], left_out={"not an image ending (.txt)": ["cat/notes.txt"]}))
         4 images of 2 classes; largest class cat (3), smallest class dog (1)
-        1 left out: not an image (.txt): cat/notes.txt
+        1 left out: not an image ending (.txt): cat/notes.txt
     """
 
     images: int

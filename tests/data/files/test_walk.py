@@ -288,10 +288,32 @@ def test_every_ending_that_pillow_opens_is_an_image_and_the_others_are_named(tmp
         "HEIC photo; pip install pillow-heif": 2,
         "drawing; convert it": 2,
         "video": 1,
-        "not an image (.csv)": 1,
-        "not an image (no ending)": 1,
+        "not an image ending (.csv)": 1,
+        "no file ending": 1,
     }
     assert "2 left out: HEIC photo; pip install pillow-heif: b/1.heic, b/2.HEIC" in str(data.summary)
+
+
+def test_images_without_an_image_ending_are_noted(tmp_path):
+    for name in ("a", "b"):
+        write_png(tmp_path / name / "1.png", 1)
+    for number in range(3):
+        write_png(tmp_path / "x.png", number)
+        (tmp_path / "x.png").rename(tmp_path / "a" / f"{number}.jpg_large")
+    write_png(tmp_path / "x.png", 1)
+    (tmp_path / "x.png").rename(tmp_path / "b" / "4f2a")
+    for name in ("b/5c3d", "b/README", "b/notes.txt"):
+        touch(tmp_path / name)
+    summary = image_folder(tmp_path).summary
+    assert {reason: list(files) for reason, files in summary.left_out.items()} == {
+        "not an image ending (.jpg_large)": [f"a/{number}.jpg_large" for number in range(3)],
+        "no file ending": ["b/4f2a", "b/5c3d", "b/README"],
+        "not an image ending (.txt)": ["b/notes.txt"],
+    }
+    first, second = summary.notes
+    assert first.startswith("3 of 3 files that were opened contain images but are left out (not an image ending (.jpg_")
+    assert second.startswith("1 of 3 files that were opened contain images but are left out (no file ending)")
+    assert "such as b/4f2a: rename them" in second
 
 
 def test_special_files_are_not_opened(tmp_path):
@@ -437,7 +459,7 @@ def test_folders_of_splits_are_not_classes(tmp_path):
     assert "note: class folders with the name of a split: 'train', 'val'" in str(data.summary)
     write_png(tmp_path / "val" / "cat" / "1.png", 1)
     write_png(tmp_path / "val" / "dog" / "1.png", 1)
-    assert image_folder(tmp_path).class_counts == [1, 1, 3], "val contains images of its own"
+    assert image_folder(tmp_path).class_counts == [1, 1, 3], "val contains images"
     (tmp_path / "val" / "1.png").unlink()
     with pytest.raises(InputError, match=r"train, val look like splits .* Pass .*/val, or class_names="):
         image_folder(tmp_path)
