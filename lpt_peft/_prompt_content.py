@@ -53,7 +53,7 @@ def content_of(
         )
     names = carried.label_names if label_names is None else names_in_order(label_names)
     counts = None if class_counts is None else integers_in_order(class_counts, label_names=names)
-    preprocessing = {**adapter.backbone.preprocess(), **carried.preprocess, **(preprocess or {})}
+    preprocessing = {**adapter.preprocess(), **(preprocess or {})}
     return PromptContent(
         config=adapter.prompt_config,
         phase=adapter.phase,
@@ -214,7 +214,7 @@ def _copy_shared(adapter: PretrainedMixin, content: PromptContent, changes: Labe
     if changes is not None and tuple(head.shape) != tuple(content.tensors["head.weight"].shape):
         raise ConfigError(
             f"label_names has {len(changes.rows)} names, but the adapter's head has {head.shape[0]} classes. With "
-            'part="shared" give the names of its own classes, in order.'
+            'part="shared" give the names of the classes of that head, in order.'
         )
     pairs = [(prompts, parameter), (content.tensors["head.weight"][rows], head)]
     if parameter.shape != prompts.shape:

@@ -1,6 +1,6 @@
 """Adapters under FSDP and DDP; run by test_adapter_state.py, one kind per call.
 
-`python -m tests.sharded_processes fsdp2 FOLDER` and `ddp` start two gloo processes, `fsdp1` starts one. Rank 0
+`python -m tests.sharded_processes fsdp2 FOLDER` and `ddp` start two gloo processes, `fsdp1` a single process. Rank 0
 writes its results to FOLDER/results.pt.
 """
 

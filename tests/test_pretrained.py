@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from lpt_peft import LongTailPromptAdapter
+from lpt_peft.data import transforms
 from lpt_peft.errors import BackboneError, ConfigError, HubError, LPTError, PromptFileNotFoundError, StateError
 from lpt_peft.pretrained import PretrainedMixin
 from tests.checkpoint.adapters import IMAGES, encode_adapter, same_snapshot, snapshot, tiny_adapter
@@ -233,3 +235,18 @@ def test_a_folder_whose_name_begins_with_a_tilde(tmp_path, monkeypatch):
 def test_saving_to_something_that_is_not_a_path(folder):
     with pytest.raises(ConfigError, match=r"folder=.* must be a path"):
         tiny_adapter().save_pretrained(folder)
+
+
+def test_images_are_read_as_the_prompt_file_records(tmp_path):
+    tiny_adapter().save_pretrained(tmp_path, preprocess={"background": [0, 0, 0], "exif": False, "crop_pct": 1.0})
+    adapter = LongTailPromptAdapter.from_pretrained(tmp_path, tiny_vit())
+    plain = tiny_adapter().preprocess()
+    assert adapter.preprocess() == {**plain, "background": [0, 0, 0], "exif": False, "crop_pct": 1.0}
+    transparent = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
+    mean, std = (torch.tensor(plain[name])[:, None, None] for name in ("mean", "std"))
+    for preprocess, value in ((adapter.preprocess(), 0.0), (plain, 1.0)):
+        image = transforms(preprocess, train=False)(transparent)
+        torch.testing.assert_close(image * std + mean, torch.full_like(image, value), atol=1e-6, rtol=0)
+    adapter.unwrap()
+    with pytest.raises(StateError, match="unwrapped"):
+        adapter.preprocess()

@@ -285,7 +285,7 @@ def test_copies_of_an_adapter_compute_the_same(copies, monkeypatch):
     adapter.phase = "group"
     given = inputs("DINOv3ViT")
     answer = adapter(**given).logits
-    monkeypatch.setattr(_prompted, "_made", {})  # as in a new process
+    monkeypatch.setattr(_prompted, "_classes", {})  # as in a new process
     twin = copies(adapter)
     assert torch.equal(twin(**given).logits, answer)
     assert twin.backbone.model is twin.vit

@@ -156,7 +156,7 @@ def test_hidden_files_of_the_user_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(_files, "_ABANDONED_SECONDS", -1.0)
     names = {".config.json.swp", ".prompts.safetensors.0.tmp", ".git", f".config.json.{'0' * 32}.tmp~"}
     for name in names:
-        (tmp_path / name).write_text("mine")
+        (tmp_path / name).write_text("text")
     write_files_of(tmp_path, 0)
     assert {path.name for path in tmp_path.iterdir()} == names | NAMES
 

@@ -49,9 +49,9 @@ def test_files_with_the_same_content_are_not_touched(tmp_path):
     time.sleep(0.01)
     tiny_adapter().save_pretrained(tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "README.md").write_text("text")
     tiny_adapter(seed=1).save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / "README.md").read_text() == "text"
     assert contents(tmp_path).keys() == NAMES | {"README.md"}
 
 
@@ -97,11 +97,11 @@ def test_a_subfolder(tmp_path):
 
 @pytest.mark.parametrize("tail", [(), ("deeper",)])
 def test_a_file_in_place_of_the_folder(tmp_path, tail):
-    (tmp_path / "run").write_text("mine")
+    (tmp_path / "run").write_text("text")
     with pytest.raises(ConfigError, match="must be a folder, but .*run is a file. Choose another folder") as caught:
         tiny_adapter().save_pretrained(tmp_path.joinpath("run", *tail))
     assert "Errno" not in str(caught.value)
-    assert (tmp_path / "run").read_text() == "mine"
+    assert (tmp_path / "run").read_text() == "text"
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
@@ -281,7 +281,7 @@ def test_readers_in_threads_see_complete_files(tmp_path):
 
 
 def read_until_stopped(folder, results):
-    """Read until a file named `stop` appears; runs in a process of its own and reports its first read and the count."""
+    """Read until a file named `stop` appears; runs in another process and reports its first read and the count."""
     path, reads = Path(folder) / "prompts.safetensors", 0
     while not (Path(folder) / "stop").exists():
         if path.read_bytes() not in [tiny_encoded(seed).weights for seed in (0, 1)]:

@@ -1,4 +1,4 @@
-"""The online tests, in a process of their own whose client knows the local Hub: see `tests/hub/__main__.py`."""
+"""The online tests, in a separate process whose client connects to the local Hub: see `tests/hub/__main__.py`."""
 
 from __future__ import annotations
 

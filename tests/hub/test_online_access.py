@@ -199,17 +199,17 @@ def test_no_connection_with_and_without_cache(local):
 
 def test_a_cache_without_the_file_or_with_a_damaged_file(local, tmp_path):
     tiny_adapter().push_to_hub(REPO)
-    read_prompts(REPO, cache_dir=tmp_path / "mine")
-    (weights,) = (tmp_path / "mine").rglob("prompts.safetensors")
+    read_prompts(REPO, cache_dir=tmp_path / "cache")
+    (weights,) = (tmp_path / "cache").rglob("prompts.safetensors")
     data = bytearray(weights.read_bytes())
     weights.unlink()
     with pytest.raises(HubUnavailableError, match=r"prompts\.safetensors.*not in the local cache"):
-        read_prompts(REPO, cache_dir=tmp_path / "mine", local_files_only=True)
+        read_prompts(REPO, cache_dir=tmp_path / "cache", local_files_only=True)
     data[-1] ^= 1
     weights.write_bytes(data)  # a plain file, as the client keeps it where there are no links
     with pytest.raises(PromptFileIntegrityError, match="a byte changed"):
-        read_prompts(REPO, cache_dir=tmp_path / "mine", local_files_only=True)
-    assert read_prompts(REPO, cache_dir=tmp_path / "mine").phase == "group"
+        read_prompts(REPO, cache_dir=tmp_path / "cache", local_files_only=True)
+    assert read_prompts(REPO, cache_dir=tmp_path / "cache").phase == "group"
 
 
 def test_errors_of_the_local_disk_stay_as_they_are(local, tmp_path):

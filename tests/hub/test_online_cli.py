@@ -81,7 +81,7 @@ def test_a_copy_that_differs_on_the_hub(local, folder, capsys):
 
 def test_a_pull_into_a_file_or_over_another_model(local, folder, tmp_path, capsys):
     assert main(["push", str(folder), REPO]) == 0
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("text")
     assert main(["pull", REPO, str(tmp_path / "file")]) == 1
     message = capsys.readouterr().err
     assert "must be a folder, but" in message
@@ -160,7 +160,7 @@ def test_the_page_on_sharing(local, tmp_path, monkeypatch):
     push, load = online
     exec(push, names)
     adapter.push_to_hub("me/places-lt", revision="v2")
-    wanted = adapter(images)
+    expected = adapter(images)
     vit = adapter.unwrap()
     lines = [line for line in load.splitlines() if ", vit" in line]
     assert len(lines) == 2
@@ -168,5 +168,5 @@ def test_the_page_on_sharing(local, tmp_path, monkeypatch):
     for line in lines:
         names["vit"] = vit
         exec(line, names)
-        assert torch.equal(names["adapter"](images), wanted)
+        assert torch.equal(names["adapter"](images), expected)
         names["adapter"].unwrap()

@@ -139,7 +139,7 @@ BACKBONES = {
     "a huge image": {"architecture": "test_vit", "pretrained_tag": "r160_in1k", "model_args": {"img_size": 10**6}},
     "a file": {"architecture": "test_vit", "pretrained_tag": "r160_in1k", "model_args": {"checkpoint_path": "/x"}},
     "a callable": {"architecture": "test_vit", "pretrained_tag": "r160_in1k", "model_args": {"norm_layer": "eval"}},
-    "a hub id of its own": {"hub_id": "evil/model", "architecture": "x", "pretrained_tag": "x"},
+    "another hub id": {"hub_id": "evil/model", "architecture": "x", "pretrained_tag": "x"},
 }
 
 

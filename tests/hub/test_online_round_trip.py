@@ -102,10 +102,10 @@ def test_one_atomic_commit_and_none_where_nothing_changed(local):
 
 
 def test_a_readme_and_other_files_stay(local):
-    local.hub.create(REPO, "hf_write", private=False).put({"README.md": b"# mine", "notes.txt": b"keep"})
+    local.hub.create(REPO, "hf_write", private=False).put({"README.md": b"# text", "notes.txt": b"keep"})
     tiny_adapter().push_to_hub(REPO)
     files = files_of(local)
-    assert (files["README.md"], files["notes.txt"]) == (b"# mine", b"keep")
+    assert (files["README.md"], files["notes.txt"]) == (b"# text", b"keep")
     assert files.keys() == NAMES | {"notes.txt"}
 
 
@@ -138,12 +138,12 @@ def test_a_pull_request(local):
 
 
 def test_branches_tags_and_commits(local):
-    one, two = tiny_adapter(seed=1), tiny_adapter(seed=2)
-    first = one.push_to_hub(REPO)
-    two.push_to_hub(REPO, revision="dev")
-    two.push_to_hub(REPO, revision="dev")  # the branch exists
+    first, second = tiny_adapter(seed=1), tiny_adapter(seed=2)
+    commit = first.push_to_hub(REPO)
+    second.push_to_hub(REPO, revision="dev")
+    second.push_to_hub(REPO, revision="dev")  # the branch exists
     huggingface_hub.HfApi().create_tag(REPO, tag="v1")
-    for revision, adapter in ((None, one), ("main", one), ("dev", two), ("v1", one), (first.oid, one)):
+    for revision, adapter in ((None, first), ("main", first), ("dev", second), ("v1", first), (commit.oid, first)):
         twin = LongTailPromptAdapter.from_pretrained(REPO, tiny_vit(), revision=revision)
         assert torch.equal(twin(IMAGES), adapter(IMAGES)), revision
 
@@ -184,7 +184,7 @@ def test_a_folder_of_that_name_comes_first(local, tmp_path, monkeypatch):
     assert len(local.requests) == requests
 
 
-def push_as_somebody_else(local, at_request):
+def push_as_another_user(local, at_request):
     """Replace the prompts of the repository before the given request is answered."""
     repository = local.hub.repositories[REPO]
     requests = []
@@ -201,13 +201,13 @@ def push_as_somebody_else(local, at_request):
 def test_a_push_during_a_download_gives_the_old_prompts_or_the_new(local):
     tiny_adapter(seed=1).push_to_hub(REPO)
     read_prompts(REPO, cache_dir=None)
-    requests = push_as_somebody_else(local, 10**6)
+    requests = push_as_another_user(local, 10**6)
     read_prompts(REPO, force_download=True)
     expected = [tiny_adapter(seed=seed)(IMAGES) for seed in (1, 2)]
     pushed = 0
     for at_request in range(1, len(requests) + 1):
         local.hub.repositories[REPO].put({"prompts.safetensors": tiny_encoded(1).weights}, "back")
-        push_as_somebody_else(local, at_request)
+        push_as_another_user(local, at_request)
         adapter = LongTailPromptAdapter.from_pretrained(REPO, tiny_vit(), force_download=True)
         assert any(torch.equal(adapter(IMAGES), logits) for logits in expected)
         local.before = lambda request: None
@@ -324,13 +324,13 @@ def test_the_record_of_a_pull(local):
 def test_a_damaged_cache_entry_is_downloaded_again(local, tmp_path):
     adapter = tiny_adapter()
     adapter.push_to_hub(REPO)
-    read_prompts(REPO, cache_dir=tmp_path / "mine")
+    read_prompts(REPO, cache_dir=tmp_path / "cache")
     for name in ("prompts.safetensors",):
-        (path,) = (tmp_path / "mine").rglob(name)
+        (path,) = (tmp_path / "cache").rglob(name)
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.resolve().write_bytes(data)
-        assert read_prompts(REPO, cache_dir=tmp_path / "mine").config == adapter.prompt_config
+        assert read_prompts(REPO, cache_dir=tmp_path / "cache").config == adapter.prompt_config
         assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(files_of(local)[name]).digest()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 from dataclasses import replace
 
@@ -146,6 +148,16 @@ def error_of_the_first_rank(folder):
     return str(error.value)
 
 
+def printed_output():
+    """What a run prints on stderr."""
+    stream = io.StringIO()
+    dataset, labels = striped_data()
+    settings = replace(SETTINGS, shared=replace(PHASE, epochs=2), group=replace(PHASE, epochs=0))
+    with contextlib.redirect_stderr(stream):
+        train(tiny_adapter(), dataset, labels, settings)
+    return stream.getvalue()
+
+
 def all_scenarios(folder):
     """Everything that two processes do in this file, so that they start once."""
     return {
@@ -157,6 +169,7 @@ def all_scenarios(folder):
         "random": [random_numbers_of_steps() for _ in range(2)],
         "communication": communication(),
         "error": error_of_the_first_rank(folder),
+        "printed": printed_output(),
     }
 
 
@@ -209,6 +222,13 @@ def test_gathered_rows_and_mean_gradients(ranks):
 def test_an_error_of_the_first_process_ends_all(ranks):
     for rank in ranks:
         assert "cannot be written: No space left on device. There is no earlier checkpoint" in rank["error"]
+
+
+def test_only_the_main_process_prints(ranks):
+    first, second = (rank["printed"] for rank in ranks)
+    assert first.count("epoch 2/2") == 1
+    assert "processes: 2" in first
+    assert not second
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(ranks):

@@ -18,7 +18,6 @@ from lpt_peft.errors import ConfigError
 from lpt_peft.recipe import make_accelerator, progress, run_phase, train
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.training import phase_init
-from tests.processes import run_ranks
 from tests.recipe.tiny import (
     PHASE,
     SETTINGS,
@@ -114,25 +113,6 @@ def test_images_per_second_and_remaining_time(capsys, monkeypatch):
     assert capsys.readouterr().err.endswith(
         "epoch 3/5, step 15/25, loss 1, learning rate 0.1, 64 images/s, 0:00:55 left\n"
     )
-
-
-def output_of_rank():
-    with pytest.MonkeyPatch.context() as patch:
-        written = []
-        patch.setattr(
-            sys,
-            "stderr",
-            type("Written", (), {"write": written.append, "flush": lambda: None, "isatty": lambda: False}),
-        )
-        run()
-    return "".join(written)
-
-
-def test_only_the_main_process_prints():
-    first, second = run_ranks(output_of_rank, init=False)
-    assert first.count("epoch 2/2") == 1
-    assert "processes: 2" in first
-    assert "shared" not in second
 
 
 def test_a_resumed_run_says_so(tmp_path, capsys):

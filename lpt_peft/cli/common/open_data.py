@@ -154,7 +154,7 @@ def _split_folders(path: Path) -> dict[str, Path]:
     """
     found = {name: [path / word for word in words if (path / word).is_dir()] for name, words in SPLITS.items()}
     if repeated := [folders for folders in found.values() if len(folders) > 1]:
-        raise InputError(f"{' and '.join(map(str, repeated[0]))} are for the same split: remove all but one.")
+        raise InputError(f"{' and '.join(map(str, repeated[0]))} are for the same split: keep only the right folder.")
     splits = {name: folders[0] for name, folders in found.items() if folders}
     if splits and ("train" not in splits or len(splits) == 1):
         entries = (entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))

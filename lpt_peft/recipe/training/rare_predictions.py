@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _MIN_IMAGES = 50  # of an epoch, for a reliable share
-_RATIO = 0.1  # of the images' share
+_RATIO = 0.25  # of the images' share
 
 
 class RarePredictionMonitor:
@@ -55,8 +55,8 @@ class RarePredictionMonitor:
         """Evaluate and reset the counts; reads from the device.
 
         Returns:
-            None if predictions are inconspicuous; otherwise the share of frequent classes among predictions, their
-            share among images, and their number.
+            The share of frequent classes among predictions, their share among images, and their number, if the first
+            is less than a quarter of the second and less than half of that of random guesses; otherwise None.
         """
         predicted, labelled, images = self._counts.tolist()
         self._counts.zero_()

@@ -188,12 +188,17 @@ def signalled_run(folder, number):
     return str(stopped.value)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_process_group_saves_the_run(tmp_path, number):
+def signalled_runs(folder):
+    return [signalled_run(folder / str(int(number)), number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_a_signal_to_the_process_group_saves_the_run(tmp_path):
     """As sent by terminals (Ctrl-C) and clusters (SIGTERM): the workers leave it to the training process."""
-    with Child(signalled_run, tmp_path, number) as child:
-        assert child.result().startswith("stopped after step 5 of phase shared")
-    assert [path.name for path in checkpoints(tmp_path)] == ["1-shared-00000005"]
+    with Child(signalled_runs, tmp_path) as child:
+        messages = child.result()
+    assert [message.split(",")[0] for message in messages] == ["stopped after step 5 of phase shared"] * 2
+    for folder in tmp_path.iterdir():
+        assert [path.name for path in checkpoints(folder)] == ["1-shared-00000005"]
 
 
 def test_an_unreadable_image_is_named_by_workers(tmp_path):
