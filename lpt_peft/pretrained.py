@@ -67,7 +67,7 @@ class PretrainedMixin(StateMixin):
 
         Args:
             folder: Created if missing, `~` is expanded; nothing in it but the two files is touched.
-            subfolder: Folder inside `folder`, for a `folder` that holds another library's model.
+            subfolder: Folder inside `folder`, for prompts beside another library's model.
             is_main_process: False gathers sharded tensors, as all processes must, and writes nothing.
             save_function: Accepted because Accelerate's usual call passes it; not called, because the format is fixed.
             class_counts: Training images of each class, for shot metrics.

@@ -129,7 +129,7 @@ def test_gradients_of_the_vit_from_before_wrap(phase):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_parts_that_the_user_froze_lose_their_gradient_with_the_next_phase(phase):
+def test_modules_that_the_user_froze_lose_their_gradient_with_the_next_phase(phase):
     adapter = build(other(phase))
     backward(adapter, scale=1e6)
     adapter.head.requires_grad_(False)

@@ -101,9 +101,7 @@ class ShotMetrics:
                 since the previous request are discarded.
         """
         if isinstance(getattr(logits, "logits", None), Tensor):
-            raise InputError(
-                f"logits is of type {type(logits).__name__}, which holds more than logits: pass output.logits."
-            )
+            raise InputError(f"logits is of type {type(logits).__name__}, not a tensor: pass output.logits.")
         size = len(self.class_counts)
         truth = as_integers("target", target, size)
         confidence = None

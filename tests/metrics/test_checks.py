@@ -47,11 +47,7 @@ INVALID_BATCHES = {
     "bool target": (GOOD, LABELS.bool(), r"target must be integers \(N,\), not torch.bool"),
     "words": (GOOD, ["a", "b"], "sequence of integers, not a list whose entry 0 is 'a'"),
     "ragged": (GOOD, [[1], [1, 2]], "target must be a tensor or sequence of integers"),
-    "output": (
-        Output(GOOD, GOOD),
-        LABELS,
-        r"logits is of type Output, which holds more than logits: pass output\.logits",
-    ),
+    "output": (Output(GOOD, GOOD), LABELS, r"logits is of type Output, not a tensor: pass output\.logits"),
     "tuple": ((GOOD, GOOD), LABELS, "logits must be one-dimensional, not a tuple of arrays or tensors"),
     "pair": (GOOD, (LABELS, LABELS, 0.5), "target must be one-dimensional, not a tuple of arrays or tensors"),
     "columns": (torch.zeros(2, SIZE - 1), LABELS, r"logits must be \(B, 10\).*not \(2, 9\)"),
