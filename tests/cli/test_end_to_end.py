@@ -177,7 +177,7 @@ def test_training_begins_with_a_right_summary_and_names_every_unreadable_file(fi
     assert "Training: 300 images of 3 classes; largest class china (180), smallest class negative (30)" in err
     assert "lpt-peft: test: 60 images of 3 classes" in err
     assert sum(int(count) for count in re.findall(r"^(\d+) left out: ", err, re.MULTILINE)) == len(left_out)
-    assert "Phases: shared 6 epochs, group 1 epochs; 10 steps per epoch, 70 steps of 64 images" in err
+    assert "Phases: shared 6 epochs, group 1 epoch; 10 steps per epoch, 70 steps of 64 images" in err
     assert "\nDevice: " in err
     assert "3 of 300 images cannot be read" in err
     assert all(f"{folder}/train/{name}" in err for name in unreadable)
