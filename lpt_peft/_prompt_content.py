@@ -53,7 +53,7 @@ def content_of(
         )
     names = carried.label_names if label_names is None else names_in_order(label_names)
     counts = None if class_counts is None else integers_in_order(class_counts, label_names=names)
-    preprocessing = {**adapter.backbone.preprocess(), **carried.preprocess, **(preprocess or {})}
+    preprocessing = {**adapter.preprocess(), **(preprocess or {})}
     return PromptContent(
         config=adapter.prompt_config,
         phase=adapter.phase,

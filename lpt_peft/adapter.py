@@ -249,6 +249,15 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
         self._follow_phase_index()
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
+    def preprocess(self) -> dict[str, Any]:
+        """Return how images become tensors, for `lpt_peft.data.transforms`.
+
+        This is the data configuration of the ViT, overridden by `metadata.preprocess`: what the prompt file records of
+        its training, such as EXIF orientation, background and crop.
+        """
+        self._check_wrapped()
+        return {**self.backbone.preprocess(), **self.metadata.preprocess}
+
     @property
     def fingerprint(self) -> str:
         """Hash of the backbone's weights (`sha256-tensors-v1`), cached; the classifier of the ViT is left out."""

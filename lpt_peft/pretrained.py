@@ -45,7 +45,7 @@ class PretrainedMixin(StateMixin):
     backbone: Backbone
     frozen_weights: FrozenWeights
     metadata: PromptMetadata
-
+    preprocess: Callable[[], dict[str, Any]]
     unwrap: Callable[[], nn.Module]
 
     def save_pretrained(

@@ -66,10 +66,10 @@ def test_timm_trains_saves_and_resumes(tmp_path, slim):
     resumed.backbone_in_state_dict = not slim
     again = create_optimizer_v2(resumed, "sgd", lr=0.05, weight_decay=0.01)
     assert resume_checkpoint(resumed, str(tmp_path / "last.pth.tar"), again) == 1
-    for one, two in ((model, optimizer), (resumed, again)):
-        two.zero_grad()
-        loss_fn(one.train()(IMAGES), LABELS).backward()
-        two.step()
+    for adapter, sgd in ((model, optimizer), (resumed, again)):
+        sgd.zero_grad()
+        loss_fn(adapter.train()(IMAGES), LABELS).backward()
+        sgd.step()
     assert torch.equal(model.eval()(IMAGES), resumed.eval()(IMAGES))
     names = set(torch.load(tmp_path / "last.pth.tar", weights_only=False)["state_dict"])
     assert any(name.startswith("vit.") for name in names) != slim

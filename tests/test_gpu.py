@@ -1,6 +1,6 @@
 """The adapter on a CUDA device: no synchronisation, precisions, compilation, graphs, DDP by NCCL, prompt files.
 
-Skipped without a GPU. `python -m pytest tests/test_gpu.py -n 0` takes about a minute on one.
+Skipped without a GPU. `python -m pytest tests/test_gpu.py -n 0` takes about a minute on a GPU.
 """
 
 from __future__ import annotations

@@ -9,8 +9,10 @@ import inspect
 
 import pytest
 import torch
+from PIL import Image
 
 from lpt_peft import LongTailPromptAdapter
+from lpt_peft.data import transforms
 from lpt_peft.errors import BackboneError, ConfigError, LPTError, StateError
 from lpt_peft.pretrained import PretrainedMixin
 from tests.checkpoint.adapters import IMAGES, encode_adapter, same_snapshot, snapshot, tiny_adapter
@@ -140,3 +142,18 @@ def test_an_offloaded_transformers_model(tmp_path):
     loaded = from_pretrained(tmp_path, offloaded, check_backbone="off")
     images = torch.randn(2, 3, 32, 32)
     assert torch.allclose(loaded(images), adapter.eval()(images), atol=1e-5)
+
+
+def test_images_are_read_as_the_prompt_file_records(tmp_path):
+    tiny_adapter().save_pretrained(tmp_path, preprocess={"background": [0, 0, 0], "exif": False, "crop_pct": 1.0})
+    adapter = LongTailPromptAdapter.from_pretrained(tmp_path, tiny_vit())
+    plain = tiny_adapter().preprocess()
+    assert adapter.preprocess() == {**plain, "background": [0, 0, 0], "exif": False, "crop_pct": 1.0}
+    transparent = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
+    mean, std = (torch.tensor(plain[name])[:, None, None] for name in ("mean", "std"))
+    for preprocess, value in ((adapter.preprocess(), 0.0), (plain, 1.0)):
+        image = transforms(preprocess, train=False)(transparent)
+        torch.testing.assert_close(image * std + mean, torch.full_like(image, value), atol=1e-6, rtol=0)
+    adapter.unwrap()
+    with pytest.raises(StateError, match="unwrapped"):
+        adapter.preprocess()

@@ -103,7 +103,7 @@ def examine(name: str, num_classes: int, **options: int) -> dict[str, Any]:
         "trained_parameters": trained,
         "prompt_parameters": prompts,
         "prompt_share": prompts / info.num_parameters,
-        "preprocess": adapter.backbone.preprocess(),
+        "preprocess": adapter.preprocess(),
         "pretrained": timm.is_model_pretrained(entry.name) if entry.library == "timm" else None,
     }
 

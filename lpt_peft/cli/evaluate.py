@@ -62,7 +62,7 @@ def evaluate(
             f"{data or run.data} has neither a validation nor a test split, so there is nothing to evaluate. Name the "
             "images: lpt-peft evaluate DIR DATA."
         )
-    set_transforms(splits, run.adapter.backbone.preprocess(), run.images)
+    set_transforms(splits, run.adapter.preprocess(), run.images)
     metrics = ShotMetrics.from_rule(run.shot_rule, counts)
     accelerator = make_accelerator(_available_precision(run.training))
     print_summaries(splits)

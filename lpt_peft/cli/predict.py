@@ -84,7 +84,7 @@ def _predictions(run: LoadedRun, paths: Sequence[Path], show: int) -> Iterator[l
     from lpt_peft.data.transforms import transforms
 
     transform = transforms(
-        run.adapter.backbone.preprocess(),
+        run.adapter.preprocess(),
         train=False,
         crop_pct=run.images.crop_pct,
         exif=run.images.exif,

@@ -93,7 +93,7 @@ def run_training(
     splits = open_splits(data, run.images, run.training.seed)
     adapter = build_adapter(run, splits["train"].class_names)
     adapter.metadata = replace(adapter.metadata, preprocess=run.images.preprocess())
-    set_transforms(splits, adapter.backbone.preprocess(), run.images)
+    set_transforms(splits, adapter.preprocess(), run.images)
     accelerator = make_accelerator(run.training, **({"log_with": log_with, "project_dir": output} if log_with else {}))
     if log_with:
         _start_trackers(accelerator, run)

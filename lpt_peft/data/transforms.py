@@ -62,7 +62,7 @@ def transforms(
     `timm.data.create_transform`: by default resize to `floor(size / crop_pct)`, then a centre crop.
 
     Args:
-        preprocess: `adapter.backbone.preprocess()`, or `preprocess` of a prompt file.
+        preprocess: `adapter.preprocess()`, or `preprocess` of a prompt file.
         train: Training transform; False builds the evaluation transform.
         scale: Smallest and largest share of the image area that a training crop covers.
         ratio: Smallest and largest width over height of a training crop.
@@ -112,7 +112,7 @@ def _checked(
     """Validate the settings; return the arguments of `create_transform`."""
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     if missing := [key for key in keys if key not in preprocess]:
-        raise ConfigError(f"preprocess has no {missing}; pass adapter.backbone.preprocess().")
+        raise ConfigError(f"preprocess has no {missing}; pass adapter.preprocess().")
     config: dict[str, Any] = {key: preprocess[key] for key in keys}
     config |= {key: tuple(config[key]) for key in ("input_size", "mean", "std")}
     if config["input_size"][0] != 3 or len(config["mean"]) != 3 or len(config["std"]) != 3:

@@ -34,7 +34,7 @@ class LPTLoss(ClassCountsLoss):
         loss = beta_bal * (A-GCL_bal + match_bal) + beta_ins * (A-GCL_ins + match_ins)
         match = match_weight * (1 - mean_k similarity),   beta_bal = 1,   beta_ins = eta * (epochs - epoch) / epochs
 
-    Rows 0 to `B - 1` are the instance-balanced branch, rows `B` to `2B - 1` the class-balanced one; each term is a
+    Rows 0 to `B - 1` are the instance-balanced branch, rows `B` to `2B - 1` the class-balanced branch; each term is a
     mean over its `B` rows. The match term pulls the selected keys toward the queries; in phase "shared" it is 0.
     Noise is drawn in `train()` mode only, as in `AGCLLoss`. Every setting is an attribute that can be assigned later.
 

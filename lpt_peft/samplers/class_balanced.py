@@ -19,7 +19,7 @@ class ClassBalancedSampler(EpochSampler[int]):
     unused label values are skipped. LPT (Dong et al., ICLR 2023, arXiv 2210.01033) uses runs of 4 images.
 
     With several ranks, the runs are assigned to the ranks in turn. The draw does not depend on the number of ranks:
-    all ranks together draw the indices that one process would draw.
+    all ranks together draw the indices that a single process would draw.
 
     Args:
         labels: Class of every image, (N,) integers of at least 0: a list, an array or an integer tensor.
