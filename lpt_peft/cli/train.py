@@ -17,6 +17,7 @@ import tyro
 
 from lpt_peft.cli.common.exit_codes import INCOMPLETE, OK
 from lpt_peft.cli.common.extras import requires_extra
+from lpt_peft.cli.common.flags import check_phase_flags
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.options import Json
 from lpt_peft.cli.common.paths import SETTINGS, home_path
@@ -31,8 +32,10 @@ def train_command(words: Sequence[str]) -> Callable[..., int]:
     """Return the sub-command, with the defaults of the --preset or --config among `words`.
 
     Raises:
-        ConfigError: Both are given, or the given one cannot be used.
+        ConfigError: Both are given, the given one cannot be used, or a flag of a phase is out of range.
     """
+    if words[:1] == ["train"]:
+        check_phase_flags(words)
     start = _initial_settings(words if words[:1] == ["train"] else [])
 
     def train(
