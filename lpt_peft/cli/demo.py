@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lpt_peft.cli.common.extras import requires_extra
 from lpt_peft.cli.common.options import Json
+from lpt_peft.cli.common.paths import check_new_folder
 
 
 def demo(
@@ -25,6 +26,7 @@ def demo(
     from lpt_peft.cli.common.streams import print_json, print_text
     from lpt_peft.cli.common.tables import print_table
 
+    check_new_folder(output)
     with requires_extra("The demo", "demo"):
         from lpt_peft.demo.run import run_demo
 

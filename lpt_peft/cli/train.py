@@ -20,7 +20,7 @@ from lpt_peft.cli.common.extras import requires_extra
 from lpt_peft.cli.common.flags import check_phase_flags
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.options import Json
-from lpt_peft.cli.common.paths import SETTINGS, home_path
+from lpt_peft.cli.common.paths import SETTINGS, check_new_folder, home_path
 from lpt_peft.cli.common.run_settings import RunSettings, read_settings
 from lpt_peft.errors import ConfigError, MissingExtraError
 from lpt_peft.recipe.presets import preset
@@ -92,6 +92,7 @@ def run_training(
     run.check()
     if log_with:
         _check_tracker(log_with)
+    check_new_folder(output)
     check_output(output, data, run.images)
     splits = open_splits(data, run.images, run.training.seed)
     adapter = build_adapter(run, splits["train"].class_names)

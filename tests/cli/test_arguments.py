@@ -236,3 +236,63 @@ def test_json_of_every_command(pair_run, capfd, tmp_path):
         if words[0] == "train":
             assert "Training: 14 images of 2 classes; largest class été (9), smallest class 日本 (5)" in streams.err
             assert "Device: " in streams.err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torchvison/vit_b_16", 'There is no library "torchvison". Did you mean torchvision/vit_b_16?'),
+        ("open-clip/ViT-B-32", "Did you mean open_clip/ViT-B-32?"),
+        ("Transformer/dinov2", "Did you mean transformers/dinov2?"),
+        ("ViT-B/16", "torchvision/vit_b_16"),
+        ("hf-hub:timm/vit_tiny", "name of its model in timm, such as vit_tiny; or transformers/OWNER/NAME"),
+    ],
+)
+def test_misspelt_libraries(pair_run, tmp_path, capsys, name, message):
+    data = str(pair_run.parent / "data")
+    for words in (["doctor", name], ["train", data, "--output", str(tmp_path / "run"), "--backbone", name]):
+        assert main(words) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_no_backbone(pair_run, capsys):
+    for folder in (pair_run, pair_run / "prompts"):
+        assert main(["doctor", str(folder)]) == 1
+        assert f"lpt-peft inspect {folder} names its backbone" in capsys.readouterr().err
+
+
+def test_the_weights_name_their_prompt_file(pair_run, capsys):
+    assert main(["inspect", str(pair_run / "prompts" / "prompts.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert "All checks passed" in out
+    assert "  training        recipe.batch_size 16\n" in out
+    image = next((pair_run.parent / "data").rglob("*.png"))
+    assert main(["predict", str(pair_run / "prompts" / "prompts.safetensors"), str(image)]) == 0
+
+
+def test_the_home_directory_of_an_unknown_user(pair_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    commands = [
+        ["train", str(pair_run.parent / "data"), *GLYPH, "--output", "~nosuchuser/run"],
+        ["train", str(pair_run.parent / "data"), *GLYPH, "--output=~nosuchuser/run"],
+        ["demo", "--output", "~nosuchuser/run"],
+        ["pull", "owner/name", "~nosuchuser/run", "--offline"],
+        ["convert", "a.pth", "~nosuchuser/run"],
+    ]
+    for words in commands:
+        assert main(words) == 1
+        assert "~nosuchuser/run: the home directory ~nosuchuser is unknown" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_convert_does_not_take(tmp_path, capsys):
+    for name in ("photo.jpg", "random.bin"):
+        (tmp_path / name).write_bytes(b"\xff\xd8\xff\xe0" + bytes(range(256)))
+        assert main(["convert", str(tmp_path / name), str(tmp_path / "out")]) == 1
+        err = capsys.readouterr().err
+        assert f"{tmp_path / name} is not a checkpoint of the paper's program: torch cannot load it" in err
+        assert "KeyError" not in err
+    assert main(["convert", str(tmp_path / "x.safetensors"), str(tmp_path / "out")]) == 1
+    assert "A prompt file needs no conversion" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

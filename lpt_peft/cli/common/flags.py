@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe.settings import PhaseSettings
@@ -19,7 +20,7 @@ def check_phase_flags(words: Sequence[str]) -> None:
     Raises:
         ConfigError: A value is out of range.
     """
-    defaults = {field.name: field.default for field in fields(PhaseSettings)}
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(PhaseSettings)}
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if (match := _PHASE_FLAG.fullmatch(word)) is None:
             continue
