@@ -14,6 +14,7 @@ from typing import Any
 
 from lpt_peft._version import __version__
 from lpt_peft.cli.common.exit_codes import FAILED, INTERRUPTED, OK, USAGE
+from lpt_peft.cli.common.flags import name_flags
 from lpt_peft.cli.common.messages import plain_warnings, print_message, text_of_error, tidy
 from lpt_peft.cli.common.paths import expand_home
 from lpt_peft.cli.common.streams import flush_output, quiet_broken_pipe, replace_unprintable, wrapped_help
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             finally:
                 flush_output()
         except LPTError as error:
-            return _fail(error)
+            return _fail(name_flags(str(error), words) if words[:1] == ["train"] else error)
         except BrokenPipeError:
             raise
         except OSError as error:

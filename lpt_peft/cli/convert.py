@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import tyro
 
 from lpt_peft.cli.common.options import Json
-from lpt_peft.errors import ConfigError, HubError
+from lpt_peft.cli.common.paths import check_new_folder
+from lpt_peft.errors import ConfigError, HubError, PromptFileFormatError
 
 if TYPE_CHECKING:
     from lpt_peft.checkpoint.convert_official import OfficialCheckpoint
@@ -39,7 +40,21 @@ def convert(
     from lpt_peft.cli.common.streams import print_json, print_text
     from lpt_peft.hub.errors import hub_errors
 
-    official = read_official(checkpoint, num_heads=num_heads)
+    check_new_folder(folder)
+    if checkpoint.suffix == ".safetensors":
+        raise PromptFileFormatError(
+            f"{checkpoint} is a safetensors file, and the paper's program saves .pth files. A prompt file needs no "
+            "conversion: lpt-peft inspect checks it."
+        )
+    try:
+        official = read_official(checkpoint, num_heads=num_heads)
+    except PromptFileFormatError as error:
+        if error.__cause__ is None:
+            raise
+        raise PromptFileFormatError(
+            f"{checkpoint} is not a checkpoint of the paper's program: torch cannot load it without running code. Give "
+            "the .pth file that the program saved."
+        ) from error
     pretrained, why = None, "nothing was compared"
     if compare:
         try:

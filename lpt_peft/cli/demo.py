@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lpt_peft.cli.common.extras import requires_extra
 from lpt_peft.cli.common.options import Json
+from lpt_peft.cli.common.paths import check_new_folder
 
 
 def demo(
@@ -25,6 +26,7 @@ def demo(
     from lpt_peft.cli.common.streams import print_json, print_text
     from lpt_peft.cli.common.tables import print_table
 
+    check_new_folder(output)
     with requires_extra("The demo", "demo"):
         from lpt_peft.demo.run import run_demo
 
@@ -34,7 +36,8 @@ def demo(
         return
     header, rows = result.table()
     print_table(rows, header)
-    print_text(f"\nTest accuracy in %. {result.rule}. {len(result.seeds)} seed(s), {result.seconds:.0f} s.")
+    seeds_noun = "seed" if len(result.seeds) == 1 else "seeds"
+    print_text(f"\nTest accuracy in %. {result.rule}. {len(result.seeds)} {seeds_noun}, {result.seconds:.0f} s.")
     print_text(f"Groups that no training image chose: {result.dead_groups or 'none'}.")
     print_text("The prompt file was loaded on a new backbone: all predictions are identical.")
     print_text(f"Written to {output}/: prompts/ (the prompt file), test/ (the test images), results.json, digits.png")

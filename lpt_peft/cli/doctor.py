@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from lpt_peft.cli.common.backbone_names import check_backbone_name
 from lpt_peft.cli.common.exit_codes import FAILED, OK
 from lpt_peft.cli.common.options import Json
 from lpt_peft.errors import BackboneError, ConfigError, LPTError
@@ -45,6 +46,7 @@ def doctor(
         if value < 1:
             raise ConfigError(f"--{flag} {value} must be at least 1.")
     try:
+        check_backbone_name(backbone)
         sizes = {"prompt_length": prompt_length, "pool_size": pool_size, "top_k": min(2, pool_size)}
         report = examine(backbone, num_classes, **sizes)
     except LPTError as error:

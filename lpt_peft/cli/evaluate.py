@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from lpt_peft.cli.common.exit_codes import INCOMPLETE, OK
 from lpt_peft.cli.common.extras import requires_extra
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.options import Json
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 
 def evaluate(
     folder: tyro.conf.Positional[Path], data: tyro.conf.Positional[str | None] = None, /, as_json: Json = False
-) -> None:
+) -> int:
     """Measure a trained model on the validation and test splits of its data, or on other images.
+
+    Images that cannot be read are left out of the counts if the run was trained with --unreadable skip; the exit status
+    is then 3.
 
     Args:
         folder: Output folder of `lpt-peft train`, or a prompt file.
@@ -31,10 +35,12 @@ def evaluate(
     with requires_extra("lpt-peft evaluate", "train"):
         from lpt_peft.cli.common.load_run import load_run
         from lpt_peft.cli.common.open_data import open_splits, open_test_splits, set_transforms
-        from lpt_peft.cli.common.split_summary import print_skipped, print_summaries
+        from lpt_peft.cli.common.split_summary import print_summaries
         from lpt_peft.cli.common.tables import print_results
         from lpt_peft.metrics import ShotMetrics, ShotResult
         from lpt_peft.recipe.evaluate import evaluate as measure
+        from lpt_peft.recipe.left_out import has_unreadable
+        from lpt_peft.recipe.progress import Reporter
         from lpt_peft.recipe.train import make_accelerator
 
     run = load_run(folder)
@@ -61,13 +67,16 @@ def evaluate(
     accelerator = make_accelerator(_available_precision(run.training))
     print_summaries(splits)
     notice(f"device {accelerator.device}")
-    results: dict[str, ShotResult] = {
-        name: measure(run.adapter, splits[name], metrics, num_workers=run.training.num_workers, accelerator=accelerator)
-        for name in ("validation", "test")
-        if name in splits
-    }
-    print_skipped(splits)
+    results: dict[str, ShotResult] = {}
+    workers = run.training.num_workers
+    with Reporter(True, accelerator.is_main_process).unreadable_images(**splits):
+        for name in ("validation", "test"):
+            if name in splits:
+                results[name] = measure(
+                    run.adapter, splits[name], metrics, num_workers=workers, accelerator=accelerator
+                )
     print_results(results, as_json=as_json)
+    return INCOMPLETE if has_unreadable(splits) else OK
 
 
 def _available_precision(training: TrainSettings) -> TrainSettings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,10 +82,20 @@ def describe(source: str, content: PromptContent) -> str:
         f"  fingerprint     {content.fingerprint}",
         f"  preprocess      {', '.join(f'{name} {value}' for name, value in sorted(preprocess.items()))}",
         *tensors,
-        f"  training        {json.dumps(metadata.training, ensure_ascii=False)}",
+        *_training(metadata.training),
         "All checks passed: names, shapes, sizes, sha256, every value finite.",
     ]
     return "\n".join(printable(line, 100_000) for line in lines)
+
+
+def _training(values: Mapping[str, Any] | None) -> list[str]:
+    """A line for each entry, and for each entry of its mappings."""
+    lines = []
+    for name, value in (values or {}).items():
+        nested = value if isinstance(value, Mapping) and value else {"": value}
+        for key, entry in nested.items():
+            lines.append(f"  training        {name}{key and '.'}{key} {json.dumps(entry, ensure_ascii=False)}")
+    return lines or ["  training        unknown"]
 
 
 def _or_unknown(value: object) -> object:

@@ -114,12 +114,20 @@ def _load(path: Path, transform: Callable[[Image.Image], Tensor]) -> tuple[Tenso
     """The image as a tensor (C, H, W), or None and the reason."""
     from lpt_peft.data.files.reading import open_image
 
+    if path.is_dir():
+        return None, f"a folder; give its image files, such as {path}/*.jpg"
     try:
         return transform(open_image(path)), ""
     except MemoryError:
         raise
     except Exception as error:  # decoders raise anything on damaged bytes
-        return None, f"{type(error).__name__}: {without_errno(str(error)[:200]) or 'no reason given'}"
+        return None, _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    """Why an image cannot be read, without the name of a class of Python if there is a text."""
+    text = (isinstance(error, OSError) and error.strerror) or without_errno(str(error)[:200])
+    return text or type(error).__name__
 
 
 def _given_paths(images: Sequence[Path]) -> Iterator[Path]:

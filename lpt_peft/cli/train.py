@@ -15,10 +15,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from lpt_peft.cli.common.exit_codes import INCOMPLETE, OK
 from lpt_peft.cli.common.extras import requires_extra
+from lpt_peft.cli.common.flags import check_phase_flags
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.options import Json
-from lpt_peft.cli.common.paths import SETTINGS, home_path
+from lpt_peft.cli.common.paths import SETTINGS, check_new_folder, home_path
 from lpt_peft.cli.common.run_settings import RunSettings, read_settings
 from lpt_peft.errors import ConfigError, MissingExtraError
 from lpt_peft.recipe.presets import preset
@@ -26,12 +28,14 @@ from lpt_peft.recipe.presets import preset
 Log = Literal["tensorboard", "wandb", "trackio"]
 
 
-def train_command(words: Sequence[str]) -> Callable[..., None]:
+def train_command(words: Sequence[str]) -> Callable[..., int]:
     """Return the sub-command, with the defaults of the --preset or --config among `words`.
 
     Raises:
-        ConfigError: Both are given, or the given one cannot be used.
+        ConfigError: Both are given, the given one cannot be used, or a flag of a phase is out of range.
     """
+    if words[:1] == ["train"]:
+        check_phase_flags(words)
     start = _initial_settings(words if words[:1] == ["train"] else [])
 
     def train(
@@ -45,15 +49,16 @@ def train_command(words: Sequence[str]) -> Callable[..., None]:
         resume: bool = True,
         log_with: Log | None = None,
         as_json: Json = False,
-    ) -> None:
+    ) -> int:
         """Train prompts on long-tailed images; the same command resumes an interrupted run.
 
         DATA is a folder with a folder for each class, or with train/, val/ and test/ of such folders; a list of
         "path label" lines; a JSON of iNaturalist; cifar100-lt:ROOT; or hf:NAME. See also --root, --val and --test.
+        With --unreadable skip, the exit status is 3 if images could not be read; left_out.json lists them.
 
         Args:
             data: The training images: a folder, a list, a JSON of iNaturalist, cifar100-lt:ROOT or hf:NAME.
-            output: Folder for settings.json, checkpoints/, prompts/, history.json and results.json.
+            output: Folder for settings.json, checkpoints/, prompts/, history.json, results.json and left_out.json.
             run: Settings of the run.
             preset: Start from published settings: paper or inat2018. Flags override them.
             config: Start from the settings.json of another run. Flags override it.
@@ -61,15 +66,15 @@ def train_command(words: Sequence[str]) -> Callable[..., None]:
             log_with: Log metrics to this tracker as well.
             as_json: Print the content of results.json instead of the table.
         """
-        run_training(data, output, run, resume=resume, log_with=log_with, as_json=as_json)
+        return run_training(data, output, run, resume=resume, log_with=log_with, as_json=as_json)
 
     return train
 
 
 def run_training(
     data: str, output: Path, run: RunSettings, *, resume: bool, log_with: Log | None, as_json: bool
-) -> None:
-    """Train, save and measure a model; see `train`.
+) -> int:
+    """Train, save and measure a model; return the exit status; see `train`.
 
     Raises:
         LPTError: Data, backbone, settings or checkpoints are not usable.
@@ -78,15 +83,16 @@ def run_training(
     with requires_extra("lpt-peft train", "train"):
         from lpt_peft.cli.common.build_adapter import build_adapter
         from lpt_peft.cli.common.open_data import check_output, open_splits, set_transforms
-        from lpt_peft.cli.common.split_summary import print_summaries
         from lpt_peft.cli.common.streams import print_text
         from lpt_peft.cli.common.tables import print_results
-        from lpt_peft.recipe.experiment import RESULTS, Splits, fit, write_json
+        from lpt_peft.recipe.experiment import LEFT_OUT, RESULTS, Splits, fit, write_json
+        from lpt_peft.recipe.left_out import has_unreadable
         from lpt_peft.recipe.train import make_accelerator
 
     run.check()
     if log_with:
         _check_tracker(log_with)
+    check_new_folder(output)
     check_output(output, data, run.images)
     splits = open_splits(data, run.images, run.training.seed)
     adapter = build_adapter(run, splits["train"].class_names)
@@ -95,7 +101,6 @@ def run_training(
     accelerator = make_accelerator(run.training, **({"log_with": log_with, "project_dir": output} if log_with else {}))
     if log_with:
         _start_trackers(accelerator, run)
-    print_summaries({name: split for name, split in splits.items() if name != "train"})
     settings = run.to_dict()
     if accelerator.is_main_process and not (output / SETTINGS).exists():
         # Settings of an earlier run describe its prompts, and stay until this run has finished.
@@ -113,12 +118,15 @@ def run_training(
         )
     finally:
         accelerator.end_training()
+    status = INCOMPLETE if has_unreadable(splits) else OK
     if not accelerator.is_main_process:
-        return
+        return status
     write_json(output / SETTINGS, {"data": data, **settings})
     print_results(results, as_json=as_json)
     if not as_json:
-        print_text(f"Written to {output}/: prompts/, {RESULTS}, history.json, {SETTINGS}, checkpoints/")
+        listed = f", {LEFT_OUT}" if (output / LEFT_OUT).exists() else ""
+        print_text(f"Written to {output}/: prompts/, {RESULTS}, history.json, {SETTINGS}{listed}, checkpoints/")
+    return status
 
 
 def _initial_settings(words: Sequence[str]) -> RunSettings | Any:

@@ -173,10 +173,10 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         """Add files that are not images of the data set to the summary."""
         self._left_out[reason] = [*self._left_out.get(reason, ()), *files]
 
-    def skipped_report(self) -> str | None:
+    def skipped_report(self, effect: str = "other images of their classes replaced them") -> str | None:
         """Describe the unreadable images found so far: count, the first names and causes; None if there are none.
 
-        The named images are read again to find their causes.
+        The named images are read again to find their causes. `effect` says what happened to them.
         """
         positions = self.unreadable_images.positions()
         if not positions:
@@ -185,10 +185,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         for position in positions[: MAX_NAMES + 1]:
             error = self._attempt(position)[1]
             names.append(self.images.name(position) + (f" ({short_error(error)})" if error else ""))
-        return (
-            f"{len(positions)} of {len(self)} images cannot be read; other images of their classes replaced them: "
-            f"{first_names(names)}"
-        )
+        return f"{len(positions)} of {len(self)} images cannot be read; {effect}: {first_names(names)}"
 
     def about(self) -> dict[str, Any]:
         """Checksums of class names and file names (plain JSON), which distinguish data sets with equal labels."""

@@ -18,6 +18,7 @@ from lpt_peft._random import preserve_random_state
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.errors import ConfigError, InputError
+from lpt_peft.recipe.loading.readable import first_readable, without_replacements
 from lpt_peft.recipe.parallel import broadcast_module, check_accelerator, check_precision
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.samplers.checks import checked_labels
@@ -160,7 +161,7 @@ def check_evaluation_split(model: nn.Module, dataset: Dataset[Any], name: str, a
             f"Label {rows.max()} of the {name} split is outside the head's {num_classes} classes, 0 to "
             f"{num_classes - 1}: the split must have the classes of the training images, in the same order."
         )
-    check_image(model, dataset, labels, accelerator, f"The {name} split: dataset")
+    check_image(model, without_replacements(dataset), labels, accelerator, f"The {name} split: dataset")
 
 
 @torch.no_grad()
@@ -184,12 +185,12 @@ def check_image(
         InputError: It does not.
     """
     with preserve_random_state():
-        item = dataset[0]
+        index, item = first_readable(dataset, name)
     image, label = collate([item])
-    if labels is not None and label.numel() == 1 and int(label) != int(labels[0]):
+    if labels is not None and label.numel() == 1 and int(label) != int(labels[index]):
         raise InputError(
-            f"{name}[0] has class {int(label)}, but labels[0] is {int(labels[0])}: they do not belong to the same "
-            "images, or their order differs."
+            f"{name}[{index}] has class {int(label)}, but labels[{index}] is {int(labels[index])}: they do not belong "
+            "to the same images, or their order differs."
         )
     training = model.training
     try:
@@ -199,7 +200,7 @@ def check_image(
         raise  # not caused by the image
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f"The model rejects {name}[0], an image of shape {tuple(image.shape[1:])} and {image.dtype}: "
+            f"The model rejects {name}[{index}], an image of shape {tuple(image.shape[1:])} and {image.dtype}: "
             f"{str(error)[:300]} Transform the images to the model's size: {_TRANSFORMS}; or build the ViT for theirs."
         ) from error
     finally:

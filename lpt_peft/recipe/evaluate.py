@@ -14,11 +14,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from lpt_peft.errors import InputError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.recipe.loading.loader import image_loader, open_batches, resolve_workers, stop_workers
+from lpt_peft.recipe.loading.readable import without_replacements
+from lpt_peft.recipe.progress import Reporter
 from lpt_peft.samplers.checks import current_replica
 
 
 class Evaluation:
     """Shot metrics on a dataset, repeatable with the same worker processes.
+
+    Unreadable images of a `LabelledImages` with `unreadable="skip"` are left out of the counts; a warning names them.
 
     Args:
         model: Called as `model(images, return_output=True)`: an adapter or a compatible module, on its device.
@@ -42,6 +46,8 @@ class Evaluation:
         accelerator: Accelerator | None = None,
         persistent: bool = False,
     ) -> None:
+        self._size = len(dataset)  # type: ignore[arg-type]
+        self._dataset, dataset = dataset, without_replacements(dataset)
         if distributed:
             processes, rank = current_replica()
             dataset = Subset(dataset, range(rank, len(dataset), processes))  # type: ignore[arg-type]
@@ -53,11 +59,22 @@ class Evaluation:
 
         Args:
             metrics: Has the class counts of training and the shot rule.
+
+        Raises:
+            InputError: No image can be read.
         """
         metrics.reset()
-        with closing(_outputs(self._model, self._loader, self._accelerator)) as outputs:
+        evaluated = 0
+        report = Reporter(False, True).unreadable_images(dataset=self._dataset)  # nothing inside that of a run
+        with report, closing(_outputs(self._model, self._loader, self._accelerator)) as outputs:
             for output, labels in outputs:
                 metrics.update(output[0], labels)
+                evaluated += len(labels)
+        if self._size and not (evaluated or self._distributed):
+            raise InputError(
+                f"None of the {self._size} images can be read, so there is nothing to evaluate: repair them, or check "
+                "the paths."
+            )
         return (metrics.sync() if self._distributed else metrics).compute()
 
     def close(self) -> None:
@@ -77,7 +94,8 @@ def evaluate(
 ) -> ShotResult:
     """Reset `metrics`, update them with a dataset and compute.
 
-    Only the logits are used. On an accelerator, predictions are copied to the host once, at the end.
+    Only the logits are used, and unreadable images are left out as in `Evaluation`. On an accelerator, predictions are
+    copied to the host once, at the end.
 
     Args:
         model: As in `Evaluation`, like all following arguments.
@@ -108,6 +126,8 @@ def predict(
     accelerator: Accelerator | None = None,
 ) -> tuple[Any, Tensor]:
     """Return outputs and labels of a dataset, in its order; the model's mode is restored.
+
+    Every item has a row: with `unreadable="skip"`, the row of an unreadable image is that of its replacement.
 
     Args:
         model: Called as `model(images, return_output=True)`: an adapter or a compatible module.
@@ -150,7 +170,10 @@ def _outputs(
     model.eval()
     try:
         with open_batches(loader) as batches:
-            for images, labels in batches:
+            for batch in batches:
+                if batch is None:  # no image of the batch can be read
+                    continue
+                images, labels = batch
                 with nullcontext() if accelerator is None else accelerator.autocast():
                     output = model(images.to(device, non_blocking=True), return_output=True)
                 yield output, labels

@@ -4,6 +4,7 @@
     prompts/       the prompt file
     history.json   a record per epoch
     results.json   shot metrics of the validation and test splits
+    left_out.json  files that were left out or cannot be read, if any
 
 Not here: training (`train.py`), and opening data and backbone (`lpt_peft.cli`).
 """
@@ -27,13 +28,17 @@ from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.metrics.result import SHOTS
 from lpt_peft.recipe.checks import check_evaluation_split
 from lpt_peft.recipe.evaluate import evaluate
-from lpt_peft.recipe.parallel import on_main_process
+from lpt_peft.recipe.left_out import left_out_files
+from lpt_peft.recipe.loading.overlap import overlap_note
+from lpt_peft.recipe.parallel import gather_numbers, on_main_process
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.resume.folders import check_folder, write_errors
 from lpt_peft.recipe.settings import TrainSettings
+from lpt_peft.recipe.summary import describe_split
 from lpt_peft.recipe.train import make_accelerator, train
 
 CHECKPOINTS, PROMPTS, HISTORY, RESULTS = "checkpoints", "prompts", "history.json", "results.json"
+LEFT_OUT = "left_out.json"
 
 
 class Splits(NamedTuple):
@@ -109,31 +114,40 @@ def fit(
             )
     if splits.test is not None:
         check_evaluation_split(adapter.to(accelerator.device), splits.test, "test", accelerator)
-    history = train(
-        adapter,
-        splits.train,
-        splits.train.labels,
-        settings,
-        validation=splits.validation,
-        accelerator=accelerator,
-        checkpoints=output / CHECKPOINTS,
-        about={
-            **splits.train.about(),
-            **{f"images.{name}": value for name, value in reading.to_preprocess().items()},
-            **(about or {}),
-        },
-        shot_rule=shot_rule,
-        resume=resume,
-        progress=progress,
-    )
+    reporter = Reporter(progress, accelerator.is_main_process)
+    for name, split in (("validation", splits.validation), ("test", splits.test)):
+        if (note := overlap_note(splits.train, split, name)) is not None:
+            reporter.warn(note)
+    if splits.test is not None:
+        reporter.note(f"Test: {describe_split(splits.test, adapter.prompt_config.num_classes)}")
     results = {}
-    with Reporter(progress, accelerator.is_main_process).unreadable_images(splits.test):
+    with reporter.unreadable_images(**splits._asdict()):
+        history = train(
+            adapter,
+            splits.train,
+            splits.train.labels,
+            settings,
+            validation=splits.validation,
+            accelerator=accelerator,
+            checkpoints=output / CHECKPOINTS,
+            about={
+                **splits.train.about(),
+                **{f"images.{name}": value for name, value in reading.to_preprocess().items()},
+                **(about or {}),
+            },
+            shot_rule=shot_rule,
+            resume=resume,
+            progress=progress,
+        )
         for name, split in (("validation", splits.validation), ("test", splits.test)):
             if split is not None:
                 workers = settings.num_workers
                 results[name] = evaluate(
                     adapter, split, metrics, num_workers=workers, distributed=True, accelerator=accelerator
                 )
+        for split in splits:
+            if isinstance(split, LabelledImages):
+                split.unreadable_images.add(gather_numbers(accelerator, split.unreadable_images.positions()))
 
     def write() -> None:
         figures = {name: {shot: getattr(result, shot) for shot in SHOTS} for name, result in results.items()}
@@ -141,6 +155,11 @@ def fit(
             save(figures)
         write_json(output / HISTORY, history)
         write_json(output / RESULTS, {name: result.to_dict() for name, result in results.items()})
+        if left_out := left_out_files(splits._asdict()):
+            write_json(output / LEFT_OUT, left_out)
+            reporter.note(f"Files that were left out or cannot be read: {output / LEFT_OUT}")
+        else:
+            (output / LEFT_OUT).unlink(missing_ok=True)
 
     on_main_process(accelerator, write)
     return results

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from lpt_peft.errors import ConfigError, LPTError
@@ -96,6 +96,12 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
         raise answer[1]
     result: T = answer[0]
     return result
+
+
+def gather_numbers(accelerator: Accelerator, numbers: list[int]) -> list[int]:
+    """Join the lists of all processes, which must all call this."""
+    joined: list[int] = gather_object(numbers) if accelerator.num_processes > 1 else numbers
+    return joined
 
 
 @torch.no_grad()

@@ -43,23 +43,26 @@ class Reporter:
             warnings.warn(text, stacklevel=3)
 
     @contextmanager
-    def unreadable_images(self, *datasets: Any) -> Iterator[None]:
-        """Name unreadable images that were replaced once, at the end of the context, instead of the first as found.
+    def unreadable_images(self, **splits: Any) -> Iterator[None]:
+        """Name unreadable images once, at the end of the outermost context, instead of the first as found.
 
         Args:
-            *datasets: Every `LabelledImages` among them reports its images.
+            **splits: Images by name of their split; every `LabelledImages` among them reports its images. Those of
+                "train" are replaced, those of other splits are left out of the counts.
         """
-        found = [dataset for dataset in datasets if isinstance(dataset, LabelledImages)]
-        announce = [dataset.unreadable_images.announce for dataset in found]
-        for dataset in found:
-            dataset.unreadable_images.announce = False
+        found: dict[str, LabelledImages] = {}
+        for name, split in splits.items():
+            if isinstance(split, LabelledImages) and split.unreadable_images.announce:
+                found[name] = split
+                split.unreadable_images.announce = False
         try:
             yield
         finally:
-            for dataset, before in zip(found, announce, strict=True):
-                dataset.unreadable_images.announce = before
-                if report := dataset.skipped_report():
-                    self.warn(report)
+            for name, split in found.items():
+                split.unreadable_images.announce = True
+                effects = () if name == "train" else ("they are left out of the counts",)
+                if report := split.skipped_report(*effects):
+                    self.warn(f"{name}: {report}")
 
     def phase(self, name: str, *, steps: int, steps_per_epoch: int, start: int, images: int, later: int) -> Progress:
         """Start reporting a phase.

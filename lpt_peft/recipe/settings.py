@@ -51,8 +51,8 @@ class PhaseSettings:
             self,
             {
                 "epochs": (self.epochs >= 0, "at least 0"),
-                "learning_rate": (self.learning_rate > 0, "above 0"),
-                "weight_decay": (self.weight_decay >= 0, "at least 0"),
+                "learning_rate": (0 < self.learning_rate < float("inf"), "above 0 and finite"),
+                "weight_decay": (0 <= self.weight_decay < float("inf"), "at least 0 and finite"),
                 "momentum": (0 <= self.momentum < 1, "at least 0 and below 1"),
                 "warmup": (0 <= self.warmup <= 1, "a fraction from 0 to 1"),
             },

@@ -41,12 +41,12 @@ def run_summary(
     summary = getattr(dataset, "summary", None)
     lines = [f"Training: {_describe(labels, num_classes) if summary is None else summary}"]
     if validation is not None:
-        lines.append(f"Validation: {_describe_validation(validation, num_classes)}")
+        lines.append(f"Validation: {describe_split(validation, num_classes)}")
     steps = steps_per_epoch(len(labels), settings)
-    phases = ", ".join(f"{name} {phase.epochs} epochs" for name, phase in settings.plan.items()) or "none"
+    phases = ", ".join(f"{name} {number(phase.epochs, 'epoch')}" for name, phase in settings.plan.items()) or "none"
     total = steps * sum(phase.epochs for phase in settings.plan.values())
     lines.append(
-        f"Phases: {phases}; {steps} steps per epoch, {total} steps of {settings.batch_size} images "
+        f"Phases: {phases}; {number(steps, 'step')} per epoch, {number(total, 'step')} of {settings.batch_size} images "
         f"({_sampling(settings)})"
     )
     lines.append(_device(dataset, settings, accelerator))
@@ -59,18 +59,38 @@ def _describe(labels: Sequence[int], num_classes: int) -> str:
     largest, smallest = counts.argmax(), present[counts[present].argmin()]
     empty = num_classes - len(present)
     return (
-        f"{len(labels)} images of {num_classes} classes; largest class {largest} ({counts[largest]}), smallest class "
-        f"{smallest} ({counts[smallest]})" + (f"; {empty} classes without an image" if empty else "")
+        f"{number(len(labels), 'image')} of {number(num_classes, 'class')}; largest class {largest} "
+        f"({counts[largest]}), smallest class {smallest} ({counts[smallest]})"
+        + (f"; {number(empty, 'class')} without an image" if empty else "")
     )
 
 
-def _describe_validation(validation: Dataset[Any], num_classes: int) -> str:
-    text = f"{len(validation)} images"  # type: ignore[arg-type]
-    labels = getattr(validation, "labels", None)
-    if labels is None:
+def describe_split(split: Dataset[Any], num_classes: int) -> str:
+    """Describe a validation or test split; a `LabelledImages` describes itself.
+
+    Args:
+        split: Images of the split.
+        num_classes: Of the head.
+    """
+    summary = getattr(split, "summary", None)
+    text = str(summary or number(len(split), "image"))  # type: ignore[arg-type]
+    labels = getattr(split, "labels", None)
+    if labels is None or not (missing := num_classes - len(np.unique(labels))):
         return text
-    missing = num_classes - len(np.unique(labels))
-    return f"{text}; {missing} of {num_classes} classes have none and do not affect its accuracy" if missing else text
+    return (
+        f"{text}\nnote: {missing} of {number(num_classes, 'class')} have no image here and do not affect its accuracy"
+    )
+
+
+def number(count: int, noun: str) -> str:
+    """A count and its noun.
+
+    Example:
+        >>> number(1, "epoch"), number(2, "class"), number(0, "process")
+        ('1 epoch', '2 classes', '0 processes')
+    """
+    plural = noun if count == 1 else f"{noun}{'es' if noun.endswith('s') else 's'}"
+    return f"{count} {plural}"
 
 
 def _sampling(settings: TrainSettings) -> str:
@@ -86,10 +106,11 @@ def _device(dataset: Dataset[Any], settings: TrainSettings, accelerator: Acceler
     share = settings.batch_size // accelerator.num_processes
     workers = resolve_workers(settings.num_workers, dataset, share)
     backbone = "" if settings.backbone_dtype == "float32" else f", backbone cast to {settings.backbone_dtype}"
+    each = " each" if accelerator.num_processes > 1 else ""
     chosen = " (automatic)" if settings.num_workers is None else ""
     return (
         f"Device: {name}, {precision.get(str(accelerator.mixed_precision), accelerator.mixed_precision)}{backbone}; "
-        f"processes: {accelerator.num_processes}, each with {workers} loading images{chosen}"
+        f"{number(accelerator.num_processes, 'process')}, {number(workers, 'loading worker')}{each}{chosen}"
     )
 
 
@@ -97,8 +118,8 @@ def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion
     """Everything that the settings do not do literally."""
     if settings.half_batch > len(labels):
         yield (
-            f"half a batch ({settings.half_batch}) is larger than the training set ({len(labels)} images), so images "
-            "repeat within a step; a smaller batch_size gives more steps"
+            f"half a batch ({settings.half_batch}) is larger than the training set ({number(len(labels), 'image')}), "
+            "so images repeat within a step; a smaller batch_size gives more steps"
         )
     for name, phase in settings.plan.items():
         if phase.warmup and not warmup_steps(phase, phase.epochs * steps):

@@ -148,7 +148,7 @@ def train(
         save=None if store is None else save,
     )
     try:
-        with reporter.unreadable_images(dataset, validation), preserve_random_state():
+        with reporter.unreadable_images(train=dataset, validation=validation), preserve_random_state():
             for name in names[names.index(saved.phase) if saved else 0 :]:
                 trained = saved.adapter if saved else None
                 begin_phase(adapter, name, dataset, settings, accelerator=accelerator, reporter=reporter, saved=trained)
@@ -215,7 +215,7 @@ def run_phase(
         history=[],
         reporter=reporter,
     )
-    with reporter.unreadable_images(dataset), preserve_random_state():
+    with reporter.unreadable_images(train=dataset), preserve_random_state():
         loop.run(loop.start_phase(model, name, phase))
     model.eval()
     return loop.history

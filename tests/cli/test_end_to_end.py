@@ -153,7 +153,7 @@ def finished(photos, tmp_path_factory):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3, done.stderr
     return output, done.stdout, done.stderr
 
 
@@ -175,13 +175,17 @@ def test_training_begins_with_a_right_summary_and_names_every_unreadable_file(fi
     _, _, err = finished
     folder, left_out, unreadable = photos
     assert "Training: 300 images of 3 classes; largest class china (180), smallest class negative (30)" in err
-    assert "lpt-peft: test: 60 images of 3 classes" in err
+    assert "Test: 60 images of 3 classes" in err
     assert sum(int(count) for count in re.findall(r"^(\d+) left out: ", err, re.MULTILINE)) == len(left_out)
-    assert "Phases: shared 6 epochs, group 1 epochs; 10 steps per epoch, 70 steps of 64 images" in err
+    assert "Phases: shared 6 epochs, group 1 epoch; 10 steps per epoch, 70 steps of 64 images" in err
     assert "\nDevice: " in err
     assert "3 of 300 images cannot be read" in err
     assert all(f"{folder}/train/{name}" in err for name in unreadable)
-    assert err.count("cannot be read") == 1, "once, at the end"
+    assert err.count("images cannot be read") == 1, "once, at the end"
+    listed = json.loads((finished[0] / "left_out.json").read_text())
+    assert set(listed) == {"train"}
+    assert listed["train"]["unreadable"]["files"] == sorted(f"{folder}/train/{name}" for name in unreadable)
+    assert {name.rstrip("/") for entry in listed["train"]["left_out"] for name in entry["files"]} == left_out
     assert "UserWarning" not in err
     assert len(re.findall(r"^shared: epoch \d/6", err, re.MULTILINE)) == 6, "a line per epoch"
     assert "\r" not in err, "no progress bar"

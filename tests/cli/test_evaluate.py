@@ -83,3 +83,38 @@ def test_nothing_to_evaluate(run, data, tmp_path, capsys):
     assert streams.out == ""
     assert "neither a validation nor a test split" in streams.err
     assert "lpt-peft evaluate DIR DATA" in streams.err
+
+
+def test_unreadable_images_are_left_out_and_change_the_exit_status(run, data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    for number in range(2):
+        (tmp_path / "data" / "train" / "ant" / f"{number}.png").write_bytes(b"")
+        (tmp_path / "data" / "test" / "bee" / f"{number}.png").write_bytes(b"")
+    words = [str(tmp_path / "data"), "--output", str(tmp_path / "run"), *BACKBONE, *SMALL, "--group.epochs", "0"]
+    assert main(["train", *words, "--unreadable", "skip"]) == 3
+    streams = capsys.readouterr()
+    assert streams.err.count("warning: train: 2 of 31 images cannot be read; other images of their classes") == 1
+    assert streams.err.count("warning: test: 2 of 15 images cannot be read; they are left out of the counts") == 1
+    assert streams.err.count("Test: 15 images of 3 classes") == streams.err.count("31 images of 3 classes") == 1
+    assert streams.err.count("Validation: 8 images of 3 classes") == streams.err.count("8 images of") == 1
+    assert "settings.json, left_out.json, checkpoints/" in streams.out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["test"]["num_images"] == 13
+    listed = json.loads((tmp_path / "run" / "left_out.json").read_text())
+    assert {name: entry["unreadable"]["count"] for name, entry in listed.items()} == {"train": 2, "test": 2}
+    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 3
+    streams = capsys.readouterr()
+    assert json.loads(streams.out) == results
+    assert streams.err.count("warning: test: 2 of 15 images cannot be read; they are left out of the counts") == 1
+    assert main(["train", *words]) == 1, "the default stops at an unreadable image"
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_validation_split_of_training_images_is_noted(data, tmp_path, capsys):
+    words = ["train", str(data / "train"), "--output", str(tmp_path / "run"), *BACKBONE, *SMALL]
+    words += ["--group.epochs", "0", "--shared.epochs", "1"]
+    (tmp_path / "link").symlink_to(data / "train")
+    assert main([*words, "--val", str(tmp_path / "link"), "--test", str(data / "test")]) == 0
+    err = capsys.readouterr().err
+    assert err.count("warning: 31 of 31 images of the validation split are also training images") == 1
+    assert "of the test split" not in err

@@ -106,7 +106,9 @@ def test_the_output_folder_of_a_run(folder, capsys):
 
 
 def test_a_file_in_place_of_a_folder(folder, capsys):
-    assert main(["inspect", str(folder / "prompts.safetensors")]) == 1
+    assert main(["inspect", str(folder / "prompts.safetensors")]) == 0
+    assert "All checks passed" in capsys.readouterr().out
+    assert main(["inspect", str(folder / "config.json")]) == 1
     message = capsys.readouterr().err
     assert "prompts.safetensors is a file: give its folder" in message
     assert "Errno" not in message

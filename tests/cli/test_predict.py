@@ -43,17 +43,21 @@ def test_predict_names_classes(run, data, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["predict", "RUN", "broken.png"], "broken.png: UnidentifiedImageError: not an image"),
-        (["predict", "RUN", "nowhere.png"], "nowhere.png: FileNotFoundError: No such file or directory"),
+        (["predict", "RUN", "broken.png"], "broken.png: not an image"),
+        (["predict", "RUN", "nowhere.png"], "nowhere.png: No such file or directory"),
         (["predict", "RUN", "nowhere.png", "--show", "4"], "--show 4 must be from 1 to 3"),
         (["predict", "nowhere", "nowhere.png", "--show", "0"], "--show 0 must be at least 1"),
         (["predict", "RUN"], "needs images"),
-        (["predict", "nowhere", "a.png"], "nowhere"),
+        (["predict", "nowhere", "a.png"], "nowhere does not exist: give the output folder of lpt-peft train"),
+        (["predict", ".", "a.png"], ". has no prompts.safetensors: give the output folder of lpt-peft train"),
+        (["predict", "broken.png", "a.png"], "broken.png is not a run: give the output folder"),
+        (["predict", "RUN", "folder"], "folder: a folder; give its image files, such as folder/*.jpg"),
     ],
 )
 def test_errors(run, tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     Path("broken.png").write_text("not an image")
+    Path("folder").mkdir()
     assert main([word.replace("RUN", str(run)) for word in words]) == 1
     streams = capsys.readouterr()
     assert message in streams.err
@@ -80,7 +84,7 @@ def test_unreadable_images_lose_no_answers(run, data, tmp_path, capsys):
     assert first == "lpt-peft: 3 of 70 images cannot be read and were left out:"
     assert [line.split(":")[0].strip() for line in rest] == bad
     assert "the file is empty" in rest[1]
-    assert rest[2].endswith("FileNotFoundError: No such file or directory: " + repr(bad[2]))
+    assert rest[2] == f"  {bad[2]}: No such file or directory"
     assert main(["predict", str(run), *images, "--json"]) == 3
     answers = json.loads(capsys.readouterr().out)
     assert [answer["image"] for answer in answers] == images

@@ -93,7 +93,8 @@ def test_a_prompt_folder_of_another_library_is_found_before_training(no_step, tm
 
 def image_splits(folder, **options):
     """The same folder three times, with transforms of these options."""
-    folder_with_a_broken_image(folder)
+    if not folder.exists():
+        folder_with_a_broken_image(folder)
     preprocess = tiny_adapter().backbone.preprocess()
     options = {"train": {}, "validation": {}, "test": {}, **options}
     transform = {name: transforms(preprocess, train=name == "train", **given) for name, given in options.items()}
@@ -113,7 +114,7 @@ def test_the_reading_of_images_is_stored_in_the_prompt_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_splits_must_be_read_as_the_training_images(no_step, tmp_path, name):
-    images = image_splits(tmp_path, **{name: {"exif": False}})
+    images = image_splits(tmp_path / "images", **{name: {"exif": False}})
     with pytest.raises(ConfigError, match=f"the {name} split with .*give all transforms the same exif"):
         fit(tiny_adapter(), images, SHARED_ONLY, tmp_path / "run", progress=False)
 
@@ -191,7 +192,8 @@ def test_an_unreadable_test_image_is_named_at_the_end(tmp_path, capsys):
     test = image_folder(tmp_path, transform=transform, unreadable="skip")
     fit(adapter, splits(test=test), SHARED_ONLY, tmp_path / "run")
     lines = capsys.readouterr().err.splitlines()
-    assert [line for line in lines if "23.png" in line] == lines[-1:]
+    assert [line for line in lines if "23.png" in line] == lines[-2:-1]
+    assert lines[-1] == f"Files that were left out or cannot be read: {tmp_path / 'run' / 'left_out.json'}"
 
 
 # Gradients
@@ -232,3 +234,28 @@ def test_clipping_only_sees_the_gradients_of_the_phase(monkeypatch):
     train(adapter, dataset, labels, replace(SHORT, clip_norm=0.5), progress=False)
     assert norms == pytest.approx(expected)
     assert len(norms) == 16
+
+
+def test_unreadable_images_are_left_out_of_evaluations_and_listed(tmp_path, capsys):
+    folder_with_a_broken_image(tmp_path / "images")
+    for number in range(20, 23):
+        (tmp_path / "images" / "class 1" / f"{number}.png").write_bytes(b"")
+    (tmp_path / "images" / "class 1" / "notes.txt").write_text("text")
+    images = image_splits(tmp_path / "images")
+    results = fit(tiny_adapter(), images, SHARED_ONLY, tmp_path / "run")
+    assert [results[name].num_images for name in ("validation", "test")] == [27, 27]
+    err = capsys.readouterr().err
+    assert err.count("warning: train: 4 of 31 images cannot be read; other images of their classes replaced them") == 1
+    for name in ("validation", "test"):
+        assert err.count(f"warning: {name}: 4 of 31 images cannot be read; they are left out of the counts: ") == 1
+        assert err.count(f"31 of 31 images of the {name} split are also training images, so its accuracy") == 1
+        assert err.count(f"{name.capitalize()}: 31 images of 3 classes;") == 1
+    assert f"Files that were left out or cannot be read: {tmp_path / 'run' / 'left_out.json'}\n" in err
+    listed = json.loads((tmp_path / "run" / "left_out.json").read_text())
+    for name in ("train", "validation", "test"):
+        unreadable = listed[name]["unreadable"]
+        assert unreadable["count"] == 4
+        assert [Path(file).name for file in unreadable["files"]] == ["20.png", "21.png", "22.png", "23.png"]
+        assert listed[name]["left_out"] == [
+            {"reason": "not an image (.txt)", "count": 1, "files": [str(Path("class 1", "notes.txt"))]}
+        ]

@@ -212,6 +212,6 @@ def test_unreadable_images_are_named_once_at_the_end(tmp_path, capsys, caplog, w
     found = [line for line in lines if "23.png" in line]
     assert len(found) == 1
     assert found[0] == lines[-1]
-    assert found[0].startswith("warning: 1 of 31 images cannot be read")
+    assert found[0].startswith("warning: train: 1 of 31 images cannot be read")
     assert not [item for item in caught if "23.png" in str(item.message)]
     assert lines[0] == "Training: 31 images of 3 classes; largest class class 0 (20), smallest class class 2 (3)"

@@ -32,7 +32,7 @@ def test_the_summary_of_a_run(capsys):
         "Training: 31 images of 3 classes; largest class 0 (20), smallest class 2 (3)",
         "Phases: shared 4 epochs, group 2 epochs; 4 steps per epoch, 24 steps of 16 images (8 instance-balanced, 8 "
         "class-balanced)",
-        "Device: cpu, float32; processes: 1, each with 0 loading images (automatic)",
+        "Device: cpu, float32; 1 process, 0 loading workers (automatic)",
     ]
 
 
@@ -47,16 +47,17 @@ def test_the_summary_names_classes_without_validation_images():
     images = TensorDataset(dataset.tensors[0][:28])
     validation = from_dataset(images, [0] * 20 + [1] * 8, ["ant", "bee", "cat"], allow_empty=True)
     text = summary(validation=validation)
-    assert "Validation: 28 images; 1 of 3 classes have none and do not affect its accuracy" in text
+    assert "Validation: 28 images of 3 classes; largest class ant (20), smallest class bee (8)\n" in text
+    assert "note: 1 of 3 classes have no image here and do not affect its accuracy\n" in text
     assert "Validation: 31 images\n" in summary(validation=dataset)
-    assert "1 classes without an image" in summary(num_classes=4)
+    assert "1 class without an image" in summary(num_classes=4)
 
 
 def test_the_summary_notes_what_settings_do_not_do_literally(monkeypatch):
     text = summary(replace(SETTINGS, batch_size=128, shared=replace(PHASE, epochs=3), num_workers=3))
     assert "note: half a batch (64) is larger than the training set (31 images)" in text
     assert "note: phase shared has no warm-up: 5 % of its steps is less than a step" in text
-    assert "each with 3 loading images\n" in text
+    assert "1 process, 3 loading workers\n" in text
     assert "note" not in summary(replace(SETTINGS, shared=replace(PHASE, warmup=0.1), group=replace(PHASE, warmup=0)))
     assert 'note: the given criterion replaces loss="lpt"' in summary(criterion=len)
     monkeypatch.setattr("lpt_peft.recipe.summary.MAX_QUERIES", 30)

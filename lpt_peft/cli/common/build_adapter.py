@@ -12,6 +12,7 @@ from lpt_peft._prompt_content import replace_prompts
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.backbones.loading import build_backbone
+from lpt_peft.cli.common.backbone_names import check_backbone_name
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.paths import prompt_folder
 from lpt_peft.cli.common.run_settings import RunSettings
@@ -26,6 +27,7 @@ def build_run_backbone(run: RunSettings) -> nn.Module:
         ConfigError: The model does not take these settings.
         MissingExtraError: Its library is not installed.
     """
+    check_backbone_name(run.backbone)
     with seeded(run.training.seed):
         return build_backbone(
             run.backbone, pretrained=run.pretrained, img_size=run.img_size, weights_file=run.backbone_weights

@@ -9,7 +9,7 @@ import torch
 
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.cli.common.build_adapter import build_run_backbone
-from lpt_peft.cli.common.paths import SETTINGS, prompt_folder
+from lpt_peft.cli.common.paths import SETTINGS, existing_prompt_folder
 from lpt_peft.cli.common.run_settings import ImageSettings, RunSettings, read_settings
 from lpt_peft.recipe.settings import TrainSettings
 
@@ -35,7 +35,8 @@ def load_run(folder: Path) -> LoadedRun:
         LPTError: The settings, the backbone or the prompt file are not usable.
     """
     run, data = None, None
-    prompts = prompt_folder(folder)
+    prompts = existing_prompt_folder(folder)
+    folder = folder.parent if folder.is_file() else folder
     if (folder / SETTINGS).exists():
         values = read_settings(folder / SETTINGS)
         data = values.pop("data", None)

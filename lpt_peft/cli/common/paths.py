@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from lpt_peft.errors import ConfigError, StateError
+from lpt_peft.errors import ConfigError, PromptFileNotFoundError, StateError
 
 SETTINGS, PROMPTS = "settings.json", "prompts"
 """In the output folder of a run: its settings, and its prompt file."""
+_WEIGHTS = "prompts.safetensors"
 
 _HOME = re.compile(r"((?:--[\w.-]+=)?(?:hf:|cifar100?-lt[-\d.]*:)?)(~(?:[/\\].*)?)", re.DOTALL)
 
@@ -38,14 +39,48 @@ def home_path(text: str) -> Path:
 
 
 def prompt_folder(folder: Path) -> Path:
-    """Return the prompt file of a run, RUN/prompts; another folder is returned unchanged.
+    """Return the folder of prompts.safetensors: RUN/prompts of a run, or that of the file itself.
+
+    Another folder is returned unchanged.
 
     Raises:
         StateError: The run has not written its prompts yet.
     """
+    if folder.name == _WEIGHTS and folder.is_file():
+        return folder.parent
     prompts = folder / PROMPTS
     if (folder / SETTINGS).is_file() and not prompts.is_dir():
         raise StateError(
             f"{folder} holds no prompts yet: its training was interrupted. The same lpt-peft train command resumes it."
         )
-    return prompts if prompts.is_dir() and not (folder / "prompts.safetensors").exists() else folder
+    return prompts if prompts.is_dir() and not (folder / _WEIGHTS).exists() else folder
+
+
+def existing_prompt_folder(folder: Path) -> Path:
+    """Return the folder of an existing prompts.safetensors; see `prompt_folder`.
+
+    Raises:
+        PromptFileNotFoundError: There is none.
+        StateError: The run has not written its prompts yet.
+    """
+    prompts = prompt_folder(folder)
+    if (prompts / _WEIGHTS).is_file():
+        return prompts
+    problem = f"has no {_WEIGHTS}" if folder.is_dir() else "does not exist" if not folder.exists() else "is not a run"
+    raise PromptFileNotFoundError(
+        f"{folder} {problem}: give the output folder of lpt-peft train, or a folder with {_WEIGHTS}, before the images."
+    )
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse a folder such as ~name/run, whose home directory the shell did not find or did not expand.
+
+    Raises:
+        ConfigError: The path starts with "~".
+    """
+    if str(folder).startswith("~"):
+        user = folder.parts[0]
+        raise ConfigError(
+            f"{folder}: the home directory {user} is unknown, or the shell did not expand it. Give the full path, such "
+            f"as {Path.cwd() / folder} for a folder named {user} here."
+        )

@@ -60,7 +60,7 @@ class ImageSettings:
     crop_pct: float | None = None
     """In evaluation, image size divided by the size that the shorter side is resized to; None: the backbone's."""
     unreadable: Literal["error", "skip"] = "error"
-    """For an image that cannot be read: stop, or use another image of its class."""
+    """For an image that cannot be read: stop, or use another image of its class; in evaluation, leave it out."""
     exif: bool = True
     """Follow the EXIF orientation of photos."""
     background: tuple[int, int, int] = (255, 255, 255)

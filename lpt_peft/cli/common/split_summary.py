@@ -1,4 +1,4 @@
-"""What each split contains, what was left out of it, and which images could not be read.
+"""What each split contains, and what was left out of it.
 
 Not here: the summary of a training, which describes its training images, phases and device (`lpt_peft.recipe.summary`).
 """
@@ -16,10 +16,3 @@ def print_summaries(splits: Mapping[str, LabelledImages]) -> None:
     for name, split in splits.items():
         for line in str(split.summary).splitlines():
             notice(f"{name}: {line}")
-
-
-def print_skipped(splits: Mapping[str, LabelledImages]) -> None:
-    """Print on standard error which images could not be read and were replaced."""
-    for name, split in splits.items():
-        if (report := split.skipped_report()) is not None:
-            notice(f"{name}: {report}.")

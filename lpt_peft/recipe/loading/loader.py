@@ -12,10 +12,12 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lpt_peft._random import preserve_random_state
 from lpt_peft.recipe.checks import collate
+from lpt_peft.recipe.loading.readable import first_readable
 
 _MAX_WORKERS = 8
 _SMALL = 256  # images; below this, starting workers takes about as long as loading
@@ -44,16 +46,22 @@ def resolve_workers(num_workers: int | None, dataset: Dataset[Any], batch_size: 
         return 0
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
     with preserve_random_state():
-        image, _ = collate([dataset[0]])
+        image, _ = collate([first_readable(dataset)[1]])
     space = os.statvfs(_SHARED_MEMORY)
     room = space.f_bavail * space.f_frsize // (_BATCHES * batch_size * image.nbytes)
     return min(_MAX_WORKERS, len(os.sched_getaffinity(0)) // processes, room // processes)
 
 
+def collate_readable(items: list[Any]) -> tuple[Tensor, Tensor] | None:
+    """Collate the items that are not None; None if there are none. See `lpt_peft.recipe.checks.collate`."""
+    readable = [item for item in items if item is not None]
+    return collate(readable) if readable else None
+
+
 def image_loader(
     dataset: Dataset[Any], *, num_workers: int, pin_memory: bool = False, persistent: bool = False, **sampling: Any
 ) -> DataLoader[Any]:
-    """Build a loader of (images, labels) batches; see `collate`.
+    """Build a loader of (images, labels) batches; see `collate_readable`.
 
     Workers are forked where that is safe (Linux), unless the caller has set another start method: a fork takes
     milliseconds instead of seconds of imports, and works with datasets that cannot be pickled and scripts without a
@@ -71,7 +79,7 @@ def image_loader(
     return DataLoader(
         dataset,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=collate_readable,
         pin_memory=pin_memory,
         persistent_workers=persistent and num_workers > 0,
         multiprocessing_context="fork" if fork and num_workers else None,

@@ -1,0 +1,55 @@
+"""Flags of `lpt-peft train` in the messages of errors, which the library words for its own settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from lpt_peft.errors import ConfigError
+from lpt_peft.recipe.settings import PhaseSettings
+
+_PHASE_FLAG = re.compile(r"--((?:shared|group)\.([\w-]+))(?:=(.*))?", re.DOTALL)
+_SETTINGS = re.compile(r"\b(?:Phase|Train|Image|Prompt|Run)Settings: ")
+
+
+def check_phase_flags(words: Sequence[str]) -> None:
+    """Refuse values of --shared.* and --group.* that are out of range; tyro's message would not name the flag.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(PhaseSettings)}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if (match := _PHASE_FLAG.fullmatch(word)) is None:
+            continue
+        flag, name, text = match[1], match[2].replace("-", "_"), following if match[3] is None else match[3]
+        try:
+            value = type(defaults[name])(text)
+        except (KeyError, ValueError):
+            continue  # tyro names the flag
+        try:
+            PhaseSettings(**{name: value})
+        except ConfigError as error:
+            rule = str(error).partition(" must be ")[2]
+            raise ConfigError(f"--{flag} {text} must be {rule}") from error
+
+
+def name_flags(message: str, words: Sequence[str]) -> str:
+    """Replace the names of settings in a message by the flags that are among `words`.
+
+    Example:
+        >>> name_flags("ImageSettings: crop_pct=0.0 must be from 0.05 to 1.", ["train", "x", "--crop-pct", "0"])
+        '--crop-pct 0.0 must be from 0.05 to 1.'
+        >>> name_flags("ImageSettings: crop_pct=0.0 must be from 0.05 to 1.", ["train", "x", "--config=old.json"])
+        'ImageSettings: crop_pct=0.0 must be from 0.05 to 1.'
+    """
+    flags = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+
+    def flag(match: re.Match[str]) -> str:
+        name = f"--{match[1].replace('_', '-')}"
+        return f"{name} " if name in flags else match[0]
+
+    named = re.sub(r"(?<![\w.\"'/-])([a-z]\w*)=", flag, message)
+    return message if named == message else _SETTINGS.sub("", named)
