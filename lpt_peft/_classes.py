@@ -197,10 +197,12 @@ def _check_unique(names: list[str], name: str) -> None:
         normalized = unicodedata.normalize("NFC", value)
         first = labels.setdefault(normalized, label)
         if first != label:
-            differs = "" if names[first] == value else ", up to Unicode normalization"
-            raise InputError(
-                f"{name} has {value!r:.100} for the classes {first} and {label}{differs}: rename one of them."
-            )
+            if names[first] != value:
+                raise InputError(
+                    f"{name} has {names[first]!a:.200} for the class {first} and {value!a:.200} for the class "
+                    f"{label}, the same name up to Unicode normalization: rename a class."
+                )
+            raise InputError(f"{name} has {value!r:.100} for the classes {first} and {label}: rename one of them.")
 
 
 def _list(labels: list[int]) -> str:

@@ -176,10 +176,24 @@ def with_classes(
     return content, changes
 
 
-def warn_of(changes: LabelChanges | None) -> LabelChanges | None:
-    """Warn the caller of the calling method if classes are new or dropped; return the changes."""
+def warn_of(changes: LabelChanges | None, before: int = 0, after: int = 0) -> LabelChanges | None:
+    """Warn the caller of the calling method if the classes of the head changed; return the changes.
+
+    Args:
+        changes: Classes that are new or dropped; None if the head was replaced without comparing names.
+        before: Number of classes before the head was replaced.
+        after: Number of classes since then.
+    """
     if changes is not None and (changes.new or changes.dropped):
         warnings.warn(str(changes), UserWarning, stacklevel=3)
+    elif changes is None and before != after:
+        warnings.warn(
+            f"The head had {before} classes and was replaced by that of the prompts, which has {after}: labels, class "
+            "counts and metrics must be of these classes. To keep the classes of this adapter, give label_names=[...], "
+            'or part="shared".',
+            UserWarning,
+            stacklevel=3,
+        )
     return changes
 
 

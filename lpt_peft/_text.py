@@ -41,7 +41,7 @@ def normalize_name(name: str) -> str:
 
 def look_alike(first: str, second: str) -> bool:
     """Whether two names differ only in case, spaces, invisible characters or forms of the same characters."""
-    return _skeleton(first) == _skeleton(second)
+    return name_skeleton(first) == name_skeleton(second)
 
 
 def difference(first: str, second: str) -> str:
@@ -56,7 +56,8 @@ def difference(first: str, second: str) -> str:
     return f"character {position} is {_describe(left)} in the first and {_describe(right)} in the second"
 
 
-def _skeleton(name: str) -> str:
+def name_skeleton(name: str) -> str:
+    """The form in which names that `look_alike` are equal."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
     return "".join(c for c in folded if unicodedata.category(c) not in {"Cf", "Zs"})
 

@@ -69,11 +69,11 @@ class PhaseMixin(nn.Module):
         self._freeze_by_phase()
 
     def _freeze_by_phase(self) -> None:
-        for module, trained in ((self.shared, self._phase == "shared"), (self.pool, self._phase == "group")):
-            module.requires_grad_(trained)
-            if not trained:
-                for parameter in module.parameters():
-                    parameter.grad = None
+        self.shared.requires_grad_(self._phase == "shared")
+        self.pool.requires_grad_(self._phase == "group")
+        for parameter in self.parameters():  # a gradient left behind would count in every clipped step
+            if not parameter.requires_grad:
+                parameter.grad = None
 
     def _learned_parameters(self) -> Iterator[nn.Parameter]:
         for module in (self.shared, self.pool, self.head):

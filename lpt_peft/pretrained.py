@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import nn
@@ -24,6 +23,7 @@ from lpt_peft.backbones import Backbone
 from lpt_peft.backbones.loading import build
 from lpt_peft.backbones.weights import FrozenWeights
 from lpt_peft.checkpoint import encode, write_prompt_file
+from lpt_peft.checkpoint.files import expand_user
 from lpt_peft.checkpoint.match import check_choice
 from lpt_peft.checkpoint.relabel import LabelChanges
 from lpt_peft.config import PromptMetadata
@@ -66,7 +66,7 @@ class PretrainedMixin(StateMixin):
         adapters give equal bytes, and files that already hold them are not touched.
 
         Args:
-            folder: Created if missing; nothing in it but the two files is touched.
+            folder: Created if missing, `~` is expanded; nothing in it but the two files is touched.
             subfolder: Folder inside `folder`, for prompts beside another library's model.
             is_main_process: False gathers sharded tensors, as all processes must, and writes nothing.
             save_function: Accepted because Accelerate's usual call passes it; not called, because the format is fixed.
@@ -79,7 +79,7 @@ class PretrainedMixin(StateMixin):
             InputError: An argument does not fit the head or is not plain JSON; nothing was written.
             StateError: A parameter is not finite, or not float32, float16 or bfloat16; nothing was written.
             PromptFileExistsError: The folder holds another library's `config.json`; nothing was written.
-            ConfigError: The folder is a file.
+            ConfigError: The folder is a file, or cannot be created.
             OSError: The disk is full, or the folder is not writable.
 
         Example:
@@ -94,11 +94,12 @@ class PretrainedMixin(StateMixin):
             ('cat', 'dog')
         """
         check_subfolder(subfolder)
+        folder = expand_user(folder) / (subfolder or "")
         content = content_of(
             self, class_counts=class_counts, label_names=label_names, training=training, preprocess=preprocess
         )
         if is_main_process:
-            write_prompt_file(Path(folder, subfolder or ""), content)
+            write_prompt_file(folder, content)
         else:
             encode(content)  # for the same errors
 
@@ -124,7 +125,7 @@ class PretrainedMixin(StateMixin):
         The adapter is in eval mode, as models of PEFT and transformers are; call `train()` to continue training.
 
         Args:
-            source: A folder if it exists (a `Path` is always a folder), else "owner/name".
+            source: A folder if it exists (a `Path` is always a folder; `~` is expanded), else "owner/name".
             vit: The same backbone as in training, not wrapped; None builds the pretrained model that the file names.
             label_names: Names of the classes that the head is for; None keeps the file's classes. Trained rows of
                 classes that the file knows by the same name are kept, other rows are new, and a warning lists the
@@ -161,9 +162,8 @@ class PretrainedMixin(StateMixin):
             with hub_errors("Downloading the backbone", content.backbone.architecture, token):
                 vit = build(asdict(content.backbone))
         adapter = wrap_content(cls, content, vit, check_backbone=check_backbone, head_dropout=head_dropout)
-        adapter.eval()
         warn_of(changes)
-        return adapter
+        return adapter.eval()
 
     def load_prompts(
         self,
@@ -183,8 +183,8 @@ class PretrainedMixin(StateMixin):
 
         Args:
             source: As in `from_pretrained`.
-            part: "all" replaces prompts, head, phase and metadata by new parameters, so make a new optimizer; "shared"
-                copies the shared prompts and leaves the rest.
+            part: "all" replaces prompts, head, phase and metadata by new parameters, so make a new optimizer; a warning
+                reports another number of classes. "shared" copies the shared prompts and leaves the rest.
             label_names: Names of the classes that the head is for; trained rows of classes that the file knows by the
                 same name are kept, other rows are new, and a warning lists the differences. With "shared", these are
                 the names of the adapter's own head, into which the trained rows are copied.
@@ -200,9 +200,8 @@ class PretrainedMixin(StateMixin):
             Classes whose rows are kept, new or dropped; None without `label_names`.
 
         Raises:
-            PromptFileError: The file is refused, or is for another backbone; nothing changed.
+            PromptFileError, HubError: The file is refused, is for another backbone, or not delivered; nothing changed.
             InputError: `label_names` is invalid, or the file does not name its classes; nothing changed.
-            HubError: The Hub did not deliver the prompts; nothing changed.
             ConfigError, StateError: An argument is out of range, or the adapter was unwrapped; nothing changed.
         """
         check_choice(check_backbone)
@@ -215,9 +214,9 @@ class PretrainedMixin(StateMixin):
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        return warn_of(
-            replace_prompts(self, content, part=part, label_names=label_names, check_backbone=check_backbone)
-        )
+        before = self.prompt_config.num_classes
+        changes = replace_prompts(self, content, part=part, label_names=label_names, check_backbone=check_backbone)
+        return warn_of(changes, before, self.prompt_config.num_classes)
 
     def push_to_hub(
         self,

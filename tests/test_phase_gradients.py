@@ -126,3 +126,15 @@ def test_gradients_of_the_vit_from_before_wrap(phase):
     adapter.phase = phase
     assert all(parameter.grad is None for parameter in vit.parameters())
     torch.testing.assert_close(clipped_norm(adapter), clipped_norm(build(phase)), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_modules_that_the_user_froze_lose_their_gradient_with_the_next_phase(phase):
+    adapter = build(other(phase))
+    backward(adapter, scale=1e6)
+    adapter.head.requires_grad_(False)
+    adapter.phase = phase
+    assert adapter.head.weight.grad is None
+    frozen = build(phase)
+    frozen.head.requires_grad_(False)
+    torch.testing.assert_close(clipped_norm(adapter), clipped_norm(frozen), rtol=1e-12, atol=0)

@@ -6,6 +6,8 @@ Not here: the files themselves (`tests/checkpoint`), the Hub (`tests/hub`).
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from PIL import Image
 
 from lpt_peft import LongTailPromptAdapter
 from lpt_peft.data import transforms
-from lpt_peft.errors import BackboneError, ConfigError, LPTError, StateError
+from lpt_peft.errors import BackboneError, ConfigError, HubError, LPTError, PromptFileNotFoundError, StateError
 from lpt_peft.pretrained import PretrainedMixin
 from tests.checkpoint.adapters import IMAGES, encode_adapter, same_snapshot, snapshot, tiny_adapter
 from tests.conftest import tiny_vit
@@ -98,6 +100,41 @@ def test_sources_of_the_wrong_type(source):
         tiny_adapter().load_prompts(source)
 
 
+def test_a_vit_in_place_of_a_source(saved):
+    with pytest.raises(
+        ConfigError, match=r"source=VisionTransformer must be .*from_pretrained\(source, vit\)"
+    ) as caught:
+        from_pretrained(tiny_vit(), saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_or_a_run_in_place_of_the_folder(saved, tmp_path):
+    for name in ("prompts.safetensors", "config.json"):
+        with pytest.raises(
+            PromptFileNotFoundError, match=rf"{name} is a file: give its folder, {re.escape(str(saved))}\."
+        ):
+            from_pretrained(saved / name, tiny_vit())
+    saved.rename(tmp_path / "prompts")
+    inner = re.escape(str(tmp_path / "prompts"))
+    with pytest.raises(PromptFileNotFoundError, match=rf"{inner} is a prompt file: give that folder"):
+        from_pretrained(tmp_path, tiny_vit())
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "file/x"], ids=["nul", "long", "file"])
+def test_folders_that_cannot_be_created(name, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="choose another folder|Choose another folder") as caught:
+        tiny_adapter().save_pretrained(f"{tmp_path}/{name}")
+    assert "Errno" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_file_system_without_new_folders():
+    with pytest.raises(ConfigError, match=r"The folder '/proc/lpt_peft' cannot be created"):
+        tiny_adapter().save_pretrained("/proc/lpt_peft")
+
+
 def test_options_of_the_wrong_kind(saved):
     vit = tiny_vit()
     before = snapshot(vit)
@@ -157,3 +194,59 @@ def test_images_are_read_as_the_prompt_file_records(tmp_path):
     adapter.unwrap()
     with pytest.raises(StateError, match="unwrapped"):
         adapter.preprocess()
+
+
+@pytest.mark.parametrize("source", ["nosuch", "nosuch/folder"])
+def test_a_missing_folder_that_could_be_a_repository(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (lambda: from_pretrained(source, tiny_vit()), lambda: tiny_adapter().load_prompts(source)):
+        with pytest.raises(HubError) as caught:
+            call()
+        message = str(caught.value)
+        assert message.startswith(f"No folder {tmp_path / source} exists, so {source} was taken for a repository. ")
+        assert "Hugging Face Hub" in message
+        assert message.endswith("For prompts on disk, correct the path.")
+
+
+def test_home_directories(tmp_path, monkeypatch):
+    home, current = tmp_path / "home", tmp_path / "current"
+    home.mkdir()
+    current.mkdir()
+    monkeypatch.chdir(current)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    adapter = tiny_adapter()
+    logits = adapter(IMAGES)
+    for folder in ("~/text", Path("~/path")):
+        adapter.save_pretrained(folder)
+        adapter.load_prompts(folder)
+        assert torch.equal(from_pretrained(folder, tiny_vit())(IMAGES), logits)
+    adapter.save_pretrained("~/model", subfolder="prompts")
+    from_pretrained("~/model", tiny_vit(), subfolder="prompts")
+    assert sorted(path.relative_to(home).as_posix() for path in home.rglob("prompts.safetensors")) == [
+        "model/prompts/prompts.safetensors",
+        "path/prompts.safetensors",
+        "text/prompts.safetensors",
+    ]
+    assert list(current.iterdir()) == []
+
+
+def test_a_folder_whose_name_begins_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter = tiny_adapter()
+    for call in (adapter.save_pretrained, adapter.load_prompts):
+        with pytest.raises(
+            ConfigError, match=r"'~no-such-user/x': this home directory is unknown\. Give the full path"
+        ):
+            call("~no-such-user/x")
+    assert list(tmp_path.iterdir()) == []
+    adapter.save_pretrained("./~lpt-backup")
+    assert [path.name for path in tmp_path.iterdir()] == ["~lpt-backup"]
+    adapter.load_prompts("./~lpt-backup")
+    adapter.load_prompts("~lpt-backup")
+
+
+@pytest.mark.parametrize("folder", [None, 3, b"folder", ["folder"]])
+def test_saving_to_something_that_is_not_a_path(folder):
+    with pytest.raises(ConfigError, match=r"folder=.* must be a path"):
+        tiny_adapter().save_pretrained(folder)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,8 +36,16 @@ def explain_failure(
             f"Weights of {model} were created in torch.inference_mode(), so no gradient passes them. Build and load "
             f"the model outside of it.{reported}"
         )
+    if (reason := _wrong_arguments(backbone, args, kwargs, error)) is not None:
+        return InputError(reason)
     given = [*args, *kwargs.values()]
     images = next((value for value in given if isinstance(value, (Tensor, Mapping))), given[0] if given else None)
+    if isinstance(images, Mapping) and "patches" not in images:
+        cure = "call adapter(**batch)" if "pixel_values" in images else "pass the tensor of images in it"
+        return InputError(
+            f"Images are a {type(images).__name__} with the keys {', '.join(map(str, images)):.100}, and {model} needs "
+            f"a tensor (B, C, H, W): {cure}.{reported}"
+        )
     if isinstance(images, Mapping):  # patches of NaFlexViT
         images = next((value for value in images.values() if isinstance(value, Tensor)), None)
         reasons = [] if images is None else [*_dtype_and_device(backbone, images)]
@@ -52,6 +61,27 @@ def explain_failure(
             "torch.stack([transform(image) for image in images])."
         ]
     return InputError(f"{reasons[0]}{reported}") if reasons else None
+
+
+def _wrong_arguments(
+    backbone: Backbone, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception
+) -> str | None:
+    if not isinstance(error, TypeError) or not (args or kwargs):
+        return None
+    mismatch = _mismatch(backbone.embed, args, kwargs) or _mismatch(backbone.model.forward, args, kwargs)
+    if mismatch is None:
+        return None
+    return (
+        f"The forward of {type(backbone.model).__name__} {mismatch}. Call the adapter with arguments of that forward."
+    )
+
+
+def _mismatch(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    return None
 
 
 def _changed_block(backbone: Backbone) -> str | None:

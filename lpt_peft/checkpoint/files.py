@@ -5,6 +5,7 @@ Not here: what the bytes mean (`schema.py`, `tensors.py`), atomic writing (`lpt_
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -15,14 +16,38 @@ from typing import BinaryIO
 from lpt_peft._files import make_folder, write_atomic
 from lpt_peft._json import dumps, loads
 from lpt_peft.checkpoint.schema import FORMAT
-from lpt_peft.errors import PromptFileExistsError, PromptFileFormatError, PromptFileNotFoundError
+from lpt_peft.errors import ConfigError, PromptFileExistsError, PromptFileFormatError, PromptFileNotFoundError
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "prompts.safetensors"
 MAX_COPY_BYTES = 2**24
 """Most bytes of a `config.json` that are read; the indented copy is longer than the header."""
 
+# ENOENT: a file system without new folders, such as /proc.
+_IMPOSSIBLE_NAME = frozenset((errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL))
 _READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+def expand_user(path: str | os.PathLike[str], name: str = "folder") -> Path:
+    """Return a path with `~` or `~user` at its start expanded.
+
+    Args:
+        path: The path of a caller.
+        name: Name of the argument in messages.
+
+    Raises:
+        ConfigError: It is not a path, or the home directory is unknown.
+    """
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise ConfigError(f"{name}={path!r:.80} must be a path, as text or pathlib.Path.")
+    text = os.path.expanduser(path)  # noqa: PTH111 - Path drops the ./ of "./~x", a folder named ~x
+    if text.startswith("~") and not Path(text).exists():
+        raise ConfigError(
+            f"{name}={text!r:.300}: this home directory is unknown. Give the full path, also of a folder whose name "
+            "begins with ~."
+        )
+    expanded = Path(text)
+    return expanded.absolute() if str(expanded).startswith("~") else expanded
 
 
 @contextmanager
@@ -40,8 +65,8 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         descriptor = os.open(path, _READ_FLAGS) if regular else None
     except (FileNotFoundError, NotADirectoryError) as error:
         raise PromptFileNotFoundError(
-            f"{path} does not exist. A prompt file is a folder with {WEIGHTS_NAME}, as adapter.save_pretrained(folder) "
-            "writes it."
+            f"{path} does not exist.{_nearby(path)} A prompt file is a folder with {WEIGHTS_NAME}, as "
+            "adapter.save_pretrained(folder) writes it."
         ) from error
     except (OSError, ValueError) as error:  # a name too long, a loop of links, no permission
         raise PromptFileFormatError(f"{path} cannot be opened: {error}. Give another folder.") from error
@@ -52,6 +77,17 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         if not stat.S_ISREG(status.st_mode):
             raise PromptFileFormatError(f"{path} is not a regular file. Give another folder.")
         yield stream, status.st_size
+
+
+def _nearby(path: Path) -> str:
+    """Where the prompt file is, if it is close to a missing path."""
+    folder = path.parent
+    if path.name != WEIGHTS_NAME:
+        return ""
+    if folder.is_file():
+        return f" {folder} is a file: give its folder, {folder.parent}."
+    inner = folder / "prompts"
+    return f" {inner} is a prompt file: give that folder." if (inner / WEIGHTS_NAME).is_file() else ""
 
 
 def write_files(folder: Path, weights: bytes, config: bytes) -> None:
@@ -67,10 +103,17 @@ def write_files(folder: Path, weights: bytes, config: bytes) -> None:
     Raises:
         PromptFileExistsError: `config.json` is of another library; nothing was written.
         PromptFileFormatError: One of the two names is not a regular file; nothing was written.
-        ConfigError: The folder is a file.
+        ConfigError: The folder is a file, or cannot be created.
         OSError: The disk is full, or the folder is not writable.
     """
-    make_folder(folder)
+    try:
+        make_folder(folder)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if isinstance(error, OSError) and error.errno not in _IMPOSSIBLE_NAME:
+            raise
+        raise ConfigError(f"The folder {str(folder)!r:.300} cannot be created: choose another folder.") from error
     contents = {folder / WEIGHTS_NAME: weights, folder / CONFIG_NAME: config}
     found = {path: _read(path, MAX_COPY_BYTES if path.name == CONFIG_NAME else len(weights)) for path in contents}
     existing = found[folder / CONFIG_NAME]

@@ -65,16 +65,36 @@ def _mismatch(content: PromptContent, backbone: Backbone, known: str | None) -> 
     if all(found[key] == expected[key] for key in ("fingerprint", "num_heads")):
         return None
     if all(found[key] == expected[key] for key in ("architecture", "embed_dim", "depth", "num_heads")):
-        cause = "the same architecture, other weights: was pretrained=True forgotten, or is another tag needed?"
-        dtype = next(backbone.model.parameters()).dtype
-        if dtype != torch.float32:
-            cause += f" Or was the model cast to {dtype} after the training?"
+        cause = _cause(content, backbone, found["num_parameters"])
     else:
         cause = f"another architecture; build {printable(expected['architecture'], 80)} with the sizes named here."
     return (
         f"These prompts were trained on {_describe(expected)}; the ViT given is {_describe(found)}. Likely cause: "
         f"{cause}"
     )
+
+
+def _cause(content: PromptContent, backbone: Backbone, num_parameters: int) -> str:
+    """Why the fingerprints of two backbones differ that share architecture, width, depth and heads."""
+    expected, found = content.preprocess["input_size"], list(backbone.preprocess()["input_size"])
+    sizes = f"the same architecture with {num_parameters:,} instead of {content.backbone.num_parameters:,} parameters"
+    if num_parameters == content.backbone.num_parameters:
+        cause = "the same architecture, other weights: was pretrained=True forgotten, or is another tag needed?"
+        dtype = next(backbone.model.parameters()).dtype
+        if dtype != torch.float32:
+            cause += f" Or was the model cast to {dtype} after the training?"
+        return cause
+    if found[1:] != expected[1:]:
+        argument = {"timm": "img_size", "open_clip": "force_image_size"}.get(backbone.info().library, "image_size")
+        return (
+            f"{sizes}. The prompts are for images of {expected[1]} x {expected[2]} px and this ViT is for "
+            f"{found[1]} x {found[2]} px, so their position embeddings differ in size. Build the ViT for "
+            f"{expected[1]} x {expected[2]} px ({argument}=)."
+        )
+    if found[0] != expected[0]:
+        return f"{sizes}. The prompts are for images of {expected[0]} channels, this ViT is for {found[0]}."
+    arguments = printable(dict(content.backbone.model_args), 200)
+    return f"{sizes}, so it was built with other arguments, such as the patch size. The file records {arguments}."
 
 
 def _describe(backbone: dict[str, Any]) -> str:

@@ -6,12 +6,11 @@ Not here: adapters (`lpt_peft.pretrained`), repositories (`lpt_peft.hub`).
 from __future__ import annotations
 
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lpt_peft._json import BrokenRule, dumps
 from lpt_peft.checkpoint.content import PromptContent
-from lpt_peft.checkpoint.files import WEIGHTS_NAME, open_regular, write_files
+from lpt_peft.checkpoint.files import WEIGHTS_NAME, expand_user, open_regular, write_files
 from lpt_peft.checkpoint.schema import MAX_TENSOR_BYTES, config_to_content, content_to_config, tensor_bytes
 from lpt_peft.checkpoint.tensors import (
     MAX_HEADER_BYTES,
@@ -75,7 +74,7 @@ def read_prompt_file(folder: str | PathLike[str]) -> PromptContent:
         PromptFileNotFoundError: The folder or the file is missing.
         PromptFileError: The file is refused; see `decode` for the classes.
     """
-    with open_regular(Path(folder) / WEIGHTS_NAME) as (stream, size):
+    with open_regular(expand_user(folder) / WEIGHTS_NAME) as (stream, size):
         prefix = stream.read(PREFIX_BYTES)
         header = stream.read(header_length(prefix, size))
         start = PREFIX_BYTES + len(header)
@@ -99,4 +98,4 @@ def write_prompt_file(folder: str | PathLike[str], content: PromptContent) -> No
         OSError: The disk is full, or the folder is not writable.
     """
     encoded = encode(content)
-    write_files(Path(folder), encoded.weights, encoded.copy)
+    write_files(expand_user(folder), encoded.weights, encoded.copy)

@@ -37,6 +37,7 @@ from lpt_peft.backbones import BackboneInfo
 from lpt_peft.backbones.fingerprint import ALGORITHM
 from lpt_peft.backbones.loading import NORM_EPS
 from lpt_peft.checkpoint.content import USAGE, PromptContent
+from lpt_peft.checkpoint.plain_json import broken_entry
 from lpt_peft.config import MAX_CLASSES, PHASES, PromptConfig, PromptMetadata
 from lpt_peft.errors import ConfigError, PromptFileFormatError, PromptFileTensorError, PromptFileVersionError
 
@@ -128,7 +129,8 @@ def content_to_config(content: PromptContent, tensors: Mapping[str, Mapping[str,
         # Through JSON and back: the rules then see what a reader sees, with lists for tuples and text for keys.
         checked: dict[str, Any] = parse(dumps(config).encode("utf-8"))
     except (TypeError, ValueError, RecursionError) as error:
-        raise BrokenRule(f"training, label_names and class_counts must be plain JSON: {error}") from error
+        found = broken_entry({key: value for key, value in config.items() if key != "tensors"})
+        raise BrokenRule(found or f"training, label_names and class_counts must be plain JSON: {error}") from error
     _CONTENT_RULE(checked, "")
     _check_together(checked)
     if (size := tensor_bytes(checked)) > MAX_TENSOR_BYTES:

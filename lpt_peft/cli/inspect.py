@@ -50,13 +50,14 @@ def _read(source: str, revision: str | None, subfolder: str | None) -> tuple[Pro
     from lpt_peft.checkpoint import decode
     from lpt_peft.checkpoint.files import read_copy
     from lpt_peft.cli.common.paths import prompt_folder
-    from lpt_peft.hub import HubLocation, check_subfolder, is_repository, pull, pull_copy, read_prompts
+    from lpt_peft.hub import HubLocation, check_subfolder, folder_named, is_repository, pull, pull_copy, read_prompts
 
     if not is_repository(source):
         check_subfolder(subfolder)
         folder = prompt_folder(Path(source, subfolder or ""))
         return read_prompts(folder, revision=revision), read_copy(folder)
-    pulled = pull(HubLocation(repo_id=source, revision=revision, subfolder=subfolder))
+    with folder_named(source):
+        pulled = pull(HubLocation(repo_id=source, revision=revision, subfolder=subfolder))
     return decode(pulled.weights), pull_copy(HubLocation(repo_id=source, revision=pulled.commit, subfolder=subfolder))
 
 

@@ -5,17 +5,17 @@ Labels are read from attributes, without reading images, and compared with the l
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from lpt_peft._classes import names_in_order
+from lpt_peft._random import preserve_random_state
 from lpt_peft.data.checks import distinct_names
 from lpt_peft.errors import InputError
 
@@ -51,6 +51,8 @@ def listed_labels(dataset: Any) -> ListedLabels | None:
     """
     if isinstance(dataset, (list, tuple)):
         pairs = all(isinstance(item, (list, tuple)) and len(item) > 1 for item in dataset)
+        if pairs and any(_is_array(item[1]) and integer_label(item[1]) is None for item in dataset):
+            return None  # images, or labels of another shape
         return ListedLabels([item[1] for item in dataset], None, "its items") if dataset and pairs else None
     if hasattr(dataset, "datasets") and hasattr(dataset, "cumulative_sizes"):
         return _concatenated(dataset.datasets)
@@ -73,7 +75,7 @@ def compare_with_items(dataset: Any, labels: Sequence[Any], image_key: int | str
     cannot be read or have no integer label are passed over.
     """
     size, different = len(dataset), []
-    with _kept_random_state():
+    with preserve_random_state():
         positions = _spread(size, _SAMPLE)
         start = time.perf_counter()
         for count, position in enumerate(positions):
@@ -105,7 +107,7 @@ def _own_labels(dataset: Any) -> ListedLabels | None:
 
 
 def _are_pairs(rows: Sequence[Any]) -> bool:
-    return all(isinstance(row, (list, tuple)) and len(row) == 2 and _integer(row[1]) is not None for row in rows)
+    return all(isinstance(row, (list, tuple)) and len(row) == 2 and integer_label(row[1]) is not None for row in rows)
 
 
 def _plain(values: Any, size: int) -> list[Any] | None:
@@ -113,7 +115,7 @@ def _plain(values: Any, size: int) -> list[Any] | None:
     if isinstance(values, (torch.Tensor, np.ndarray)):
         return values.tolist() if values.ndim == 1 and len(values) == size else None
     if isinstance(values, Sequence) and not isinstance(values, str) and len(values) == size:
-        return [value if (label := _integer(value)) is None else label for value in values]
+        return [value if (label := integer_label(value)) is None else label for value in values]
     return None
 
 
@@ -158,7 +160,7 @@ def _transformed(listed: ListedLabels, transform: Any) -> ListedLabels:
     labels = [new_of[label] for label in listed.labels]
     names = listed.names
     if names is not None:
-        order = [_integer(new_of.get(label, transform(label))) for label in range(len(names))]
+        order = [integer_label(new_of.get(label, transform(label))) for label in range(len(names))]
         if sorted(label for label in order if label is not None) == list(range(len(names))):
             renamed = list(names)
             for name, label in zip(names, order, strict=True):
@@ -175,27 +177,21 @@ def _label_of_item(dataset: Any, position: int, image_key: int | str) -> int | N
     except Exception:  # an unreadable image is an error where it is used
         return None
     if image_key == 0 and isinstance(item, (list, tuple)) and len(item) > 1:
-        return _integer(item[1])
+        return integer_label(item[1])
     return None
 
 
-def _integer(value: Any) -> int | None:
+def integer_label(value: Any) -> int | None:
+    """The value as an integer; None if it is no integer, NumPy integer or tensor of shape ()."""
     if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim == 0:
         value = value.item()
     return int(value) if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else None
 
 
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, np.ndarray, Image.Image))
+
+
 def _spread(size: int, count: int) -> list[int]:
     """Positions spread evenly, with the first and the last."""
     return sorted({round(step * (size - 1) / max(count - 1, 1)) for step in range(count)}) if size else []
-
-
-@contextmanager
-def _kept_random_state() -> Iterator[None]:
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 - transforms use it
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])

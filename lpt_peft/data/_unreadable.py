@@ -32,6 +32,11 @@ class UnreadableImages:
     def __contains__(self, position: int) -> bool:
         return bool(self._found[position])
 
+    def contains(self, positions: np.ndarray) -> np.ndarray:
+        """Whether each of `positions` (K,) was found unreadable."""
+        found: np.ndarray = self._found.numpy()[positions]
+        return found
+
     def positions(self) -> list[int]:
         """Positions found so far by any process, in ascending order."""
         found: list[int] = self._found.nonzero().flatten().tolist()
@@ -65,16 +70,22 @@ class ClassOrder:
         self._rows = np.argsort(classes, kind="stable")
         self._starts = np.concatenate([[0], np.cumsum(np.bincount(classes))])
 
-    def others(self, position: int, label: int) -> Iterator[int]:
-        """Iterate over the other images of class `label`, starting after `position`.
+    def others(self, position: int, label: int) -> Iterator[np.ndarray]:
+        """Iterate over the other images of class `label`, starting after `position`, in arrays of growing size.
+
+        Few readable images are found by a few operations on arrays, and the first by a short array.
 
         Example:
             >>> list(ClassOrder([0, 1, 0, 0]).others(2, 0))
-            [3, 0]
+            [array([3]), array([0])]
         """
         rows = self._rows[self._starts[label] : self._starts[label + 1]]
         place = int(np.searchsorted(rows, position))
-        return (int(rows[(place + step) % len(rows)]) for step in range(1, len(rows)))
+        size = 16
+        for rest in (rows[place + 1 :], rows[:place]):
+            while len(rest):
+                yield rest[:size]
+                rest, size = rest[size:], 4 * size  # noqa: PLW2901
 
 
 def missing_files(images: Images) -> list[int]:

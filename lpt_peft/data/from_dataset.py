@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lpt_peft.data._dataset_labels import ListedLabels, compare_with_items, listed_labels
+from lpt_peft.data._label_advice import READ_ALL, advice_without_labels
 from lpt_peft.data.checks import ClassNames
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ItemImages
@@ -14,9 +15,6 @@ from lpt_peft.samplers.checks import Labels, checked_labels
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-_READ_ALL = "for example [dataset[i][1] for i in range(len(dataset))], which reads every item"
 
 
 def from_dataset(
@@ -42,8 +40,8 @@ def from_dataset(
         **options: Options of `LabelledImages`.
 
     Raises:
-        InputError: The dataset is not map-style, its labels are unknown, differ from those of its items, or are invalid
-            for `LabelledImages`.
+        InputError: The dataset is empty or not map-style, its labels are unknown, differ from those of its items, or
+            are invalid for `LabelledImages`.
 
     Example:
         >>> import torch
@@ -61,6 +59,8 @@ def from_dataset(
         )
     if hasattr(dataset, "features") and hasattr(dataset, "column_names"):
         raise InputError("This is a data set of Hugging Face datasets; call from_huggingface.")
+    if not len(dataset):
+        raise InputError(f"{kind} is empty: it has no image.")
     listed = listed_labels(dataset)
     notes: list[str] = []
     if labels is None:
@@ -82,15 +82,12 @@ def _verified(dataset: Any, listed: ListedLabels | None, image_key: int | str) -
     """Return the listed labels if they agree with a sample of items."""
     kind = type(dataset).__name__
     if listed is None:
-        raise InputError(
-            f"{kind} lists no labels: it has no `targets`, `labels` or `samples`. Pass labels=, the class of every "
-            f"image, {_READ_ALL}."
-        )
+        raise InputError(f"{kind} lists no labels: {advice_without_labels(dataset)}.")
     different = compare_with_items(dataset, listed.labels, image_key)
     if different:
         position, label = different[0]
         raise InputError(
             f"{kind} lists label {listed.labels[position]} for item {position} in `{listed.source}`, but the item has "
-            f"label {label}. Pass labels=, {_READ_ALL}."
+            f"label {label}. Pass labels=, {READ_ALL}."
         )
     return listed.labels

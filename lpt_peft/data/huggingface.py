@@ -8,16 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lpt_peft.data._split_choice import choose_splits, mentioned_splits
 from lpt_peft.data.checks import ClassNames, checked_names
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.sources import ItemImages
+from lpt_peft.data.split_names import SPLITS, by_split
 from lpt_peft.errors import ConfigError, InputError, MissingExtraError, UnlabelledError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-SPLITS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
-"""Split names of `datasets` that are recognized, in this order."""
 
 _SETTINGS = ("config", "revision", *SPLITS, "image", "label")
 
@@ -79,7 +78,8 @@ def open_huggingface(
 ) -> dict[str, LabelledImages]:
     """Load a data set of the Hub, or one that `save_to_disk` wrote, with its splits.
 
-    A split without labels is left out, with a note in the summary of the training split.
+    A split without labels is left out, with a note in the summary of the training split. So is a validation or test
+    split that was not chosen and has training images; chosen splits with the same images are noted in their summaries.
 
     Args:
         source: `NAME`, or `NAME,key=value,...` with the keys config, revision, train, validation, test, image and
@@ -87,7 +87,7 @@ def open_huggingface(
         config: Configuration of the data set, where it has several.
         revision: Branch, tag or commit of the data set on the Hub.
         train: Split to train with; None uses "train". On the Hub also a slice, such as "train[:80%]".
-        validation: Split for validation; None uses "validation", "val", "valid" or "dev" where it exists.
+        validation: Split for validation; None uses "validation", or another name of it such as "dev", where it exists.
         test: Split for the test; None uses "test" where it exists.
         image_column: As in `from_huggingface`.
         label_column: As in `from_huggingface`.
@@ -98,13 +98,13 @@ def open_huggingface(
 
     Raises:
         MissingExtraError: `datasets` is not installed.
-        ConfigError: A key of `source` is unknown or given twice.
+        ConfigError: A key of `source` is unknown or given twice, or `config` or `revision` are given for a folder.
         InputError: The data set cannot be loaded, a split is missing, or a split is invalid for `from_huggingface`.
     """
     name, settings = parse_source(source)
     chosen = {"train": train, "validation": validation, "test": test}
     chosen = {split: value or settings.get(split) for split, value in chosen.items()}
-    loaded = _load(name, config or settings.get("config"), revision or settings.get("revision"), chosen)
+    loaded, notes = _load(name, config or settings.get("config"), revision or settings.get("revision"), chosen)
     columns = (image_column or settings.get("image"), label_column or settings.get("label"))
     splits = {"train": from_huggingface(loaded.pop("train"), *columns, **options)}
     names = splits["train"].class_names
@@ -114,6 +114,9 @@ def open_huggingface(
             splits[split] = from_huggingface(dataset, *columns, names, **options)
         except UnlabelledError as error:  # noqa: PERF203 - at most two splits
             splits["train"].add_note(f'the split for "{split}" is left out: {error}')
+    for split, note in notes:
+        if split in splits:
+            splits[split].add_note(note)
     return splits
 
 
@@ -127,7 +130,7 @@ def parse_source(source: str) -> tuple[str, dict[str, str]]:
         >>> parse_source("hf:uoft-cs/cifar100,label=fine_label,train=train[:80%]")
         ('uoft-cs/cifar100', {'label': 'fine_label', 'train': 'train[:80%]'})
     """
-    name, *pairs = re.split(r",(?=\w+=)", source.removeprefix("hf:"))
+    name, *pairs = re.split(r"\s*,\s*(?=\w+=)", source.removeprefix("hf:").strip())
     settings: dict[str, str] = {}
     for pair in pairs:
         key, _, value = pair.partition("=")
@@ -142,32 +145,39 @@ def parse_source(source: str) -> tuple[str, dict[str, str]]:
     return name, settings
 
 
-def _load(name: str, config: str | None, revision: str | None, chosen: Mapping[str, str | None]) -> dict[str, Any]:
-    """Load the splits by role: "train", "validation", "test"."""
+def _load(
+    name: str, config: str | None, revision: str | None, chosen: Mapping[str, str | None]
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Load the splits by role, "train", "validation" and "test", and notes for the summaries of roles."""
     try:
         import datasets  # noqa: PLC0415 - an optional extra
     except ImportError as error:
         raise MissingExtraError(f'{name} needs datasets: pip install "lpt_peft[hf]".') from error
     on_disk = any((Path(name) / file).exists() for file in ("dataset_dict.json", "dataset_info.json", "state.json"))
+    if on_disk and (config or revision):
+        raise ConfigError(f"{name} is a folder of save_to_disk, without config= and revision=. Leave them out.")
     with _as_input_error(f"{name} cannot be loaded"):
         loaded = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name, config, revision=revision)
     available = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    names = by_split(available)
+    defaults = {role: role if role in available else names[role][0] for role in names}
+    expressions, notes = choose_splits(chosen, defaults, {split: len(rows) for split, rows in available.items()})
+    if unused := sorted(set(available) - mentioned_splits(expressions.values())):
+        notes.append(("train", f"splits that are not used: {', '.join(unused)}"))
     found = {}
-    for role, words in SPLITS.items():
-        if expression := chosen[role]:
+    for role in SPLITS:
+        if expression := expressions.get(role):
             found[role] = available.get(expression)
             if found[role] is None and not on_disk and re.search(r"[\[+]", expression):
                 with _as_input_error(f"The split {expression!r} of {name} cannot be loaded"):
                     found[role] = datasets.load_dataset(name, config, revision=revision, split=expression)
             elif found[role] is None:
                 raise InputError(f"{name} has no split {expression!r}; its splits are {', '.join(available)}.")
-        elif word := next((word for word in words if word in available), None):
-            found[role] = available[word]
     if "train" not in found:
         raise InputError(
             f'{name} has no split "train"; its splits are {", ".join(available)}. Choose: hf:NAME,train=SPLIT'
         )
-    return found
+    return found, notes
 
 
 @contextmanager
@@ -176,7 +186,7 @@ def _as_input_error(text: str) -> Iterator[None]:
         yield
     except Exception as error:  # of the network, the Hub, the disk or a builder
         hint = " Choose a configuration: hf:NAME,config=..." if "config" in str(error).lower() else ""
-        raise InputError(f"{text}: {type(error).__name__}: {str(error)[:400]}.{hint}") from error
+        raise InputError(f"{text}: {type(error).__name__}: {str(error)[:400].rstrip('.')}.{hint}") from error
 
 
 def _column(dataset: Any, name: str | None, feature: str, argument: str) -> str:

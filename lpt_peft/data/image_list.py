@@ -51,8 +51,7 @@ def image_list(
     images = ImageFiles(root, table.paths)
     labels = np.frombuffer(table.labels, dtype=np.int64)
     names = table.names if given is None else given
-    notes = [f"the first row is read as a header: {', '.join(table.header)}"] if table.header else []
-    notes += [*_repeated(table), *images.missing_notes()]
+    notes = [*table.notes, *_repeated(table), *images.missing_notes()]
     return LabelledImages(images, labels, names, notes=notes, **options)
 
 

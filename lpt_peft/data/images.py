@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 
 from lpt_peft._numbers import checked_integer
 from lpt_peft.data._unreadable import MAX_NAMES, ClassOrder, UnreadableImages, first_names, missing_files, short_error
-from lpt_peft.data.checks import ClassNames, checked_classes
-from lpt_peft.data.files.reading import WHITE, Color, Reading
+from lpt_peft.data.checks import ClassNames, checked_classes, look_alike_notes
+from lpt_peft.data.files.reading import WHITE, Color, Reading, without_pillow_warnings
 from lpt_peft.data.inspection.summary import DataSummary
 from lpt_peft.data.sources import Images, SubsetSource
 from lpt_peft.errors import ConfigError, InputError
@@ -31,7 +31,7 @@ class Options(TypedDict, total=False):
     transform: Callable[[Any], Any] | None
     unreadable: Unreadable
     verify: Verify
-    allow_empty: bool
+    allow_empty: bool | Literal["infer"]
     exif: bool | None
     background: Color | None
 
@@ -56,7 +56,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         unreadable: "error" or "skip".
         verify: "no"; "exists" checks that every file exists; "decode" reads every image once, which takes as long as an
             epoch of reading.
-        allow_empty: Accept classes without an image, and a single class, as in validation and test splits.
+        allow_empty: Accept classes without an image, and a single class, as in validation and test splits. "infer"
+            does not need `class_names`: the largest label plus one is `C`, as for the check of a list.
         exif: Follow the EXIF orientation. None follows the transform, or True if the transform has no such setting.
         background: RGB colour behind transparent pixels; None follows the transform, or white.
         left_out: For the summary: files that are not images of the data set, for each reason.
@@ -95,7 +96,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         transform: Callable[[Any], Any] | None = None,
         unreadable: Unreadable = "error",
         verify: Verify = "no",
-        allow_empty: bool = False,
+        allow_empty: bool | Literal["infer"] = False,
         exif: bool | None = None,
         background: Color | None = None,
         left_out: Mapping[str, Sequence[str]] | None = None,
@@ -114,7 +115,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         self._exif, self._background = exif, background
         self.transform = transform
         self._policy: Unreadable = unreadable
-        self._left_out, self._notes = dict(left_out or {}), list(notes)
+        self._left_out, notes = dict(left_out or {}), [*look_alike_notes(self.class_names), *notes]
+        self._notes = list(dict.fromkeys(notes))
         self.unreadable_images = UnreadableImages(len(images))
         self._order: ClassOrder | None = None
         self._replacements: dict[int, int] = {}
@@ -166,6 +168,10 @@ class LabelledImages(Dataset[tuple[Any, int]]):
     def add_note(self, note: str) -> None:
         """Add a remark to the summary."""
         self._notes.append(note)
+
+    def add_left_out(self, reason: str, files: Sequence[str]) -> None:
+        """Add files that are not images of the data set to the summary."""
+        self._left_out[reason] = [*self._left_out.get(reason, ()), *files]
 
     def skipped_report(self, effect: str = "other images of their classes replaced them") -> str | None:
         """Describe the unreadable images found so far: count, the first names and causes; None if there are none.
@@ -245,7 +251,8 @@ class LabelledImages(Dataset[tuple[Any, int]]):
 
     def _attempt(self, position: int) -> tuple[Any, Exception | None]:
         try:
-            return self.reading(self.images.read(position)), None
+            with without_pillow_warnings():
+                return self.reading(self.images.read(position)), None
         except MemoryError:
             raise  # not an error of the image
         except Exception as error:  # decoders raise all kinds of exceptions on broken bytes
@@ -258,8 +265,9 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         if self._order is None:
             self._order = ClassOrder(self.labels)
         label = self.labels[position]
-        yield from (other for other in self._order.others(position, label) if other not in self.unreadable_images)
-        yield from (other for other in self._order.others(position, label) if other in self.unreadable_images)
+        for known in (False, True):
+            for others in self._order.others(position, label):
+                yield from others[self.unreadable_images.contains(others) == known].tolist()
 
     def _verify(self, method: Verify) -> None:
         if method == "exists":

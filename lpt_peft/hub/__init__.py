@@ -7,7 +7,7 @@ of the library talks to the Hub. Not here: format and checks (`lpt_peft.checkpoi
 from lpt_peft.hub.card import CardOptions, model_card
 from lpt_peft.hub.errors import hub_errors
 from lpt_peft.hub.location import HubLocation, check_subfolder
-from lpt_peft.hub.pull import Pulled, is_repository, pull, pull_copy, read_prompts
+from lpt_peft.hub.pull import Pulled, folder_named, is_repository, pull, pull_copy, read_prompts
 from lpt_peft.hub.push import push
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "HubLocation",
     "Pulled",
     "check_subfolder",
+    "folder_named",
     "hub_errors",
     "is_repository",
     "model_card",

@@ -52,8 +52,7 @@ _CAUSES: tuple[tuple[type[BaseException], type[LPTError], str], ...] = (
     (
         RepositoryNotFoundError,
         HubNotFoundError,
-        "the repository does not exist, or it is private. Check the name (no folder here has it either); if it is "
-        "private, {log_in}.",
+        "the repository does not exist, or it is private. Check the name; if it is private, {log_in}.",
     ),
     (
         RevisionNotFoundError,
@@ -73,6 +72,7 @@ _CAUSES: tuple[tuple[type[BaseException], type[LPTError], str], ...] = (
         "the file does not exist, so there is no prompt file. Check revision= and subfolder=.",
     ),
 )
+_ERRNO = re.compile(r"\[(?:Errno|WinError) -?\d+\] ")
 _OUT_OF_ORDER = frozenset((408, 429, 500, 502, 503, 504))
 _DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO))
 
@@ -185,7 +185,7 @@ def _status(error: Any) -> tuple[type[LPTError], str]:
 
 def _short(error: object) -> str:
     """The beginning of a text on one line, with the class of an error."""
-    text = " ".join(str(error).split())[:300]
+    text = _ERRNO.sub("", " ".join(str(error).split()))[:300]
     return f"{type(error).__name__}: {text}" if isinstance(error, BaseException) else text
 
 

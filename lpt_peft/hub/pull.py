@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -16,9 +18,10 @@ from huggingface_hub import HfFileMetadata, constants, get_hf_file_metadata, hf_
 
 from lpt_peft._version import __version__
 from lpt_peft.checkpoint import CONFIG_NAME, MAX_FILE_BYTES, WEIGHTS_NAME, PromptContent, decode, read_prompt_file
-from lpt_peft.checkpoint.files import MAX_COPY_BYTES, open_regular
+from lpt_peft.checkpoint.files import MAX_COPY_BYTES, expand_user, open_regular
 from lpt_peft.errors import (
     ConfigError,
+    HubAccessError,
     HubError,
     HubIntegrityError,
     HubNotFoundError,
@@ -66,7 +69,9 @@ def read_prompts(
         ConfigError: An argument is out of range.
     """
     if not isinstance(source, (str, PathLike)) or isinstance(fspath(source), bytes):
-        raise ConfigError(f'source={source!r:.80} must be a folder, or "owner/name" on the Hugging Face Hub.')
+        value = repr(source) if isinstance(source, (str, bytes, int, list, type(None))) else type(source).__name__
+        swapped = " Give it before the ViT: from_pretrained(source, vit)." if hasattr(source, "parameters") else ""
+        raise ConfigError(f'source={value:.80} must be a folder, or "owner/name" on the Hugging Face Hub.{swapped}')
     if is_repository(source):
         location = HubLocation(
             repo_id=str(source),
@@ -77,11 +82,28 @@ def read_prompts(
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        return decode(pull(location).weights)
+        with folder_named(source):
+            return decode(pull(location).weights)
     if revision is not None:
         raise ConfigError(f"revision={revision!r} is for repositories, and {source} is a folder: leave it out.")
     check_subfolder(subfolder)
-    return read_prompt_file(Path(source, subfolder or ""))
+    return read_prompt_file(expand_user(source) / (subfolder or ""))
+
+
+@contextmanager
+def folder_named(source: str | PathLike[str]) -> Iterator[None]:
+    """Add to an error of the Hub that no folder has the name either: a path may have been meant.
+
+    Raises:
+        HubError: Of the same class, with the full path of the missing folder.
+    """
+    try:
+        yield
+    except (HubNotFoundError, HubUnavailableError, HubAccessError) as error:
+        raise type(error)(
+            f"No folder {Path(source).absolute()} exists, so {source} was taken for a repository. {error} For prompts "
+            "on disk, correct the path."
+        ) from error
 
 
 def is_repository(source: str | PathLike[str]) -> bool:
@@ -166,7 +188,7 @@ def _download(location: HubLocation, name: str, head: _Head | None, most: int) -
                 subfolder=location.subfolder,
                 revision=location.revision,
                 token=location.token,
-                cache_dir=None if location.cache_dir is None else Path(location.cache_dir),
+                cache_dir=None if location.cache_dir is None else expand_user(location.cache_dir, "cache_dir"),
                 local_files_only=head is None,
                 force_download=force,
                 library_name="lpt_peft",

@@ -33,6 +33,11 @@ def reduce_rows(rows: Tensor, reduction: Reduction) -> Tensor:
 def checked_class_counts(class_counts: Sequence[int] | Mapping[int, int] | Tensor) -> Tensor:
     """Class counts `(C,)` as int64, sorted by label. The values are checked unless torch.compile is tracing."""
     class_counts = counts_in_order(class_counts)
+    if isinstance(class_counts, (list, tuple)) and any(getattr(entry, "ndim", 0) for entry in class_counts):
+        raise InputError(
+            f"class_counts must be one integer per class, not a {type(class_counts).__name__} of arrays or tensors: "
+            "use torch.bincount(labels, minlength=num_classes)."
+        )
     try:
         counts = torch.as_tensor(class_counts)
         if counts.dtype == torch.float32 and not isinstance(class_counts, Tensor):
@@ -75,8 +80,8 @@ def check_batch(logits: Tensor, target: Tensor, noise: Tensor | None, class_coun
             f"logits have {logits.shape[1]} columns, but class_counts has {num_classes} entries: pass one per column."
         )
     for name, tensor in (("target", target), ("noise", noise)):
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise InputError(f"{name} must be a tensor, not {type(tensor).__name__}: pass torch.as_tensor({name}).")
+        if not isinstance(tensor, Tensor) and (name == "target" or tensor is not None):
+            raise InputError(f"{name} must be a tensor, not {_type(tensor)}: {_as_tensor(name, tensor)}.")
         if tensor is not None and tensor.device != logits.device:
             raise InputError(
                 f"{name} is on {tensor.device}, but logits are on {logits.device}: pass {name}.to(logits.device)."
@@ -92,6 +97,24 @@ def check_batch(logits: Tensor, target: Tensor, noise: Tensor | None, class_coun
     _check_target(target, logits.shape[0], num_classes)
 
 
+def _type(value: object) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def _as_tensor(name: str, value: object) -> str:
+    """What to pass in place of a value that is not a tensor."""
+    if value is None:
+        return "the batch has no labels, so pass those of a labelled data set"
+    if isinstance(value, Mapping):
+        return f"pass the tensor of labels among its entries, {', '.join(map(str, value)):.100}"
+    if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) and item.ndim for item in value):
+        return (
+            "pass a single tensor (B, C), for Mixup or CutMix of labels y1 and y2 "
+            "weight * one_hot(y1, C) + (1 - weight) * one_hot(y2, C)"
+        )
+    return f"pass torch.as_tensor({name})"
+
+
 def _check_target(target: Tensor, rows: int, num_classes: int) -> None:
     found = f"not {target.dtype} of shape {tuple(target.shape)}"
     rule = f"target must be class indices of shape ({rows},) or probabilities of shape ({rows}, {num_classes}), {found}"
@@ -105,7 +128,7 @@ def _check_target(target: Tensor, rows: int, num_classes: int) -> None:
     elif target.ndim == 2 and target.shape[0] == rows:
         raise InputError(f"{rule}: create Mixup, CutMix or one_hot with num_classes={num_classes}.")
     elif target.shape != (rows,):
-        raise InputError(f"{rule}.")
+        raise InputError(f"{rule}: pass the labels of the same batch as the logits, a label for each row.")
     elif not integers:
         raise InputError(f"{rule}: pass target.long() if the values are class indices.")
     elif can_read_values(target):

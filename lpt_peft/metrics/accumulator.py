@@ -100,6 +100,8 @@ class ShotMetrics:
                 logits that are not on the CPU, the last error is raised when results are requested, and all batches
                 since the previous request are discarded.
         """
+        if isinstance(getattr(logits, "logits", None), Tensor):
+            raise InputError(f"logits is of type {type(logits).__name__}, not a tensor: pass output.logits.")
         size = len(self.class_counts)
         truth = as_integers("target", target, size)
         confidence = None

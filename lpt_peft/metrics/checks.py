@@ -21,11 +21,13 @@ def as_integers(name: str, values: Counts, size: int | None = None) -> Tensor:
         values = counts_in_order(values, name)
     else:
         hint = f"Labels go from 0 to {size - 1}, the indices of class_counts."
+    if isinstance(values, (list, tuple)) and any(getattr(entry, "ndim", 0) for entry in values):
+        raise InputError(f"{name} must be one-dimensional, not a {type(values).__name__} of arrays or tensors. {hint}")
     try:
         tensor = torch.as_tensor(np.array(values) if _is_column(values) else values, device="cpu")
         tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{name} must be a tensor or sequence of integers: {error}. {hint}") from error
+        raise InputError(f"{name} must be a tensor or sequence of integers, not {_describe(values)}. {hint}") from error
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         if size is not None and tensor.ndim == 2:
             hint = (
@@ -49,6 +51,15 @@ def as_integers(name: str, values: Counts, size: int | None = None) -> Tensor:
 def first_true(mask: Tensor) -> int:
     """Index of the first True in (N,)."""
     return int(mask.nonzero()[0])
+
+
+def _describe(values: object) -> str:
+    """The first entry that is not an integer, or the type of a value without entries."""
+    if isinstance(values, (list, tuple)):
+        for index, value in enumerate(values):
+            if not hasattr(value, "__index__"):
+                return f"a {type(values).__name__} whose entry {index} is {value!r:.50}"
+    return f"a {type(values).__name__}"
 
 
 def _is_column(values: object) -> bool:

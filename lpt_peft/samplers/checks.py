@@ -15,6 +15,7 @@ from lpt_peft._numbers import checked_integer
 from lpt_peft.errors import ConfigError, InputError
 
 Labels = Sequence[int] | npt.NDArray[Any] | Tensor
+_LARGEST = np.iinfo(np.int64).max
 Rows = npt.NDArray[np.int64]
 
 
@@ -46,23 +47,31 @@ def checked_labels(labels: Labels) -> Rows:
         hint = "encode the classes as integers from 0"
         if array.dtype.kind == "f":
             missing = int(np.isnan(array).sum())
-            hint = f"remove the {missing} images without a label" if missing else "convert them with labels.astype(int)"
+            convert = "labels.long()" if isinstance(labels, Tensor) else "labels.astype(int)"
+            hint = f"remove images without a label ({missing})" if missing else f"convert them with {convert}"
         raise InputError(f"labels must be integers, not {array.dtype}: {hint}.")
     if array.min() < 0:
         raise InputError(
             f"labels must be at least 0, but labels[{array.argmin()}] is {array.min()}: remove unlabeled images."
         )
-    if array.max() > np.iinfo(np.int64).max:
-        raise InputError(f"labels[{array.argmax()}]={array.max()} is too large: encode the classes as integers from 0.")
+    if array.max() > _LARGEST:
+        raise InputError(_too_large(int(array.argmax()), int(array.max())))
     return array.astype(np.int64)
 
 
 def _from_objects(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Convert an array of Python integers, such as a column of a table."""
     try:
-        return np.array([checked_integer(f"labels[{index}]", value, 0, 2**63 - 1) for index, value in enumerate(array)])
+        labels = [checked_integer(f"labels[{index}]", value, 0) for index, value in enumerate(array)]
     except ConfigError as error:
         raise InputError(f"{error} Encode the classes as integers from 0, and remove unlabeled images.") from error
+    if max(labels) > _LARGEST:
+        raise InputError(_too_large(labels.index(max(labels)), max(labels)))
+    return np.array(labels)
+
+
+def _too_large(index: int, label: int) -> str:
+    return f"labels[{index}]={label} is too large: encode the classes as integers from 0."
 
 
 def checked_replica(num_replicas: int | None, rank: int | None) -> tuple[int, int] | None:

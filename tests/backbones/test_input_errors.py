@@ -83,6 +83,24 @@ def test_images_that_are_not_tensors(row, adapters):
         adapter()
 
 
+@rows
+def test_batches_and_arguments_of_other_libraries(row, adapters):
+    adapter = adapters(row)
+    for phase in ("shared", "group"):
+        adapter.phase = phase
+        with pytest.raises(
+            InputError, match=r"Images are a dict with the keys pixel_values.*call adapter\(\*\*batch\)"
+        ):
+            adapter({"pixel_values": images()})
+        with pytest.raises(InputError, match=r"Images are a dict with the keys x, y.*pass the tensor"):
+            adapter({"x": images(), "y": images()})
+        if row.startswith("transformers"):
+            continue  # its forwards accept and ignore unknown keywords
+        with pytest.raises(InputError, match=r"The forward of \w+ .*'unknown'.*arguments of that forward") as caught:
+            adapter(images(), unknown=1)
+        assert "embed" not in str(caught.value)
+
+
 def test_a_failure_with_right_images_keeps_its_error():
     adapter = build("timm ViT")
     adapter.vit.norm = nn.LayerNorm(7)
@@ -174,6 +192,41 @@ def test_wrong_labels(wrong, training):
         adapter.criterion = adapter.eval_criterion = criterion
         with pytest.raises(InputError, match=words):
             adapter(images(), labels=labels)
+
+
+@pytest.mark.parametrize("phase", ["shared", "group"])
+@pytest.mark.parametrize("wrong", LABELS)
+def test_wrong_labels_of_the_default_criterion_called_directly(wrong, phase):
+    labels, words = LABELS[wrong]
+    adapter = build("timm ViT", phase)
+    with pytest.raises(InputError, match=words):
+        adapter.criterion(adapter(images(), return_output=True), labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (None, "labels is None: the batch has no labels"),
+        ({"y": torch.tensor([0, 1])}, "labels is a dict: pass the tensor of labels in it"),
+        ((torch.tensor([0, 1]), torch.tensor([1, 0]), 0.5), r"labels is a tuple of tensors.*probabilities \(2, 5\)"),
+        (torch.eye(5)[:2] - 1, r"labels\[0\] must be probabilities, .* smallest value is -1 and its sum is -4"),
+        (torch.stack([torch.eye(5)[0], torch.full((5,), torch.nan)]), r"labels\[1\] must be probabilities.* nan"),
+        (torch.ones(2, 5), r"its sum is 5: .*softmax.*divide multi-label rows"),
+    ],
+)
+def test_labels_that_only_the_default_criterion_refuses(labels, words):
+    adapter = build("timm ViT", "group")
+    with pytest.raises(InputError, match=words):
+        adapter.criterion(adapter(images(), return_output=True), labels)
+
+
+def test_the_default_criterion_on_probabilities():
+    adapter = build("timm ViT", "group")
+    output, labels = adapter(images(), return_output=True), torch.eye(5)[:2] * 0.7 + 0.3 * torch.eye(5)[1:3]
+    expected = -(labels * output.logits.log_softmax(1)).sum(1).mean() + 1 - output.similarity.mean()
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.testing.assert_close(adapter.criterion(output, labels.to(dtype)), expected, rtol=0, atol=1e-2)
+    torch.testing.assert_close(adapter.criterion(output, labels), expected)
 
 
 def test_labels_that_cross_entropy_takes():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -51,6 +53,20 @@ def test_as_if_loaded_from_the_file(tmp_path, options):
     assert all(left is right for left, right in zip(modules, vit.modules(), strict=True))
     assert all(torch.equal(tensor, backbone[name]) for name, tensor in vit.state_dict().items())
     assert adapter.unwrap() is vit
+
+
+def test_another_number_of_classes_is_reported(tmp_path):
+    tiny_adapter(seed=2, num_classes=3).save_pretrained(tmp_path)
+    adapter = tiny_adapter()
+    with pytest.warns(UserWarning, match=r"The head had 7 classes and was replaced .*, which has 3: ") as caught:
+        adapter.load_prompts(tmp_path)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert tuple(adapter.head.weight.shape) == (3, 24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter.load_prompts(tmp_path)  # 3 classes again
+        tiny_adapter().load_prompts(tmp_path, part="shared")
 
 
 def test_several_files_in_turn(tmp_path):

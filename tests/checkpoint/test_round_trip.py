@@ -308,10 +308,18 @@ def test_class_counts_of_any_kind(counts):
         ({"label_names": [0] * 7}, r"label_names\[0\]=0 must be a string"),
         ({"label_names": ["", *"abcdef"]}, r"label_names\[0\]='' must be text"),
         ({"label_names": ["x" * 1025, *"abcdef"]}, "1 to 1024 characters"),
-        ({"label_names": ["\ud800", *"abcdef"]}, "plain JSON.*surrogates"),
-        ({"training": {"loss": float("nan")}}, "plain JSON"),
-        ({"training": {"when": object()}}, "plain JSON.*object"),
-        ({"training": {1: "a", "1": "b"}}, "plain JSON"),
+        (
+            {"label_names": ["\ud800", *"abcdef"]},
+            r"head\.label_names\[0\]='\\ud800' must be plain JSON, .*surrogates \(U\+D800\)",
+        ),
+        ({"training": {"loss": float("nan")}}, r"training\.loss=nan must be plain JSON, which has finite numbers only"),
+        ({"training": {"a": [1, {"b": float("inf")}]}}, r"training\.a\[1\]\.b=inf must be plain JSON"),
+        ({"training": {"when": object()}}, r"training\.when=<object .* must be plain JSON, which has no object"),
+        ({"training": {"lr": torch.tensor(1)}}, r"training\.lr=tensor\(1\) .* has no Tensor: pass \.item\(\)"),
+        ({"training": {"x": "\udce9"}}, r"training\.x='\\udce9' must be plain JSON, .*surrogates \(U\+DCE9\)"),
+        ({"training": {"\ud800": 1}}, r"a key of training='\\ud800' must be plain JSON"),
+        ({"training": {1: "a", "1": "b"}}, r"training=\{.*must be plain JSON, whose keys are text"),
+        ({"training": {"a": {(1, 2): 3}}}, r"a key of training\.a=\(1, 2\) must be plain JSON, whose keys are text"),
         ({"training": [1]}, "training=.1. must be an object"),
         ({"training": {"x": "y" * 2**16}}, "training has .* at most 65536"),
         ({"training": {"x": 2**70}}, "64 bits"),
@@ -384,12 +392,19 @@ def other_weights():
     [
         (other_weights, "same architecture, other weights: was pretrained=True forgotten"),
         (lambda: tiny_vit().half(), "cast to torch.float16"),
+        (
+            lambda: tiny_vit(img_size=64),
+            r"20,712 instead of 19,560 parameters.*for images of 32 x 32 px and this ViT is for 64 x 64 px, so their "
+            r"position embeddings differ in size. Build the ViT for 32 x 32 px \(img_size=\)",
+        ),
+        (lambda: tiny_vit(patch_size=16), "33,096 instead of 19,560 parameters, so it was built with other arguments"),
+        (lambda: tiny_vit(in_chans=1), "prompts are for images of 3 channels, this ViT is for 1"),
         (lambda: tiny_vit(depth=3), r"3 blocks.*another architecture"),
         (lambda: tiny_vit(embed_dim=48), "width 48"),
         (lambda: tiny_vit(num_heads=4), "2 heads.*4 heads"),
         (lambda: timm.create_model("test_vit"), "VisionTransformer .*given is test_vit"),
     ],
-    ids=["weights", "cast", "depth", "width", "heads", "architecture"],
+    ids=["weights", "cast", "image size", "patch size", "channels", "depth", "width", "heads", "architecture"],
 )
 def test_another_backbone_is_refused_and_stays_as_it_was(saved, build, words):
     vit = build()

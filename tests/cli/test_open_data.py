@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lpt_peft.cli import main
 from lpt_peft.cli.common.open_data import check_output, open_splits, open_test_splits
 from lpt_peft.cli.common.run_settings import ImageSettings
+from lpt_peft.data.images import LabelledImages
+from lpt_peft.data.sources import ArrayImages
 from lpt_peft.errors import InputError
 from tests.cli.runs import BACKBONE, NAMES, SMALL, same_prompts, write_images
 
@@ -51,16 +55,21 @@ def test_folders(data, tmp_path):
         "validation": [5, 2, 0],
         "test": [5, 5, 5],
     }
-    write_images(tmp_path / "train", [2, 2, 2])  # train/ among other classes is a class
-    write_images(tmp_path / "bus", [2, 2, 2])
+    write_images(tmp_path, [2, 2], names=["train", "bus"])  # train/ with images among other classes is a class
     (tmp_path / ".ipynb_checkpoints").mkdir()
-    assert open_splits(str(tmp_path), ImageSettings(), 0)["train"].class_names == ["bus", "train"]
+    train = open_splits(str(tmp_path), ImageSettings(), 0)["train"]
+    assert train.class_names == ["bus", "train"]
+    assert "note: class folders with the name of a split: 'train'" in str(train.summary)
+    shutil.rmtree(tmp_path / "train")
+    write_images(tmp_path / "train", [2, 2, 2])
+    with pytest.raises(InputError, match=r"bus, train, of which train look like splits.* Pass .*/train, or class_n"):
+        open_splits(str(tmp_path), ImageSettings(), 0)
     write_images(tmp_path / "test", [2, 2, 2])  # train/ with test/ is a split
     splits = open_splits(str(tmp_path), ImageSettings(), 0)
     assert {name: split.class_names for name, split in splits.items()} == {"train": NAMES, "test": NAMES}
     for name in ("val", "valid"):
         write_images(tmp_path / name, [2, 2, 2])
-    with pytest.raises(InputError, match="val and .*valid are for the same split"):
+    with pytest.raises(InputError, match="val and .*valid are for the same split: keep a single"):
         open_splits(str(tmp_path), ImageSettings(), 0)
     for name in ("train", "bus", "valid"):
         shutil.rmtree(tmp_path / name)
@@ -75,6 +84,61 @@ def test_folders(data, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("folders", "found"),
+    [
+        (["train"], {"train"}),
+        (["Train", "Test"], {"train", "test"}),
+        (["training", "testing"], {"train", "test"}),
+        (["TRAIN", "VAL"], {"train", "validation"}),
+        (["train", "eval", "test_set"], {"train", "validation", "test"}),
+        (["train2017", "val2017"], {"train", "validation"}),
+        (["images_train", "dev"], {"train", "validation"}),
+    ],
+)
+def test_names_of_splits_beside_entries_of_a_system(tmp_path, folders, found):
+    for folder in folders:
+        write_images(tmp_path / folder, [3, 2, 1])
+    for name in ("__MACOSX", ".git", "@eaDir"):
+        write_images(tmp_path / name / folders[0], [1, 1, 1])
+    splits = open_splits(str(tmp_path), ImageSettings(), 0)
+    assert counts(splits) == {name: [3, 2, 1] for name in found}
+    left_out = splits["train"].summary.left_out
+    assert {Path(name).name for name in left_out["hidden or system entry"]} == {"__MACOSX", ".git", "@eaDir"}
+
+
+def test_entries_beside_the_splits_are_named(tmp_path):
+    for folder in ("train", "test", "misc"):
+        write_images(tmp_path / folder, [2, 2, 2])
+    (tmp_path / "labels.csv").touch()
+    splits = open_splits(str(tmp_path), ImageSettings(validation_share=0.5), 0)
+    assert counts(splits) == {"train": [1, 1, 1], "validation": [1, 1, 1], "test": [2, 2, 2]}
+    assert splits["train"].summary.left_out == {
+        "outside the splits": [str(tmp_path / "labels.csv"), str(tmp_path / "misc")]
+    }
+
+
+@pytest.mark.parametrize("folders", [["Train", "misc"], ["train", "other", "more"], ["bus", "car", "test"]])
+def test_a_folder_of_class_folders_is_not_a_class(tmp_path, folders):
+    for folder in folders:
+        write_images(tmp_path / folder, [2, 2, 2])
+    with pytest.raises(InputError, match=f"{next(n for n in folders if 't' in n.lower())}.* look like splits"):
+        open_splits(str(tmp_path), ImageSettings(), 0)
+
+
+def test_training_images_in_other_splits_are_noted(data, tmp_path):
+    (tmp_path / "link").symlink_to(data / "train")
+    for val in (data / "train", tmp_path / "link", data / "train" / ".." / "train"):
+        splits = open_splits(str(data / "train"), ImageSettings(val=val, test=data / "test"), 0)
+        assert "note: all 31 images are also training images, such as " in str(splits["validation"].summary)
+        assert not splits["test"].summary.notes
+    files = [f"train/{name}/{number}.png {label}\n" for label, name in enumerate(NAMES) for number in range(3)]
+    (tmp_path / "train.txt").write_text("".join(files))
+    (tmp_path / "val.txt").write_text("".join([*files[:2], "val/ant/0.png 0\n"]))
+    splits = open_splits(str(tmp_path / "train.txt"), ImageSettings(root=data, val=tmp_path / "val.txt"), 0)
+    assert "note: 2 of 3 images are also training images, such as " in str(splits["validation"].summary)
+
+
+@pytest.mark.parametrize(
     ("source", "name", "imbalance"),
     [
         ("cifar100-lt:/a", "cifar100", 100),
@@ -84,9 +148,13 @@ def test_folders(data, tmp_path):
 )
 def test_cifar(monkeypatch, source, name, imbalance):
     seen = []
-    monkeypatch.setattr(
-        "lpt_peft.cli.common.open_data.cifar_lt", lambda *args, **options: seen.append((args, options["train"]))
-    )
+    images = LabelledImages(ArrayImages(np.zeros((2, 4, 4, 3), np.uint8), "zeros"), [0, 1])
+
+    def cifar(*args, **options):
+        seen.append((args, options["train"]))
+        return images
+
+    monkeypatch.setattr("lpt_peft.cli.common.open_data.cifar_lt", cifar)
     assert set(open_splits(source, ImageSettings(), 0)) == {"train", "test"}
     assert seen == [(("/a", name, imbalance), True), (("/a", name, imbalance), False)]
 

@@ -255,6 +255,68 @@ def test_labels_attribute_and_given_names():
     assert (data.class_names, data[1][0].mode, data[1][0].getpixel((0, 0))) == (["x", "y"], "RGB", (1, 1, 1))
 
 
+GREY = np.zeros((2, 2, 3), np.uint8)
+WITHOUT_LISTED_LABELS = {
+    "dictionaries": (lambda label: {"id": "x", "photo": "a", "image": Image.fromarray(GREY), "label": label}, "image"),
+    "other keys": (lambda label: {"pixels": torch.zeros(3, 2, 2), "kind": np.int64(label)}, "pixels"),
+    "label first": (lambda label: (label, Image.fromarray(GREY)), 1),
+    "label first, tensor": (lambda label: (torch.tensor(label), torch.zeros(3, 2, 2)), 1),
+    "shape (1,)": (lambda label: (Image.fromarray(GREY), np.array([label])), 0),
+    "one-hot": (lambda label: (Image.fromarray(GREY), torch.eye(3)[label]), 0),
+    "three values": (lambda label: (Image.fromarray(GREY), label, "more"), 0),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_LISTED_LABELS)
+@pytest.mark.parametrize("as_list", [True, False])
+def test_the_advice_without_labels_can_be_followed(name, as_list):
+    """The arguments in the message are evaluated, and give the labels."""
+    item, image_key = WITHOUT_LISTED_LABELS[name]
+    labels = [0, 2, 1, 1]
+
+    class Plain(Dataset):
+        def __len__(self):
+            return len(labels)
+
+        def __getitem__(self, index):
+            return item(labels[index])
+
+    dataset = list(map(item, labels)) if as_list else Plain()
+    if as_list and name == "three values":
+        assert from_dataset(dataset).labels == labels
+        return
+    with pytest.raises(InputError, match="lists no labels: ") as caught:
+        from_dataset(dataset)
+    expression, _, key = str(caught.value).removesuffix(".").rpartition("Pass labels=")[2].partition(" and image_key=")
+    expression = expression[expression.index("[") : expression.rindex("]") + 1]
+    data = from_dataset(dataset, eval(expression, {"dataset": dataset}), image_key=eval(key or "0"))
+    assert data.labels == labels
+    assert eval(key or "0") == image_key
+    assert np.asarray(data[1][0]).shape in ((2, 2, 3), (3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("target", "call"),
+    [(torch.tensor([[0], [2], [1]]), r"\.flatten\(\)\.tolist"), (torch.eye(3)[[0, 2, 1]], r"\.argmax\(1\)\.tolist")],
+)
+def test_the_advice_for_tensors(target, call):
+    dataset = TensorDataset(torch.zeros(3, 3, 4, 4), target)
+    with pytest.raises(InputError, match=rf"tensors\[1\] has the shape \(3, .*tensors\[1\]{call}") as caught:
+        from_dataset(dataset)
+    expression = str(caught.value).removesuffix(".").rpartition("Pass labels=")[2]
+    assert from_dataset(dataset, eval(expression, {"dataset": dataset})).labels == [0, 2, 1]
+
+
+def test_items_without_labels():
+    with pytest.raises(InputError, match="its items are of type Image, without a label. Pass labels=, the class of"):
+        from_dataset([Image.fromarray(GREY)] * 3)
+    with pytest.raises(InputError, match="tensors.0., without|type tuple, without a label"):
+        from_dataset(TensorDataset(torch.zeros(3, 3, 4, 4)))
+    for labels in (None, []):
+        with pytest.raises(InputError, match="list is empty: it has no image"):
+            from_dataset([], labels)
+
+
 def test_refusals():
     class Stream(IterableDataset):
         def __iter__(self):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lpt_peft.data._split_choice import choose_splits
 from lpt_peft.data.huggingface import from_huggingface, open_huggingface, parse_source
 from lpt_peft.errors import ConfigError, InputError, MissingExtraError, UnlabelledError
 from tests.data.make import color, seen, write_png
@@ -185,6 +186,66 @@ def test_open_huggingface(saved):
         assert splits["test"].class_names == ["animal", "thing"]
 
 
+def summaries(splits):
+    return {name: list(split.summary.notes) for name, split in splits.items()}
+
+
+def test_images_in_several_splits_are_noted(saved):
+    notes = summaries(open_huggingface(f"{saved},label=fine,validation=train"))
+    assert "3 images are also training images: the splits are train and train" in notes["validation"]
+    assert any("splits that are not used: dev, extra" in note for note in notes["train"])
+    splits = open_huggingface(f"{saved},label=fine,train=extra,validation=dev,test=dev")
+    assert "1 images are also images of validation: the splits are dev and dev" in summaries(splits)["test"]
+    assert not summaries(splits)["validation"]
+    splits = open_huggingface(f"{saved},label=coarse,train=test")
+    assert list(splits) == ["train", "validation"]
+    assert 'the split "test" is not used for test: it has images of the training split' in summaries(splits)["train"]
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "count"),
+    [
+        ("train[:80%]", "train[80%:]", 0),
+        ("train[:80%]", "train[50%:]", 30),
+        ("train", "train[-10:]", 10),
+        ("train[10:20]+valid", "valid[:3]+train[15:]", 8),
+        ("train[:10]", "valid", 0),
+    ],
+)
+def test_slices_that_overlap(train, validation, count):
+    """Compared with the rows that `datasets` itself selects."""
+    sizes = {"train": 100, "valid": 20}
+    found, notes = choose_splits({"train": train, "validation": validation}, {}, sizes)
+    assert found == {"train": train, "validation": validation}
+    rows = []
+    for expression in (train, validation):
+        parts = datasets.ReadInstruction.from_spec(expression).to_absolute(sizes)
+        rows.append({(part.splitname, row) for part in parts for row in range(part.from_, part.to)})
+    assert len(rows[0] & rows[1]) == count
+    assert [note.split()[0] for _, note in notes] == ([str(count)] if count else [])
+
+
+def test_other_names_of_splits(tmp_path):
+    table = hub_dataset()
+    datasets.DatasetDict(Training=table, eval=table, testing=table).save_to_disk(tmp_path / "names")
+    assert list(open_huggingface(str(tmp_path / "names"))) == ["train", "validation", "test"]
+
+
+@pytest.mark.parametrize("setting", ["config=x", "revision=v2"])
+def test_settings_of_the_hub_are_refused_for_a_folder(saved, setting):
+    with pytest.raises(ConfigError, match="is a folder of save_to_disk, without config= and revision="):
+        open_huggingface(f"hf:{saved},label=fine,{setting}")
+
+
+def test_errors_end_in_a_single_period(monkeypatch):
+    def load_dataset(*args, **options):
+        raise FileNotFoundError("Couldn't find any data file at /x.")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(InputError, match=r"any data file at /x\.$"):
+        open_huggingface("user/name")
+
+
 def test_open_huggingface_single_split(saved, tmp_path):
     hub_dataset().save_to_disk(tmp_path / "single")
     [(name, data)] = open_huggingface(str(tmp_path / "single")).items()
@@ -237,6 +298,7 @@ def test_configurations_and_slices_of_the_hub(monkeypatch):
 
 def test_parse_source():
     assert parse_source("hf:a/b") == ("a/b", {})
+    assert parse_source("hf: a/b , label=x,  config=y") == ("a/b", {"label": "x", "config": "y"})
     assert parse_source("a,b/c,label=x") == ("a,b/c", {"label": "x"})
     for source in ("a,lable=x", "a,label=", "a,label=x,label=y", "hf:,label=x", "hf:"):
         with pytest.raises(ConfigError, match="hf:NAME"):

@@ -385,6 +385,59 @@ def test_repeated_paths_are_noted(tmp_path):
     assert not any("lines repeat" in note for note in image_list(tmp_path / "list.txt", tmp_path).summary.notes)
 
 
+@pytest.mark.parametrize("ending", ["txt", "csv"])
+@pytest.mark.parametrize(
+    ("labels", "merged"),
+    [
+        (["0", "1", "01"], "'01', '1'"),
+        (["001", "0", "01"], "'001', '01'"),
+        (["00", "1", "0"], "'0', '00'"),
+        (["00", "01", "01"], None),
+        (["0", "1", "10"], None),
+    ],
+)
+def test_labels_that_differ_in_leading_zeros_are_noted(tmp_path, ending, labels, merged):
+    separator = "," if ending == "csv" else " "
+    lines = [f"{index}.png{separator}{label}\n" for index, label in enumerate(labels)]
+    (tmp_path / f"list.{ending}").write_text("".join(lines))
+    data = image_list(tmp_path / f"list.{ending}", tmp_path, [str(index) for index in range(11)], allow_empty=True)
+    assert data.labels == list(map(int, labels))
+    notes = [note for note in data.summary.notes if "leading zeros" in note]
+    text = "labels that differ only in leading zeros are the same class, such as"
+    assert notes == ([] if merged is None else [f"{text} {merged}"])
+
+
+def test_classes_of_a_table_that_look_alike_are_noted(tmp_path):
+    (tmp_path / "list.csv").write_text("path,label\n1.png,cat\n2.png,Cat\n3.png,dog\n")
+    data = image_list(tmp_path / "list.csv", tmp_path)
+    assert data.class_names == ["Cat", "cat", "dog"]
+    assert "classes whose names differ only in case, spaces or invisible characters: 'Cat', 'cat'" in data.summary.notes
+
+
+def test_a_column_of_splits(tmp_path):
+    file = tmp_path / "list.csv"
+    file.write_text("path,label,Split,id\n1.png,0,train,7\n2.png,1,train,8\n3.png,1,TEST,9\n")
+    with pytest.raises(InputError, match="several splits, test, train, in the column 'Split'. Write a file for each"):
+        image_list(file, tmp_path)
+    file.write_text("path,label,subset\n1.png,0,train\n2.png,1,\n")
+    with pytest.raises(InputError, match="several splits, others, train, in the column 'subset'"):
+        image_list(file, tmp_path, path_column="path", label_column="label")
+    file.write_text("path,label,split,id\n1.png,0,train,7\n2.png,1,train,8\n")
+    data = image_list(file, tmp_path)
+    assert data.labels == [0, 1]
+    assert "the first row is read as a header: path, label, split, id; not used: split, id" in data.summary.notes
+    file.write_text("path,label,fold\n1.png,0,1\n2.png,1,2\n")
+    assert image_list(file, tmp_path).labels == [0, 1], "numbered folds are no splits"
+
+
+@pytest.mark.parametrize("line", ['{"path": "1.png", "label": 0}', '{"path":"1.png","label":0}', '[["1.png",0],'])
+def test_json_lines_get_their_own_advice(tmp_path, line):
+    (tmp_path / "list.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match="looks like JSON. Write lines like") as caught:
+        image_list(tmp_path / "list.jsonl", tmp_path)
+    assert ".csv" not in str(caught.value)
+
+
 def test_inaturalist_without_annotations_is_unlabelled(tmp_path):
     content = inat_json()
     del content["annotations"]

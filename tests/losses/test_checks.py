@@ -98,6 +98,7 @@ def test_unchecked_label_out_of_range_fails_in_torch(monkeypatch):
         (np.array([5, 3], dtype=object), "class_counts must be one integer per class, not"),
         ([2**24 + 1.5, 2.0], r"class_counts\[0\]=16777217.5 "),
         ([[1], [2, 3]], "class_counts must be one integer per class, not"),
+        (np.unique([0, 1, 1], return_counts=True), "not a tuple of arrays or tensors: use torch.bincount"),
         ([2**70], "class_counts must be one integer per class, not"),
     ],
 )
@@ -135,7 +136,12 @@ def test_invalid_class_counts(counts, words):
         ),
         ({"target": torch.zeros(4, dtype=torch.complex64)}, "not torch.complex64"),
         ({"target": [0, 1, 2, 3]}, r"target must be a tensor, not list: pass torch\.as_tensor\(target\)"),
-        ({"target": (torch.zeros(4), torch.zeros(4), 0.5)}, "target must be a tensor, not tuple"),
+        (
+            {"target": (torch.zeros(4), torch.zeros(4), 0.5)},
+            r"target must be a tensor, not tuple: pass a single tensor .*weight \* one_hot\(y1, C\) \+",
+        ),
+        ({"target": None}, "target must be a tensor, not None: the batch has no labels"),
+        ({"target": {"a": torch.zeros(4), "b": 0}}, "not dict: pass the tensor of labels among its entries, a, b"),
         (
             {"target": torch.zeros(4, dtype=torch.long, device="meta")},
             r"target is on meta, but logits are on cpu: pass",
@@ -144,9 +150,12 @@ def test_invalid_class_counts(counts, words):
         ({"noise": 0.5}, "noise must be a tensor, not float"),
         ({"target": torch.zeros(4, dtype=torch.bool)}, "not torch.bool"),
         ({"noise": torch.zeros(4, 6, requires_grad=True)}, r"noise requires a gradient.*noise.detach\(\)"),
-        ({"target": torch.zeros(3, dtype=torch.long)}, r"class indices of shape \(4,\) or .* of shape \(3,\)\.$"),
+        (
+            {"target": torch.zeros(3, dtype=torch.long)},
+            r"class indices of shape \(4,\) .* shape \(3,\): pass .*same batch",
+        ),
         ({"target": torch.zeros(4, 6, dtype=torch.long)}, r"torch.int64 of shape \(4, 6\): pass target\.float\(\) if"),
-        ({"target": torch.tensor(1)}, r"not torch.int64 of shape \(\)\.$"),
+        ({"target": torch.tensor(1)}, r"not torch.int64 of shape \(\): pass .*same batch"),
         ({"logits": torch.zeros(4, 5)}, "logits have 5 columns, but class_counts has 6 entries"),
         ({"logits": torch.zeros(6)}, r"logits must be floating point \(B, C\) .* shape \(6,\)"),
         ({"logits": torch.zeros(4, 6, 2)}, r"logits must be floating point .* shape \(4, 6, 2\)"),

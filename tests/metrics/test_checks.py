@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,6 +13,14 @@ import torch
 from lpt_peft.errors import InputError, LPTError
 from lpt_peft.metrics import ShotMetrics, shot_groups, shot_metrics
 from tests.metrics.oracle import COUNTS, SIZE, draw, filled
+
+
+class Output(NamedTuple):
+    """The output of a model."""
+
+    logits: torch.Tensor
+    features: torch.Tensor
+
 
 GOOD = torch.zeros(2, SIZE)
 LABELS = torch.tensor([1, 2])
@@ -31,13 +40,16 @@ INVALID_BATCHES = {
         GOOD.softmax(1),
         r"shape \(2, 10\)\. Convert rows of scores with target\.argmax",
     ),
-    "mapping": (GOOD, {0: 1, 1: 2}, "target must be a tensor or sequence of integers"),
+    "mapping": (GOOD, {0: 1, 1: 2}, "target must be a tensor or sequence of integers, not a dict"),
     "generator": (GOOD, (label for label in [1, 2]), "target must be a tensor or sequence of integers"),
-    "unlabeled": (GOOD, [1, None], "target must be a tensor or sequence of integers"),
+    "unlabeled": (GOOD, [1, None], "a tensor or sequence of integers, not a list whose entry 1 is None"),
     "large": (GOOD, np.array([1, 2**63], dtype=np.uint64), r"target\[1\]=.* is out of range"),
     "bool target": (GOOD, LABELS.bool(), r"target must be integers \(N,\), not torch.bool"),
-    "words": (GOOD, ["a", "b"], "target must be a tensor or sequence of integers"),
+    "words": (GOOD, ["a", "b"], "sequence of integers, not a list whose entry 0 is 'a'"),
     "ragged": (GOOD, [[1], [1, 2]], "target must be a tensor or sequence of integers"),
+    "output": (Output(GOOD, GOOD), LABELS, r"logits is of type Output, not a tensor: pass output\.logits"),
+    "tuple": ((GOOD, GOOD), LABELS, "logits must be one-dimensional, not a tuple of arrays or tensors"),
+    "pair": (GOOD, (LABELS, LABELS, 0.5), "target must be one-dimensional, not a tuple of arrays or tensors"),
     "columns": (torch.zeros(2, SIZE - 1), LABELS, r"logits must be \(B, 10\).*not \(2, 9\)"),
     "no columns": (torch.zeros(2), LABELS, r"logits must be \(B, 10\).*not \(2,\).*integers"),
     "three dimensions": (torch.zeros(2, 3, SIZE), LABELS, r"logits must be \(B, 10\)"),
@@ -76,6 +88,7 @@ def test_logits_without_softmax(value, dtype):
     [
         ([5, -1], r"class_counts\[1\]=-1 is negative"),
         ([], "class_counts"),
+        (np.unique([0, 1, 1], return_counts=True), "not a tuple of arrays or tensors.*bincount"),
         (torch.empty(0, dtype=torch.int64), "class_counts is empty"),
         ([1.5, 2.0], "class_counts must be integers .*float32.*bincount"),
         ([True, False], "class_counts must be integers .*bool"),

@@ -1,6 +1,6 @@
 """The training, validation and test images that DATA of a command names.
 
-    FOLDER              a folder for each class; or train/, val/ and test/ with such folders
+    FOLDER              a folder for each class; or train/, val/ and test/ with such folders, also as Train/, eval/, ...
     LIST.txt            "path label" lines, with --root, --val and --test
     FILE.json           iNaturalist 2018's annotations, with --root, --val and --test
     hf:NAME,KEY=VALUE   a data set of Hugging Face `datasets`, of the Hub or saved in a folder; see `data.huggingface`
@@ -11,30 +11,32 @@ Not here: reading them (`lpt_peft.data`).
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.run_settings import ImageSettings
 from lpt_peft.data.cifar import cifar_lt
 from lpt_peft.data.files.formats import image_endings
+from lpt_peft.data.files.walk import HIDDEN, is_hidden
 from lpt_peft.data.folder import image_folder
 from lpt_peft.data.huggingface import open_huggingface
 from lpt_peft.data.image_list import image_list
 from lpt_peft.data.images import LabelledImages, Options
 from lpt_peft.data.inaturalist import inaturalist
+from lpt_peft.data.split_names import by_split, split_of
 from lpt_peft.data.transforms import transforms
 from lpt_peft.errors import InputError
 from lpt_peft.recipe.loading.split import split_validation
 
 _HUGGING_FACE = "hf:"
 _CIFAR = re.compile(r"(cifar10|cifar100)-lt(?:-(\d+(?:\.\d+)?))?:(.+)")
-SPLITS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
-"""Each split, with the names that a folder or a Hugging Face split of it may have."""
+_OUTSIDE = "outside the splits"
 
 
 def open_splits(data: str, images: ImageSettings, seed: int, *, allow_empty: bool = False) -> dict[str, LabelledImages]:
@@ -44,14 +46,15 @@ def open_splits(data: str, images: ImageSettings, seed: int, *, allow_empty: boo
         data: As on the command line.
         images: Where the other splits are, and the share to hold out for validation.
         seed: Chooses the images that are held out.
-        allow_empty: Accept a training split with a single class, or with classes that have no image.
+        allow_empty: Accept a training split with a single class, or with classes that have no image; the classes of a
+            list without names are counted by its labels.
 
     Raises:
         InputError: DATA is of no known kind, or breaks a rule of `lpt_peft.data`.
     """
     splits: dict[str, LabelledImages]
     if data.startswith(_HUGGING_FACE):
-        splits = open_huggingface(data, unreadable=images.unreadable, allow_empty=allow_empty)
+        splits = open_huggingface(data, unreadable=images.unreadable, allow_empty="infer" if allow_empty else False)
     elif match := _CIFAR.fullmatch(data):
         reader = partial(cifar_lt, match[3], match[1], float(match[2] or 100), unreadable=images.unreadable)  # type: ignore[arg-type]
         splits = {"train": reader(train=True), "test": reader(train=False)}
@@ -60,10 +63,14 @@ def open_splits(data: str, images: ImageSettings, seed: int, *, allow_empty: boo
         folders = _split_folders(path)
         if folders and "train" not in folders:
             raise InputError(f"{data} holds {', '.join(folder.name for folder in folders.values())}, but no train.")
-        splits = {"train": _read(folders.pop("train", path), images, allow_empty=allow_empty)}
+        others = _outside(path, folders) if folders else {}
+        splits = {"train": _read(folders.pop("train", path), images, allow_empty="infer" if allow_empty else False)}
+        for reason, names in others.items():
+            splits["train"].add_left_out(reason, names)
         splits |= _read_labelled(folders, images, splits["train"].class_names)
     given = {name: path for name, path in (("validation", images.val), ("test", images.test)) if path}
     splits |= {name: _read(path, images, splits["train"].class_names) for name, path in given.items()}
+    _note_shared_files(splits)
     if images.validation_share and "validation" not in splits:
         train = splits["train"]
         kept, held_out = split_validation(train.labels, images.validation_share, seed=seed)
@@ -109,8 +116,7 @@ def check_output(output: Path, data: str, images: ImageSettings) -> None:
         if source is None or not path.is_dir() or not place.is_relative_to(path):
             continue
         splits = _split_folders(path)
-        names = {name for words in SPLITS.values() for name in words}
-        if len(splits) < 2 or place == path or place.relative_to(path).parts[0] in names:
+        if len(splits) < 2 or place == path or split_of(place.relative_to(path).parts[0]):
             raise InputError(
                 f"--output {output} is in {source}, which is read for images: the next run would count it as a class. "
                 f"Choose a folder outside, such as --output {path.with_name(f'{path.name}-run')}."
@@ -147,19 +153,54 @@ def _existing(data: str) -> Path:
 def _split_folders(path: Path) -> dict[str, Path]:
     """Find the folders of splits in `path`.
 
-    A single folder of that kind among other folders is a class like them; train/ with val/ or test/ is not.
+    Hidden and system folders do not count. A single folder of a split among other folders is left to `image_folder`,
+    which accepts it as a class or refuses it; train/ with val/ or test/ is not a class.
 
     Raises:
         InputError: A split has two folders.
     """
-    found = {name: [path / word for word in words if (path / word).is_dir()] for name, words in SPLITS.items()}
-    if repeated := [folders for folders in found.values() if len(folders) > 1]:
-        raise InputError(f"{' and '.join(map(str, repeated[0]))} are for the same split: keep only the right folder.")
-    splits = {name: folders[0] for name, folders in found.items() if folders}
-    if splits and ("train" not in splits or len(splits) == 1):
-        entries = (entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        return {} if any(entry not in splits.values() for entry in entries) else splits
-    return splits
+    if not path.is_dir():
+        return {}
+    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not is_hidden(entry.name))
+    found = by_split(folders)
+    if ("train" not in found or len(found) == 1) and not all(map(split_of, folders)):
+        return {}
+    if repeated := [names for names in found.values() if len(names) > 1]:
+        raise InputError(
+            f"{' and '.join(str(path / name) for name in repeated[0])} are for the same split: keep a single folder."
+        )
+    return {split: path / names[0] for split, names in found.items()}
+
+
+def _outside(path: Path, folders: Mapping[str, Path]) -> dict[str, list[str]]:
+    """Entries of `path` beside the folders of splits, for each reason why they are left out."""
+    found: dict[str, list[str]] = {}
+    for entry in sorted(path.iterdir()):
+        if entry not in folders.values():
+            found.setdefault(HIDDEN if is_hidden(entry.name) else _OUTSIDE, []).append(str(entry))
+    return found
+
+
+def _note_shared_files(splits: Mapping[str, LabelledImages]) -> None:
+    """Add a note to validation and test splits that contain files of the training split."""
+    files = {name: _real_paths(split) for name, split in splits.items() if name != "train"}
+    names = {os.path.basename(path) for paths in files.values() for path in paths}  # noqa: PTH119 - a Path is slow
+    train = _real_paths(splits["train"], names) if names else set()
+    for name, split in splits.items():
+        if name != "train" and (shared := sorted(files[name] & train)):
+            count = f"all {len(split)}" if len(shared) == len(split) else f"{len(shared)} of {len(split)}"
+            split.add_note(
+                f"{count} images are also training images, such as {shared[0]}: the accuracy on them says nothing "
+                "about new images"
+            )
+
+
+def _real_paths(split: LabelledImages, names: Set[str] | None = None) -> set[str]:
+    """Paths of the images, or of those with a file name in `names`; only links to folders are resolved: it is quick."""
+    resolve = cache(os.path.realpath)
+    paths = (split.images.path(position) for position in range(len(split)))
+    parts = (path.rpartition(os.sep) for path in paths if path is not None)
+    return {f"{resolve(folder or '.')}{os.sep}{name}" for folder, _, name in parts if names is None or name in names}
 
 
 def _read_labelled(
@@ -176,7 +217,11 @@ def _read_labelled(
 
 
 def _read(
-    path: Path, images: ImageSettings, class_names: Sequence[str] | None = None, *, allow_empty: bool = True
+    path: Path,
+    images: ImageSettings,
+    class_names: Sequence[str] | None = None,
+    *,
+    allow_empty: bool | Literal["infer"] = True,
 ) -> LabelledImages:
     """Open a split; `class_names` are those of the training split."""
     options: Options = {"unreadable": images.unreadable, "allow_empty": allow_empty}

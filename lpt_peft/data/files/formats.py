@@ -22,6 +22,7 @@ _PLUGINS = {
     "drawing; convert it": (".svg", ".svgz", ".pdf", ".eps", ".ps", ".ai", ".wmf", ".emf"),
     "video": (".mp4", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".m4v", ".fli", ".flc"),
 }
+NO_ENDING, OTHER_ENDING = "no file ending", "not an image ending"
 _REASONS = {ending: reason for reason, endings in _PLUGINS.items() for ending in endings}
 
 
@@ -64,8 +65,10 @@ def reason_of_ending(name: str) -> str:
 
     Example:
         >>> reason_of_ending("a/IMG_1.HEIC"), reason_of_ending("notes.txt"), reason_of_ending("README")
-        ('HEIC photo; pip install pillow-heif', 'not an image (.txt)', 'not an image (no ending)')
+        ('HEIC photo; pip install pillow-heif', 'not an image ending (.txt)', 'no file ending')
     """
     ending = PurePath(name).suffix.lower()
-    described = ending if len(ending) < 10 and ending.isprintable() else "unusual ending"
-    return _REASONS.get(ending, f"not an image ({described or 'no ending'})")
+    if not ending:
+        return NO_ENDING
+    described = ending if len(ending) < 12 and ending.isprintable() else "unusual"
+    return _REASONS.get(ending, f"{OTHER_ENDING} ({described})")

@@ -6,13 +6,16 @@ import codecs
 import csv
 import re
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 from lpt_peft.data.files.formats import image_endings
+from lpt_peft.data.files.list_checks import refuse_several_splits, spelling_notes
 from lpt_peft.data.files.path_list import PathList
+from lpt_peft.data.split_names import split_of
 from lpt_peft.errors import InputError, UnlabelledError
 
 TABLES = (".csv", ".tsv")
@@ -20,6 +23,8 @@ _MAX_DIGITS = 18  # fit 64 bits
 _QUOTES_AND_SPACES = b"\"' \t\v\f"
 _EXAMPLE = "Write lines like: a/airfield/0001.jpg 0"
 _PATH_COLUMNS = {"path", "file", "filename", "filepath", "image", "imagepath", "img", "imgpath", "imagename", "fname"}
+_SPLIT_COLUMNS = {"split", "splits", "subset", "set", "partition", "phase", "usage", "dataset", "fold"}
+_ZERO = ord("0")
 _LABEL_COLUMNS = {"label", "class", "target", "category", "labels", "classid", "labelid", "classname", "y"}
 
 
@@ -31,7 +36,7 @@ class ImageTable:
     hashes: array[int]
     labels: array[int]
     names: list[str] | None = None
-    header: list[str] | None = None
+    notes: Sequence[str] = ()
 
 
 def read_list(file: Path, class_names: Sequence[str] | None, exists: Callable[[str], bool]) -> ImageTable:
@@ -49,6 +54,7 @@ def read_list(file: Path, class_names: Sequence[str] | None, exists: Callable[[s
     paths, hashes, labels = PathList(), array("q"), array("q")
     add_path, add_hash, add_label = paths.append, hashes.append, labels.append  # this loop is the time of long lists
     label_of = {name: label for label, name in enumerate(class_names or ())}
+    padded: Counter[bytes] = Counter()
     endings = image_endings()
     with _reported(file), file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -66,13 +72,16 @@ def read_list(file: Path, class_names: Sequence[str] | None, exists: Callable[[s
                 add_label(number_of_name)
             else:
                 add_label(int(label))
+                if label[0] == _ZERO and len(label) > 1:
+                    padded[label] += 1
             if path[0] in _QUOTES_AND_SPACES:
                 path = _unquoted(path.strip())
             if b" " in path:
                 _check_columns(_place(file, number, fields), _decoded(path), _decoded(label), exists, endings)
             add_hash(hash(path))
             add_path(path)
-    return _not_empty(file, ImageTable(paths, hashes, labels))
+    notes = spelling_notes(labels, Counter({_decoded(text): count for text, count in padded.items()}))
+    return _not_empty(file, ImageTable(paths, hashes, labels, notes=notes))
 
 
 def read_table(
@@ -87,9 +96,11 @@ def read_table(
         label_column: Header of the column of labels; None finds it.
 
     Raises:
-        InputError: The file cannot be read or is empty, the columns are unknown, or a row has no label.
+        InputError: The file cannot be read or is empty, the columns are unknown, a row has no label, or a column
+            such as "split" has the names of several splits.
     """
     paths, texts = PathList(), []
+    splits: set[tuple[str, str | None]] = set()
     with _reported(file), file.open("rb") as stream:
         _refuse_utf16(file, stream.readline())
     with _reported(file), file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
@@ -100,14 +111,21 @@ def read_table(
         if not first:
             raise InputError(f'The image list {file} is empty; write a row "path,label" for every image.')
         columns, has_header = _columns(file, first, second or first, path_column, label_column)
+        split_columns = [place for place, cell in enumerate(first) if _plain(cell) in _SPLIT_COLUMNS and has_header]
         for row in chain([] if has_header else [first], [second] if second else [], filled):
             cells = [row[column] if column < len(row) else "" for column in columns]
             if not all(cells):
                 raise InputError(f"{file}, line {rows.line_num}: {_short(','.join(row))!r} has no path or no label.")
             paths.append(cells[0])
             texts.append(cells[1])
+            splits.update((first[place], split_of(row[place])) for place in split_columns if place < len(row))
+    refuse_several_splits(file, splits)
     table = _numbered(file, paths, texts, class_names)
-    return _not_empty(file, replace(table, header=first if has_header else None))
+    if has_header:
+        unread = ", ".join(cell for place, cell in enumerate(first) if place not in columns)
+        note = f"the first row is read as a header: {', '.join(first)}" + (f"; not used: {unread}" if unread else "")
+        table = replace(table, notes=[note, *table.notes])
+    return _not_empty(file, table)
 
 
 def _numbered(file: Path, paths: PathList, texts: list[str], class_names: Sequence[str] | None) -> ImageTable:
@@ -120,7 +138,9 @@ def _numbered(file: Path, paths: PathList, texts: list[str], class_names: Sequen
             "without a label."
         )
     if all(label is not None for label in integers):
-        return ImageTable(paths, hashes, array("q", [label for label in integers if label is not None]))
+        labels = array("q", [label for label in integers if label is not None])
+        padded = Counter(text for text in texts if text[0] == "0" and len(text) > 1)
+        return ImageTable(paths, hashes, labels, notes=spelling_notes(labels, padded))
     names = [str(name) for name in class_names] if class_names is not None else sorted(set(texts))
     label_of = {name: label for label, name in enumerate(names)}
     numbers = [text for text, label in zip(texts, integers, strict=True) if label is not None]
@@ -135,6 +155,10 @@ def _numbered(file: Path, paths: PathList, texts: list[str], class_names: Sequen
     return ImageTable(paths, hashes, array("q", [label_of[text] for text in texts]), names)
 
 
+def _plain(header: str) -> str:
+    return "".join(filter(str.isalnum, header.lower()))
+
+
 def _columns(
     file: Path, first: list[str], second: list[str], path_column: str | None, label_column: str | None
 ) -> tuple[tuple[int, int], bool]:
@@ -147,7 +171,7 @@ def _columns(
     for argument, name in given.items():
         if name is not None and name not in first:
             raise InputError(f"{file} has no column {argument}={name!r}; the columns are {first}.")
-    plain = ["".join(filter(str.isalnum, cell.lower())) for cell in first]
+    plain = [_plain(cell) for cell in first]
     found = {
         "path_column": [place for place, cell in enumerate(plain) if cell in _PATH_COLUMNS],
         "label_column": [place for place, cell in enumerate(plain) if cell in _LABEL_COLUMNS],
@@ -197,7 +221,9 @@ def _check_columns(place: str, path: str, label: str, exists: Callable[[str], bo
 def _bad_line(place: str, fields: list[str], first: bool) -> InputError:
     """Error for a line without an integer label, with advice that fits it."""
     label = fields[-1]
-    if len(fields) == 1:
+    if fields[0].startswith(("{", "[")):
+        advice = f"The list looks like JSON. {_EXAMPLE}"
+    elif len(fields) == 1:
         if "," in label or ";" in label:
             advice = "Columns separated by commas are read from files that end in .csv: rename the list."
         elif first and Path(label).suffix.lower() in image_endings():

@@ -7,7 +7,9 @@ not applied, and of an animation the first frame is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -119,9 +121,19 @@ def identify(stream: BinaryIO) -> Image.Image:
         OSError: The content is not an image.
     """
     try:
-        return Image.open(stream, formats=readable_formats())
+        image = Image.open(stream, formats=readable_formats())
     except UnidentifiedImageError as error:
         raise UnidentifiedImageError(f"not an image: {_explain(stream)}") from error
+    _scale_transparent_color(image)
+    return image
+
+
+@contextmanager
+def without_pillow_warnings() -> Iterator[None]:
+    """Silence Pillow's warnings about single files, which would be repeated in every epoch; check_images lists them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 def read_image(file: str | os.PathLike[str] | bytes | BinaryIO, reading: Reading | None = None) -> Image.Image:
@@ -135,7 +147,8 @@ def read_image(file: str | os.PathLike[str] | bytes | BinaryIO, reading: Reading
         OSError: As `open_image`.
         InputError: As `Reading`.
     """
-    image: Image.Image = (reading or Reading())(open_image(file))
+    with without_pillow_warnings():
+        image: Image.Image = (reading or Reading())(open_image(file))
     return image
 
 
@@ -157,6 +170,19 @@ def has_transparency(image: Image.Image) -> bool:
 def is_deep_grey(image: Image.Image) -> bool:
     """Whether an image is grey with more than 8 bits and a known white value."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def _scale_transparent_color(image: Image.Image) -> None:
+    """Scale the transparent colour of a PNG image to 8 bits like its pixels, which Pillow omits; before `load`."""
+    color, tiles = image.info.get("transparency"), getattr(image, "tile", None)
+    if image.format != "PNG" or color is None or not tiles:
+        return
+    raw_mode = tiles[0][3]
+    step = {"1": 255, "L;2": 85, "L;4": 17}.get(raw_mode, 1)
+    if isinstance(color, int) and color * step <= 255:
+        image.info["transparency"] = color * step
+    elif isinstance(color, tuple) and raw_mode == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in color)
 
 
 def _to_rgb(image: Image.Image, background: Color) -> Image.Image:

@@ -1,7 +1,7 @@
 """Walk through class folders: every image once, and the reason for every entry that is left out.
 
-Hidden and system entries are never images or classes. A link to a file is followed. A link to a folder is followed if
-the folder is not counted elsewhere in the walk, so links that lead back into the tree add nothing.
+Hidden and system entries are never images or classes. A link is followed if its target is not counted elsewhere in
+the walk, so links that lead back into the tree, and several links to the same target, add nothing.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ClassFolders:
         class_names: Names of the class folders, sorted, including those without an image.
         paths: Images relative to `root`: class after class, and in a class by folder, then by name.
         labels: (N,) int64, position of the class in `class_names`.
-        left_out: For each reason, the entries that are not images, relative to `root`; folders end in a separator.
+        left_out: For each reason, the entries that are not images, relative to `root`.
     """
 
     def __init__(self, root: str | os.PathLike[str], ignore: Iterable[str | os.PathLike[str]] = ()) -> None:
@@ -182,7 +182,8 @@ class ClassFolders:
                 self._enter(class_name, path, real)
 
     def _follow_file_links(self) -> None:
-        for class_name, folder, name in self._file_links:
+        followed: set[str] = set()
+        for class_name, folder, name in sorted(self._file_links):
             path = folder + os.sep + name
             real = os.path.realpath(path)
             if not os.path.exists(real):  # noqa: PTH110
@@ -190,9 +191,10 @@ class ClassFolders:
             elif self._is_ignored(real):
                 self._leave_out(IGNORED, path)
             elif self._is_image(name, path, os.path.isfile(real)):  # noqa: PTH113
-                if self._is_counted(real):
+                if real in followed or self._is_counted(real):
                     self._leave_out(REPEATED, path)
                 else:
+                    followed.add(real)
                     self._images[class_name][folder].append(name)
 
     def _is_counted(self, real: str) -> bool:

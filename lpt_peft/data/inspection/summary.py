@@ -24,9 +24,9 @@ class DataSummary:
         notes: Remarks on the data, such as classes whose names look alike.
 
     Example:
-        >>> print(DataSummary(4, ["cat", "dog"], [3, 1], left_out={"not an image (.txt)": ["cat/notes.txt"]}))
+        >>> print(DataSummary(4, ["cat", "dog"], [3, 1], left_out={"not an image ending (.txt)": ["cat/notes.txt"]}))
         4 images of 2 classes; largest class cat (3), smallest class dog (1)
-        1 left out: not an image (.txt): cat/notes.txt
+        1 left out: not an image ending (.txt): cat/notes.txt
     """
 
     images: int
@@ -71,8 +71,8 @@ class DataSummary:
         """Lines of the text, with or without those about files that were left out."""
         (large, most), (small, fewest) = self.largest, self.smallest
         lines = [
-            f"{self.images} images of {self.num_classes} classes; largest class {printable(large)} ({most}), smallest "
-            f"class {printable(small)} ({fewest})"
+            f"{self.images} images of {self.num_classes} classes; largest class {_visible(large)} ({most}), smallest "
+            f"class {_visible(small)} ({fewest})"
         ]
         if self.empty:
             lines.append(f"{len(self.empty)} classes without an image: {_names(self.empty)}")
@@ -105,6 +105,12 @@ class DataSummary:
             "unreadable": {"count": len(self.unreadable), "files": list(self.unreadable[:names])},
             "notes": list(self.notes),
         }
+
+
+def _visible(name: str) -> str:
+    """A class name; in quotes where spaces or invisible characters would be lost."""
+    plain = name.isprintable() and name == name.strip()
+    return printable(name) if plain else printable(repr(name))
 
 
 def _names(names: Sequence[str]) -> str:

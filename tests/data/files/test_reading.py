@@ -210,6 +210,26 @@ def test_transparent_16_bit_grey():
     assert np.asarray(Reading(background=GREEN)(image)).tolist() == rows
 
 
+@pytest.mark.parametrize(("bits", "packed"), [(1, 0b10110001), (2, 0b00011011), (4, 0x01)])
+def test_transparent_grey_of_few_bits(bits, packed):
+    """Eight bits of pixels; the transparent value is that of the last pixel, 1 or the largest."""
+    count, largest = 8 // bits, 2**bits - 1
+    values = [packed >> (8 - bits * (place + 1)) & largest for place in range(count)]
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", count, 1, bits, 0, 0, 0, 0))
+    for hidden_value in {values[-1], 0}:
+        transparent = chunk(b"tRNS", struct.pack(">H", hidden_value))
+        data = chunk(b"IDAT", zlib.compress(bytes([0, packed])))
+        file = b"\x89PNG\r\n\x1a\n" + header + transparent + data + chunk(b"IEND", b"")
+        pixels = np.asarray(read_image(file, Reading(background=GREEN)))[0].tolist()
+        assert pixels == [list(GREEN) if v == hidden_value else [v * 255 // largest] * 3 for v in values]
+
+
+def test_transparent_16_bit_colour():
+    pixels = np.array([[[0x1234, 0x5678, 0x9ABC], [0xFFFF, 0, 0x8000]]])
+    file = png(pixels, 16, 2, chunk(b"tRNS", struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC)))
+    assert np.asarray(read_image(file, Reading(background=GREEN))).tolist() == [[list(GREEN), [0xFF, 0, 0x80]]]
+
+
 def test_16_bit_colour_is_read_with_8_bits():
     pixels = np.random.default_rng(1).integers(0, 65536, (5, 4, 3))
     assert np.array_equal(np.asarray(read_image(png(pixels, 16, 2))), pixels >> 8)

@@ -134,6 +134,7 @@ def walk_by_hand(root: str) -> tuple[Counter[str], int]:
         collect(link, label)
         for folder in set(seen_folders) - before:
             shown[folder] = link + folder[len(real) :]
+    file_links = []
     for folder, label in seen_folders.items():
         for entry in visible(folder):
             path = f"{folder}/{entry}"
@@ -145,11 +146,15 @@ def walk_by_hand(root: str) -> tuple[Counter[str], int]:
             if os.path.splitext(entry)[1].lower() not in readable or not os.path.isfile(path):
                 continue
             if os.path.islink(path):
-                place, name = os.path.split(os.path.realpath(path))
-                counted = place in seen_folders and not hidden(name)
-                if counted and os.path.splitext(name)[1].lower() in readable:
-                    continue
+                file_links.append((shown[folder], entry, os.path.realpath(path), label))
+                continue
             counts[label] += 1
+    taken = set()
+    for _, _, real, label in sorted(file_links):
+        place, name = os.path.split(real)
+        counted = place in seen_folders and not hidden(name) and os.path.splitext(name)[1].lower() in readable
+        counts[label] += not counted and real not in taken
+        taken.add(real)
     broken += sum(not os.path.exists(f"{root}/{entry}") for entry in visible(root))
     return counts, broken
 
@@ -228,12 +233,14 @@ def test_links_back_into_the_tree_add_nothing(tmp_path):
     (outside / "back").symlink_to(root)
     (outside / "self").symlink_to(outside)
     (root / "b" / "single.png").symlink_to(outside.parent / "single.png")
+    (root / "b" / "twice.png").symlink_to(outside.parent / "single.png")  # of several links the first counts
     write_png(tmp_path / "single.png", 5)
     (root / "b" / "gone.png").symlink_to("nowhere.png")
     (root / "b" / "circle.png").symlink_to("circle.png")
     found = ClassFolders(root)
     assert images(found) == {"a": ["a/1.png"], "b": ["b/2.png", "b/single.png", "b/more/3.png", "b/more/sub/4.png"]}
     links = ["a/loop", "a/other", "a/top", "a/up", "again", "b/more/back", "b/more/self", "b/more2", "b/same.png"]
+    links.append("b/twice.png")
     assert names(found, REPEATED) == links
     assert names(found, BROKEN) == ["b/circle.png", "b/gone.png"]
     data = image_folder(root, verify="decode")
@@ -281,10 +288,32 @@ def test_every_ending_that_pillow_opens_is_an_image_and_the_others_are_named(tmp
         "HEIC photo; pip install pillow-heif": 2,
         "drawing; convert it": 2,
         "video": 1,
-        "not an image (.csv)": 1,
-        "not an image (no ending)": 1,
+        "not an image ending (.csv)": 1,
+        "no file ending": 1,
     }
     assert "2 left out: HEIC photo; pip install pillow-heif: b/1.heic, b/2.HEIC" in str(data.summary)
+
+
+def test_images_without_an_image_ending_are_noted(tmp_path):
+    for name in ("a", "b"):
+        write_png(tmp_path / name / "1.png", 1)
+    for number in range(3):
+        write_png(tmp_path / "x.png", number)
+        (tmp_path / "x.png").rename(tmp_path / "a" / f"{number}.jpg_large")
+    write_png(tmp_path / "x.png", 1)
+    (tmp_path / "x.png").rename(tmp_path / "b" / "4f2a")
+    for name in ("b/5c3d", "b/README", "b/notes.txt"):
+        touch(tmp_path / name)
+    summary = image_folder(tmp_path).summary
+    assert {reason: list(files) for reason, files in summary.left_out.items()} == {
+        "not an image ending (.jpg_large)": [f"a/{number}.jpg_large" for number in range(3)],
+        "no file ending": ["b/4f2a", "b/5c3d", "b/README"],
+        "not an image ending (.txt)": ["b/notes.txt"],
+    }
+    first, second = summary.notes
+    assert first.startswith("3 of 3 files that were opened contain images but are left out (not an image ending (.jpg_")
+    assert second.startswith("1 of 3 files that were opened contain images but are left out (no file ending)")
+    assert "such as b/4f2a: rename them" in second
 
 
 def test_special_files_are_not_opened(tmp_path):
@@ -370,9 +399,13 @@ def test_look_alike_class_folders(tmp_path):
         write_png(tmp_path / "case" / name / "1.png", 1)
     data = image_folder(tmp_path / "case")
     assert data.class_names == ["Cat", "cat", "dog"]
-    assert "note: class folders that differ only by upper and lower case are different classes: 'Cat', 'cat'" in str(
-        data.summary
-    )
+    note = "classes whose names differ only in case, spaces or invisible characters: "
+    assert data.summary.notes == (note + "'Cat', 'cat'",)
+    for name in (" c", "c ", "c", "c\N{ZERO WIDTH JOINER}", "d"):
+        write_png(tmp_path / "spaces" / name / "1.png", 1)
+    data = image_folder(tmp_path / "spaces", unreadable="skip")
+    assert data.subset(range(len(data))).summary.notes == (note + r"' c', 'c', 'c ', 'c\u200d'",)
+    assert "largest class ' c' (1)" in str(data.summary)
     for name in (composed, decomposed):
         write_png(tmp_path / "form" / name / "1.png", 1)
     with pytest.raises(InputError, match=r"look the same .* Unicode form: .*'caf\\xe9'.* Merge them"):
@@ -417,11 +450,19 @@ def test_empty_class_folders_are_named(tmp_path):
 def test_folders_of_splits_are_not_classes(tmp_path):
     for name in ("train", "val"):
         write_png(tmp_path / name / "1.png", 1)
-    with pytest.raises(InputError, match=r"train, val, which look like splits .* Pass .*/train, or class_names="):
+    with pytest.raises(InputError, match=r"of which train, val look like splits .* Pass .*/train, or class_names="):
         image_folder(tmp_path)
     assert image_folder(tmp_path, ["train", "val"]).class_counts == [1, 1]
     write_png(tmp_path / "bus" / "1.png", 1)
-    assert image_folder(tmp_path).class_names == ["bus", "train", "val"]
+    data = image_folder(tmp_path)
+    assert data.class_names == ["bus", "train", "val"]
+    assert "note: class folders with the name of a split: 'train', 'val'" in str(data.summary)
+    write_png(tmp_path / "val" / "cat" / "1.png", 1)
+    write_png(tmp_path / "val" / "dog" / "1.png", 1)
+    assert image_folder(tmp_path).class_counts == [1, 1, 3], "val contains images"
+    (tmp_path / "val" / "1.png").unlink()
+    with pytest.raises(InputError, match=r"train, val look like splits .* Pass .*/val, or class_names="):
+        image_folder(tmp_path)
 
 
 def test_root_may_be_a_link_or_relative(tmp_path, monkeypatch):

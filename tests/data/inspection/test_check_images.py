@@ -115,7 +115,7 @@ def test_every_kind_is_found_once(troubled, recwarn):
     text = str(report)
     assert "2 truncated: the end of the file is missing" in text
     assert text.count("left out") == 1, "listed once, with all files"
-    assert "1 left out: not an image (.txt)\n  a/notes.txt" in text
+    assert "1 left out: not an image ending (.txt)\n  a/notes.txt" in text
     assert f"  {troubled / 'a' / 'both.png'} = {troubled / 'b' / 'both2.png'} (classes a, b)" in text
     plain = json.loads(json.dumps(report.to_dict()))
     assert plain["counts"] == report.counts

@@ -23,11 +23,13 @@ def test_summary_of_a_folder(tmp_path):
     assert (summary.largest, summary.smallest, summary.empty) == (("cat", 3), ("dog", 1), [])
     assert str(summary).splitlines() == [
         "6 images of 3 classes; largest class cat (3), smallest class dog (1)",
-        "4 left out: not an image (.txt): cat/0.txt, cat/1.txt, cat/2.txt, ...",
+        "4 left out: not an image ending (.txt): cat/0.txt, cat/1.txt, cat/2.txt, ...",
         f"1 cannot be read: {tmp_path / 'cat' / '3.png'}",
     ]
     plain = json.loads(json.dumps(summary.to_dict(names=2)))
-    assert plain["left_out"] == [{"reason": "not an image (.txt)", "count": 4, "files": ["cat/0.txt", "cat/1.txt"]}]
+    assert plain["left_out"] == [
+        {"reason": "not an image ending (.txt)", "count": 4, "files": ["cat/0.txt", "cat/1.txt"]}
+    ]
     assert plain["unreadable"] == {"count": 1, "files": [str(tmp_path / "cat" / "3.png")]}
     assert len(summary.to_dict()["left_out"][0]["files"]) == 4
     assert data.subset([0, 3, 4]).summary.num_left_out == 4, "a subset keeps the list of its source"
@@ -36,7 +38,9 @@ def test_summary_of_a_folder(tmp_path):
 
 
 def test_names_cannot_rewrite_a_terminal():
-    summary = DataSummary(2, ["a\x1b[2J", "b"], [1, 1], {"not an image (.t\nxt)": ["x\r\x1b[31m"]}, ["\x07"], ["\x9b"])
+    summary = DataSummary(
+        2, ["a\x1b[2J", "b"], [1, 1], {"not an image ending (.t\nxt)": ["x\r\x1b[31m"]}, ["\x07"], ["\x9b"]
+    )
     assert all(line.isprintable() for line in str(summary).splitlines())
     assert len(str(summary).splitlines()) == 4
 
