@@ -256,5 +256,5 @@ def test_unreadable_images_are_left_out_of_evaluations_and_listed(tmp_path, caps
         assert unreadable["count"] == 4
         assert [Path(file).name for file in unreadable["files"]] == ["20.png", "21.png", "22.png", "23.png"]
         assert listed[name]["left_out"] == [
-            {"reason": "not an image (.txt)", "count": 1, "files": [str(Path("class 1", "notes.txt"))]}
+            {"reason": "not an image ending (.txt)", "count": 1, "files": [str(Path("class 1", "notes.txt"))]}
         ]
