@@ -29,7 +29,6 @@ from lpt_peft.metrics.result import SHOTS
 from lpt_peft.recipe.checks import check_evaluation_split
 from lpt_peft.recipe.evaluate import evaluate
 from lpt_peft.recipe.left_out import left_out_files
-from lpt_peft.recipe.loading.overlap import overlap_note
 from lpt_peft.recipe.parallel import gather_numbers, on_main_process
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.resume.folders import check_folder, write_errors
@@ -115,9 +114,6 @@ def fit(
     if splits.test is not None:
         check_evaluation_split(adapter.to(accelerator.device), splits.test, "test", accelerator)
     reporter = Reporter(progress, accelerator.is_main_process)
-    for name, split in (("validation", splits.validation), ("test", splits.test)):
-        if (note := overlap_note(splits.train, split, name)) is not None:
-            reporter.warn(note)
     if splits.test is not None:
         reporter.note(f"Test: {describe_split(splits.test, adapter.prompt_config.num_classes)}")
     results = {}

@@ -248,7 +248,6 @@ def test_unreadable_images_are_left_out_of_evaluations_and_listed(tmp_path, caps
     assert err.count("warning: train: 4 of 31 images cannot be read; other images of their classes replaced them") == 1
     for name in ("validation", "test"):
         assert err.count(f"warning: {name}: 4 of 31 images cannot be read; they are left out of the counts: ") == 1
-        assert err.count(f"31 of 31 images of the {name} split are also training images, so its accuracy") == 1
         assert err.count(f"{name.capitalize()}: 31 images of 3 classes;") == 1
     assert f"Files that were left out or cannot be read: {tmp_path / 'run' / 'left_out.json'}\n" in err
     listed = json.loads((tmp_path / "run" / "left_out.json").read_text())
@@ -257,5 +256,5 @@ def test_unreadable_images_are_left_out_of_evaluations_and_listed(tmp_path, caps
         assert unreadable["count"] == 4
         assert [Path(file).name for file in unreadable["files"]] == ["20.png", "21.png", "22.png", "23.png"]
         assert listed[name]["left_out"] == [
-            {"reason": "not an image (.txt)", "count": 1, "files": [str(Path("class 1", "notes.txt"))]}
+            {"reason": "not an image ending (.txt)", "count": 1, "files": [str(Path("class 1", "notes.txt"))]}
         ]
