@@ -74,3 +74,14 @@ def _describe(character: str | None) -> str:
 
 def _code(character: str) -> str:
     return f"U+{ord(character):04X}"
+
+
+def number(count: int, noun: str) -> str:
+    """A count and its noun.
+
+    Example:
+        >>> number(1, "epoch"), number(2, "class"), number(0, "process")
+        ('1 epoch', '2 classes', '0 processes')
+    """
+    plural = noun if count == 1 else f"{noun}{'es' if noun.endswith('s') else 's'}"
+    return f"{count} {plural}"

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
+from lpt_peft._text import number
 from lpt_peft.recipe.loading.batches import steps_per_epoch
 from lpt_peft.recipe.loading.loader import resolve_workers
 from lpt_peft.recipe.settings import TrainSettings
@@ -80,17 +81,6 @@ def describe_split(split: Dataset[Any], num_classes: int) -> str:
     return (
         f"{text}\nnote: {missing} of {number(num_classes, 'class')} have no image here and do not affect its accuracy"
     )
-
-
-def number(count: int, noun: str) -> str:
-    """A count and its noun.
-
-    Example:
-        >>> number(1, "epoch"), number(2, "class"), number(0, "process")
-        ('1 epoch', '2 classes', '0 processes')
-    """
-    plural = noun if count == 1 else f"{noun}{'es' if noun.endswith('s') else 's'}"
-    return f"{count} {plural}"
 
 
 def _sampling(settings: TrainSettings) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lpt_peft._text import printable
+from lpt_peft._text import number, printable
 
 _NAMES, _NAME_LENGTH = 3, 120
 
@@ -71,11 +71,11 @@ class DataSummary:
         """Lines of the text, with or without those about files that were left out."""
         (large, most), (small, fewest) = self.largest, self.smallest
         lines = [
-            f"{self.images} images of {self.num_classes} classes; largest class {_visible(large)} ({most}), smallest "
-            f"class {_visible(small)} ({fewest})"
+            f"{number(self.images, 'image')} of {number(self.num_classes, 'class')}; largest class {_visible(large)} "
+            f"({most}), smallest class {_visible(small)} ({fewest})"
         ]
         if self.empty:
-            lines.append(f"{len(self.empty)} classes without an image: {_names(self.empty)}")
+            lines.append(f"{number(len(self.empty), 'class')} without an image: {_names(self.empty)}")
         lines += [
             f"{len(files)} left out: {printable(reason)}: {_names(files)}"
             for reason, files in sorted(self.left_out.items())
