@@ -128,3 +128,5 @@ def images(batch: int = 2, seed: int = 0) -> Tensor:
 
 rows = pytest.mark.parametrize("row", ROWS)
 phases = pytest.mark.parametrize("phase", ["shared", "group"])
+# Phase "group" contains the pass of phase "shared", so that phase alone is nightly where a test compiles.
+compiled_phases = pytest.mark.parametrize("phase", [pytest.param("shared", marks=pytest.mark.nightly), "group"])

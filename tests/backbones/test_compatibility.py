@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lpt_peft import LongTailPromptAdapter
-from tests.backbones.models import DEPTH, ROWS, build, images, make, phases, rows, wrap
+from tests.backbones.models import DEPTH, ROWS, build, compiled_phases, images, make, phases, rows, wrap
 from tests.backbones.two_processes import everything, gradients, saved
 from tests.processes import run_ranks
 
@@ -25,7 +25,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @rows
-@phases
+@compiled_phases
 def test_compile(row, phase):
     adapter = build(row, phase)
     expected = adapter(images())
@@ -42,7 +42,7 @@ def test_export(row, phase):
 
 
 @rows
-@phases
+@compiled_phases
 def test_onnx(row, phase):
     onnxruntime = pytest.importorskip("onnxruntime")
     adapter = build(row, phase)

@@ -238,7 +238,7 @@ def test_distillation_of_features_and_tokens_is_refused_with_a_reason(folder):
     """They call forward_features or a distilled head, which would ignore the prompts."""
     student = create_model("lpt_test_vit")
     task = FeatureDistillationTask(student, tiny(), nn.CrossEntropyLoss(), verbose=False)
-    with pytest.raises(AttributeError, match=r"no forward_features: it would answer without prompts"):
+    with pytest.raises(AttributeError, match=r"no forward_features: it would compute without prompts"):
         task(*next(iter(loader(student, folder))))
     with pytest.raises(ValueError, match="set_distilled_training"):
         TokenDistillationTask(student, tiny(), nn.CrossEntropyLoss(), verbose=False)
