@@ -128,7 +128,7 @@ def run_ranks(
                 raise AssertionError(f"{reason}\n{_report(ranks)}")
             with contextlib.suppress(AssertionError):  # wait for any change, 50 ms at most
                 next(rank for rank in ranks if rank.exit_code is None).wait(0.05)
-        assert not any(rank.exit_code for rank in ranks), _report(ranks)
+        assert not any(rank.exit_code for rank in ranks), f"a rank failed\n{_report(ranks)}"
         return [rank.result() for rank in ranks]
 
 
