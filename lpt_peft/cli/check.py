@@ -38,7 +38,7 @@ def check(
 
         from lpt_peft.cli.common.open_data import open_splits
         from lpt_peft.cli.common.run_settings import ImageSettings
-        from lpt_peft.cli.common.streams import print_json
+        from lpt_peft.cli.common.streams import print_json, print_text
         from lpt_peft.data.files.walk import HIDDEN
         from lpt_peft.data.inspection.check_images import check_images
 
@@ -50,6 +50,6 @@ def check(
     if as_json:
         print_json(report.to_dict())
     else:
-        print(report)
+        print_text(str(report))
     left_out = any(reason != HIDDEN for summary in report.summaries.values() for reason in summary.left_out)
     return INCOMPLETE if report.findings or left_out else OK

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from lpt_peft.cli import main
 from lpt_peft.cli.common.streams import dump_json, replace_unprintable
 from lpt_peft.cli.common.tables import print_table
+from tests.data.make import write_png
 
 COMMAND = [sys.executable, "-m", "lpt_peft"]
 COMMANDS = ("check", "convert", "demo", "doctor", "evaluate", "inspect", "predict", "pull", "push", "train")
@@ -116,12 +117,18 @@ def test_narrow_terminals_break_no_words(command):
     assert len(words_of(narrow)) > 20
 
 
-def test_narrow_terminals_break_no_words_of_messages_and_reports():
+def test_narrow_terminals_break_no_words_of_messages_and_reports(tmp_path):
     message = on_terminal(60, "doctor", "vit_base_patch16_2244")
     assert "Similar names: vit_base_patch16_224" in " ".join(message.split())
     report = on_terminal(60, "doctor", "vit_tiny_patch16_224")
     assert "mean [0.5, 0.5, 0.5]" in " ".join(report.split())
-    for text in (message, report):
+    write_png(tmp_path / "a class with a name of several words" / "1.png", 0)
+    write_png(tmp_path / "another class with a name of several words" / "1.png", 0)
+    (tmp_path / "a class with a name of several words" / "notes of several words.txt").write_text("text")
+    check = on_terminal(60, "check", str(tmp_path))
+    assert "notes of several words.txt" in " ".join(check.split())
+    check = "\n".join(line for line in check.splitlines() if "image/s" not in line and str(tmp_path) not in line)
+    for text in (message, report, check):
         assert len(text.splitlines()) > 2
         assert not [line for line in text.splitlines() if len(line) > 60]
 
