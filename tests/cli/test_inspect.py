@@ -110,5 +110,5 @@ def test_a_file_in_place_of_a_folder(folder, capsys):
     assert "All checks passed" in capsys.readouterr().out
     assert main(["inspect", str(folder / "config.json")]) == 1
     message = capsys.readouterr().err
-    assert "prompts.safetensors is a file: give its folder" in message
+    assert "config.json is a file: give its folder" in message
     assert "Errno" not in message
