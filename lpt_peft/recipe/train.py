@@ -72,7 +72,7 @@ def train(
             CPU, and with the same number of processes). False removes existing checkpoints.
         progress: Print a summary, progress and notes on stderr: a bar on a terminal, otherwise a line per epoch and
             every five minutes. A string precedes the name of the phase. False prints nothing; warnings are then
-            `UserWarning`s.
+            `UserWarning` each.
 
     Returns:
         A record per epoch: phase, epoch, loss, learning_rate of its last step, and shot accuracies if validated.
