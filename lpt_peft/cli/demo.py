@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 
 from lpt_peft.cli.common.extras import requires_extra
@@ -30,7 +29,7 @@ def demo(
     with requires_extra("The demo", "demo"):
         from lpt_peft.demo.run import run_demo
 
-    result = run_demo(output, seeds=seeds, epochs=epochs, resume=resume, progress=sys.stderr.isatty())
+    result = run_demo(output, seeds=seeds, epochs=epochs, resume=resume)
     if as_json:
         print_json(result.to_dict())
         return

@@ -45,7 +45,7 @@ def run_demo(
         seeds: Number of seeds, 0 to `seeds - 1`, for mean and spread.
         epochs: Passes over the training images, the same for every row.
         resume: Resume an interrupted run; False starts again.
-        progress: Show progress bars.
+        progress: Show progress: a bar on a terminal, otherwise a line per epoch.
 
     Raises:
         ConfigError: `seeds` or `epochs` is too small.
