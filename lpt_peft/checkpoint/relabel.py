@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from lpt_peft._text import difference, look_alike, normalize_name, printable
+from lpt_peft._text import difference, look_alike, normalize_name, number, printable
 from lpt_peft.checkpoint.content import PromptContent
 from lpt_peft.errors import InputError
 from lpt_peft.heads import CosineClassifier
@@ -30,7 +30,7 @@ class LabelChanges(NamedTuple):
 
     def __str__(self) -> str:
         """The changes in a few sentences."""
-        text = f"The head keeps the trained rows of {_count(len(self.kept))}."
+        text = f"The head keeps the trained rows of {number(len(self.kept), 'class')}."
         if self.new:
             text += f" New, not trained yet: {_list(self.new)}."
         if self.dropped:
@@ -106,10 +106,6 @@ def _with_rows(content: PromptContent, label_names: Sequence[str], changes: Labe
     )
 
 
-def _count(number: int) -> str:
-    return f"{number} class" if number == 1 else f"{number} classes"
-
-
 def _list(names: Sequence[str]) -> str:
     first = ", ".join(repr(printable(name, 80)) for name in names[:_MOST_NAMES])
-    return first if len(names) <= _MOST_NAMES else f"{first}, ... ({_count(len(names))})"
+    return first if len(names) <= _MOST_NAMES else f"{first}, ... ({number(len(names), 'class')})"

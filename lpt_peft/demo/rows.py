@@ -48,11 +48,6 @@ class Row:
     settings: TrainSettings
     build: Callable[[int], nn.Module]
 
-    @property
-    def has_prompts(self) -> bool:
-        """Whether the row trains prompts, which are saved in a prompt file."""
-        return self.build is build_adapter
-
 
 def build_probe(num_classes: int) -> LinearProbe:
     """Return a linear probe on the backbone."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from contextlib import suppress
@@ -25,7 +24,7 @@ from lpt_peft.demo.rows import EPOCHS, Row, rows
 from lpt_peft.errors import ConfigError, LPTError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.recipe import Splits, evaluate, fit, predict, run_phase
-from lpt_peft.recipe.experiment import PROMPTS
+from lpt_peft.recipe.experiment import PROMPTS, RESULTS, write_json
 
 RUNS, IMAGES = "runs", "test"
 SHOT_RULE = "lpt"
@@ -87,7 +86,7 @@ def run_demo(
         seconds=time.perf_counter() - start,
         prompt_file=str(output / PROMPTS),
     )
-    (output / "results.json").write_text(json.dumps(demo_result.to_dict(), indent=2, allow_nan=False) + "\n")
+    write_json(output / RESULTS, demo_result.to_dict())
     draw(demo_result, output / "digits.png")
     save_images(output / IMAGES)
     for folder in trained:  # and nothing else that a folder of this name may hold
