@@ -25,6 +25,7 @@ def run_summary(
     accelerator: Accelerator,
     *,
     num_classes: int,
+    query: str = "final",
     validation: Dataset[Any] | None = None,
     criterion: Any = None,
 ) -> str:
@@ -36,6 +37,7 @@ def run_summary(
         settings: Training settings.
         accelerator: Device, precision, processes.
         num_classes: Of the head.
+        query: How groups are selected, see `PromptConfig.query`.
         validation: Validation images.
         criterion: The caller's criterion, if any.
     """
@@ -50,6 +52,9 @@ def run_summary(
         f"Phases: {phases}; {number(steps, 'step')} per epoch, {number(total, 'step')} of {settings.batch_size} images "
         f"({_sampling(settings)})"
     )
+    if set(settings.plan) - {"shared"}:
+        passes = "a second pass" if query == "final" else "a single pass"
+        lines.append(f"Groups: selected by query {query}, in {passes}")
     lines.append(_device(dataset, settings, accelerator))
     return "\n".join([*lines, *(f"note: {note}" for note in _notes(labels, settings, steps, criterion))])
 

@@ -52,7 +52,6 @@ def begin_phase(
         if settings.init_groups == "shared":
             adapter.pool.init_prompts(adapter.shared.prompts[adapter.prompt_config.first_group_layer :])
         if settings.init_keys == "kmeans":
-            adapter.phase = "shared"
             _init_keys(adapter.pool, _queries(adapter, dataset, settings, accelerator), settings.seed, reporter)
         broadcast_module(adapter.pool)
     adapter.phase = "shared" if name == "shared" else "group"
@@ -76,7 +75,7 @@ def _init_keys(pool: PromptPool, queries: Tensor, seed: int, reporter: Reporter)
 def _queries(
     adapter: LongTailPromptAdapter, dataset: Dataset[Any], settings: TrainSettings, accelerator: Accelerator
 ) -> Tensor:
-    """Queries (N, d) of evenly spaced images, at most 50,000; float32 or wider."""
+    """Queries (N, key_dim) of evenly spaced images, at most 50,000; float32 or wider."""
     size = len(dataset)  # type: ignore[arg-type]
     indices = list(range(0, size, -(-size // MAX_QUERIES)))
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -92,7 +91,7 @@ def _queries(
     )
     adapter.eval()
     with seeded(settings.seed, device), accelerator.autocast(), open_batches(loader) as batches:
-        queries = torch.cat([adapter.features(images.to(device, non_blocking=True)) for images, _ in batches])
+        queries = torch.cat([adapter.queries(images.to(device, non_blocking=True)) for images, _ in batches])
     adapter.train(training)
     queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
     return gather_strided(accelerator, queries, len(indices))
