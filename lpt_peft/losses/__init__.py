@@ -10,5 +10,14 @@ Source: Dong, Zhou, Yan, Zuo, "LPT: Long-tailed Prompt Tuning for Image Classifi
 from lpt_peft.losses.agcl import AGCLLoss, agcl_loss
 from lpt_peft.losses.logit_adjusted import LogitAdjustedLoss, logit_adjusted_loss
 from lpt_peft.losses.lpt import LPTLoss, MatchedOutput
+from lpt_peft.losses.query_regularizer import query_regularizer
 
-__all__ = ["AGCLLoss", "LPTLoss", "LogitAdjustedLoss", "MatchedOutput", "agcl_loss", "logit_adjusted_loss"]
+__all__ = [
+    "AGCLLoss",
+    "LPTLoss",
+    "LogitAdjustedLoss",
+    "MatchedOutput",
+    "agcl_loss",
+    "logit_adjusted_loss",
+    "query_regularizer",
+]

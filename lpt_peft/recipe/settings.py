@@ -83,6 +83,8 @@ class TrainSettings:
     """Initial keys of phase "group": k-means centers of the training queries, or random."""
     init_groups: Literal["shared", "random"] = "shared"
     """Initial group prompts: copies of the trained shared prompt, or random as in the paper."""
+    query_regularizer: float = 0.0
+    """Weight of the regularizer of OS-Prompt++ in phase "group", for query "block_k"; its paper uses 1e-4; 0: off."""
     decay: Literal["all", "selected"] = "all"
     """Weight decay on all groups, or only on the groups that a step selects."""
     clip_norm: float | None = None
@@ -127,6 +129,7 @@ class TrainSettings:
                 "eta": (self.eta >= 0, "at least 0"),
                 "init_keys": (self.init_keys in ("kmeans", "random"), '"kmeans" or "random"'),
                 "init_groups": (self.init_groups in ("shared", "random"), '"shared" or "random"'),
+                "query_regularizer": (0 <= self.query_regularizer < float("inf"), "at least 0 and finite"),
                 "decay": (self.decay in ("all", "selected"), '"all" or "selected"'),
                 "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "None or above 0"),
                 "mixed_precision": (
