@@ -17,7 +17,6 @@ from lpt_peft.backbones.base import Backbone, execution_device
 from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.backbones.freezing import FrozenState
 from lpt_peft.backbones.weights import FrozenWeights
-from lpt_peft.call import CallMixin
 from lpt_peft.config import PHASES, Phase, PromptConfig, PromptMetadata
 from lpt_peft.delegates import DelegateMixin
 from lpt_peft.errors import ConfigError, StateError
@@ -26,11 +25,12 @@ from lpt_peft.phase import in_process_group
 from lpt_peft.pretrained import PretrainedMixin
 from lpt_peft.prompting import detach_blocks, find_gradient_gap
 from lpt_peft.prompts import PromptPool, SharedPrompt
+from lpt_peft.starts import StartMixin
 
 __all__ = ["PHASES", "LongTailPromptAdapter", "Phase"]
 
 
-class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
+class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
     """A frozen Vision Transformer with trainable prompts and a cosine classifier for long-tailed data.
 
     Create an adapter with `wrap(vit, num_classes)`, or load it with `from_pretrained(folder, vit)`. Training has two
