@@ -57,10 +57,14 @@ class TrainSettings:
     """A-GCL weighted per half; or A-GCL or cross-entropy on all images. Each includes the match term."""
     eta: float = 0.5
     """Initial weight of the instance-balanced half in loss "lpt"; falls linearly to 0."""
+    init_prompts: Literal["random", "tokens"] = "random"
+    """Initial shared prompt: that of the adapter, or tokens of training images in the plain ViT (SPT, ICML 2024)."""
+    init_head: Literal["random", "class_mean"] = "random"
+    """Initial head of the first phase: that of the adapter, or class means of its features (LIFT, ICML 2024)."""
     init_keys: Literal["kmeans", "random"] = "kmeans"
     """Initial keys of phase "group": k-means centers of the training queries, or random."""
-    init_groups: Literal["shared", "random"] = "shared"
-    """Initial group prompts: copies of the trained shared prompt, or random as in the paper."""
+    init_groups: Literal["shared", "random", "tokens"] = "shared"
+    """Initial group prompts: the trained shared prompt, random, or tokens of the images nearest to each key."""
     decay: Literal["all", "selected"] = "all"
     """Weight decay on all groups, or only on the groups that a step selects."""
     clip_norm: float | None = None

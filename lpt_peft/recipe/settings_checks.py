@@ -68,7 +68,12 @@ def check_train(settings: TrainSettings) -> None:
             "loss": (settings.loss in ("lpt", "agcl", "cross_entropy"), '"lpt", "agcl" or "cross_entropy"'),
             "eta": (settings.eta >= 0, "at least 0"),
             "init_keys": (settings.init_keys in ("kmeans", "random"), '"kmeans" or "random"'),
-            "init_groups": (settings.init_groups in ("shared", "random"), '"shared" or "random"'),
+            "init_prompts": (settings.init_prompts in ("random", "tokens"), '"random" or "tokens"'),
+            "init_head": (settings.init_head in ("random", "class_mean"), '"random" or "class_mean"'),
+            "init_groups": (
+                settings.init_groups in ("shared", "random", "tokens"),
+                '"shared", "random" or "tokens"',
+            ),
             "decay": (settings.decay in ("all", "selected"), '"all" or "selected"'),
             "clip_norm": (settings.clip_norm is None or settings.clip_norm > 0, "None or above 0"),
             "mixed_precision": (
