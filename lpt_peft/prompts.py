@@ -1,6 +1,6 @@
 """Trainable prompts: a shared prompt and a pool of group prompts with top-k retrieval.
 
-Not here: how prompts enter attention (`lpt_peft.prompting`) and where queries come from (`lpt_peft.adapter`).
+Not here: how prompts enter attention (`lpt_peft.prompting`) and where queries come from (`lpt_peft.passes`).
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class PromptPool(nn.Module):
     def from_config(cls, config: PromptConfig) -> PromptPool:
         """Create a pool with the sizes of an adapter configuration."""
         sizes = (config.pool_size, config.group_layers, config.prompt_length, config.dim, config.top_k)
-        return cls(*sizes, key_dim=config.feature_dim)
+        return cls(*sizes, key_dim=config.key_dim)
 
     def reset_parameters(self) -> None:
         """Draw new prompts and keys from torch's default generator."""

@@ -21,8 +21,8 @@ from lpt_peft._features import check_features
 from lpt_peft._numbers import checked_integer
 from lpt_peft._numerics import cosine
 from lpt_peft.backbones.base import Backbone
-from lpt_peft.call import CallMixin
-from lpt_peft.errors import InputError, StateError
+from lpt_peft.errors import InputError
+from lpt_peft.passes import PassesMixin
 
 
 def block_inputs(backbone: Backbone, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
@@ -70,7 +70,7 @@ def nearest_images(queries: Tensor, keys: Tensor, count: int) -> Tensor:
     return nearest.repeat(1, -(-count // found))[:, :count]
 
 
-class StartMixin(CallMixin):
+class StartMixin(PassesMixin):
     """The part of an adapter that sets prompts to tokens of images."""
 
     @torch.no_grad()
@@ -96,9 +96,7 @@ class StartMixin(CallMixin):
             StateError: As `forward`; also inside `disable_adapter()`.
         """
         count, seed = checked_integer("count", count, 1), checked_integer("seed", seed, 0)
-        self._check_wrapped()
-        if self._is_disabled():
-            raise StateError("sample_tokens() and init_prompts() set prompts: call them outside disable_adapter().")
+        self._refuse_disabled("sample_tokens")
         prompts, depth = self.shared.prompts, self.prompt_config.depth
         generator = torch.Generator().manual_seed(seed)
         draws = torch.rand(count, depth, generator=generator, dtype=torch.float64)
@@ -107,9 +105,8 @@ class StartMixin(CallMixin):
         self.eval()
         try:
             for batch in [batches] if isinstance(batches, Tensor) else batches:
-                images = _to_device(_images_of(batch), prompts.device)
-                images = self.frozen_weights.cast_inputs(images)
-                found += self._run(partial(self._draw, tokens[:, found:], draws[found:]), (images,), {})
+                args, kwargs = self._inputs(_to_device(_images_of(batch), prompts.device), (), {})
+                found += self._run(partial(self._draw, tokens[:, found:], draws[found:]), args, kwargs)
                 if found == count:
                     break
         finally:

@@ -98,6 +98,14 @@ class TorchvisionBackbone:
         tokens: Tensor = self.model.encoder.ln(stream.tokens)
         return tokens[:, 0]
 
+    def class_token(self, stream: Stream) -> Tensor:
+        """Return the class token (B, d)."""
+        return stream.tokens[:, 0]
+
+    def mean_patch(self, stream: Stream) -> Tensor:
+        """Return the mean (B, d) of the patch tokens."""
+        return stream.tokens[:, 1:].mean(1)
+
     def info(self) -> BackboneInfo:
         """Return the sizes; torchvision does not record which weights were loaded."""
         vit, depth, heads = self.model, len(self.blocks), self.model.encoder.layers[0].num_heads

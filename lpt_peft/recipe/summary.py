@@ -25,6 +25,7 @@ def run_summary(
     accelerator: Accelerator,
     *,
     num_classes: int,
+    query: str = "final",
     validation: Dataset[Any] | None = None,
     criterion: Any = None,
 ) -> str:
@@ -36,6 +37,7 @@ def run_summary(
         settings: Training settings.
         accelerator: Device, precision, processes.
         num_classes: Of the head.
+        query: How groups are selected, see `PromptConfig.query`.
         validation: Validation images.
         criterion: The caller's criterion, if any.
     """
@@ -52,6 +54,9 @@ def run_summary(
     )
     if settings.plan:
         lines.append(f"Starts: {_starts(settings)}")
+    if set(settings.plan) - {"shared"}:
+        passes = "a second pass" if query == "final" else "a single pass"
+        lines.append(f"Groups: selected by query {query}, in {passes}")
     lines.append(_device(dataset, settings, accelerator))
     return "\n".join([*lines, *(f"note: {note}" for note in _notes(labels, settings, steps, criterion))])
 

@@ -28,12 +28,13 @@ def run(settings=SHARED_ONLY, **options):
 def test_the_summary_of_a_run(capsys):
     run(replace(SETTINGS, shared=PHASE, group=replace(PHASE, epochs=2)))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[:4] == [
+    assert lines[:5] == [
         "Training: 31 images of 3 classes; largest class 0 (20), smallest class 2 (3)",
         "Phases: shared 4 epochs, group 2 epochs; 4 steps per epoch, 24 steps of 16 images (8 instance-balanced, 8 "
         "class-balanced)",
         "Starts: head as given; shared prompt as given; keys k-means centers of the queries; groups copies of the "
         "shared prompt",
+        "Groups: selected by query final, in a second pass",
         "Device: cpu, float32; 1 process, 0 loading workers (automatic)",
     ]
 
@@ -53,6 +54,11 @@ def test_the_summary_names_classes_without_validation_images():
     assert "note: 1 of 3 classes have no image here and do not affect its accuracy\n" in text
     assert "Validation: 31 images\n" in summary(validation=dataset)
     assert "1 class without an image" in summary(num_classes=4)
+
+
+def test_the_summary_names_the_query():
+    assert "Groups: selected by query block_k, in a single pass\n" in summary(query="block_k")
+    assert "Groups" not in summary(SHARED_ONLY)
 
 
 def test_the_summary_notes_what_settings_do_not_do_literally(monkeypatch):

@@ -16,6 +16,7 @@ import tyro
 from lpt_peft._json import loads
 from lpt_peft.cli.common.messages import without_errno
 from lpt_peft.cli.common.paths import home_path
+from lpt_peft.config import Query
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.settings_checks import known, refuse_invalid
@@ -34,6 +35,8 @@ class PromptSettings:
     """Groups chosen for each image."""
     shared_layers: int | None = None
     """Blocks with the shared prompt only; None: half of them."""
+    query: Query = "final"
+    """How groups are selected: by the final feature, which needs a second pass; or by the token that enters block K."""
     head_dropout: float = 0.1
     """Dropout before the head."""
     logit_scale: float = 20.0
@@ -126,7 +129,10 @@ class RunSettings:
                 "prompt_length": (prompts.prompt_length >= 1, positive),
                 "pool_size": (prompts.pool_size >= 1, positive),
                 "top_k": (1 <= prompts.top_k <= prompts.pool_size, f"from 1 to pool_size={prompts.pool_size}"),
-                "shared_layers": (prompts.shared_layers is None or prompts.shared_layers >= 0, "at least 0"),
+                "shared_layers": (
+                    prompts.shared_layers is None or prompts.shared_layers >= (prompts.query == "block_k"),
+                    'at least 0, or at least 1 with query="block_k"',
+                ),
                 "head_dropout": (0 <= prompts.head_dropout < 1, "at least 0 and below 1"),
                 "logit_scale": (0 < prompts.logit_scale < float("inf"), "above 0 and finite"),
             },

@@ -53,13 +53,13 @@ class ImagePasses:
 
     @torch.no_grad()
     def queries(self, adapter: LongTailPromptAdapter) -> Tensor:
-        """Queries (N, d) of the images of `query_indices`, float32 or wider; all processes must call it."""
+        """Queries (N, key_dim) of the images of `query_indices`, float32 or wider; all processes must call it."""
         indices = query_indices(self.size)
         rank, processes = self._accelerator.process_index, self._accelerator.num_processes
         share = indices[rank::processes]
         share += share[-1:] * (-(-len(indices) // processes) - len(share))  # equally many on every process
         with _in_eval_mode(adapter), self.batches(share, "queries") as batches:
-            queries = torch.cat([adapter.features(images) for images, _ in batches])
+            queries = torch.cat([adapter.queries(images) for images, _ in batches])
         queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
         return gather_strided(self._accelerator, queries, len(indices))
 

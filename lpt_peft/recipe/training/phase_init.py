@@ -100,7 +100,6 @@ def _init_pool(
         pool.init_prompts(adapter.shared.prompts[config.first_group_layer :])
     if settings.init_keys == "random" and settings.init_groups != "tokens":
         return
-    adapter.phase = "shared"
     queries = passes.queries(adapter)
     if settings.init_keys == "kmeans":
         _init_keys(pool, queries, settings.seed, reporter)

@@ -90,14 +90,15 @@ def test_prompts_are_tokens_of_random_training_images(name, length):
     assert torch.equal(adapter.pool.keys, keys)
 
 
-def test_groups_start_as_tokens_of_the_images_nearest_to_their_keys():
+@pytest.mark.parametrize("query", ["final", "block_k"])
+def test_groups_start_as_tokens_of_the_images_nearest_to_their_keys(query):
     settings = replace(SETTINGS, init_groups="tokens", seed=2)
     dataset = RandomlyScaled(striped_data(dtype=WIDE)[0])
-    reference = tiny_adapter(WIDE).eval()
-    adapter = started(settings, "group", dataset=dataset)
+    reference = tiny_adapter(WIDE, query=query).eval()
+    adapter = started(settings, "group", tiny_adapter(WIDE, query=query), dataset)
     images = crops(dataset, "queries", seed=2)
     with torch.no_grad():
-        queries = torch.nn.functional.normalize(reference.features(images), dim=-1)
+        queries = torch.nn.functional.normalize(reference(images, return_output=True).query, dim=-1)
     centers = spherical_kmeans(queries, 4, torch.Generator().manual_seed(2), 50)
     norm = reference.pool.keys.detach().norm(dim=-1).mean()
     torch.testing.assert_close(adapter.pool.keys.detach(), centers * norm, rtol=0, atol=1e-12)
