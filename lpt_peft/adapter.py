@@ -20,15 +20,15 @@ from lpt_peft.config import PHASES, Phase, PromptConfig, PromptMetadata, Query
 from lpt_peft.delegates import DelegateMixin
 from lpt_peft.errors import ConfigError
 from lpt_peft.heads import CosineClassifier
-from lpt_peft.passes import PassesMixin
 from lpt_peft.pretrained import PretrainedMixin
 from lpt_peft.prompting import detach_blocks, find_gradient_gap
 from lpt_peft.prompts import PromptPool, SharedPrompt
+from lpt_peft.starts import StartMixin
 
 __all__ = ["PHASES", "LongTailPromptAdapter", "Phase"]
 
 
-class LongTailPromptAdapter(PassesMixin, PretrainedMixin, DelegateMixin):
+class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
     """A frozen Vision Transformer with trainable prompts and a cosine classifier for long-tailed data.
 
     Create an adapter with `wrap(vit, num_classes)`, or load it with `from_pretrained(folder, vit)`. Training has two

@@ -75,8 +75,8 @@ class Backbone(Protocol):
     def embed(self, *args: Any, **kwargs: Any) -> Stream:
         """Compute the tokens that enter block 1 from the arguments of the model's forward."""
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run blocks `start`, `start + 1`, ..., one per prompt (n, d) or (B, n, d), floating point."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+        """Run blocks `start`, `start + 1`, ..., one per prompt (n, d) or (B, n, d), floating point; None: no prompt."""
 
     def pool(self, stream: Stream) -> Tensor:
         """Compute the pooled, normalized feature (B, feature_dim) from the tokens after the last block."""

@@ -107,17 +107,18 @@ class NativeTower(_Tower):
         """Compute tokens from images (B, 3, H, W), with the tower's patch dropout."""
         return Stream(self.tower._embeds(image), {})
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run blocks from `start`, one per prompt (n, d) or (B, n, d); `stream` is always batch first."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d), None: no prompt; `stream` is batch first."""
         transformer = self.tower.transformer
         transposed = not getattr(transformer, "batch_first", True)
         tokens = stream.tokens.transpose(0, 1) if transposed else stream.tokens
         for layer, prompt in enumerate(prompts, start):
-            prompt = batched(prompt)  # noqa: PLW2901
+            if prompt is not None:
+                prompt = batched(prompt).transpose(0, 1) if transposed else prompt  # noqa: PLW2901
             tokens = run_block(
                 transformer.resblocks[layer],
                 tokens,
-                prompt.transpose(0, 1) if transposed else prompt,
+                prompt,
                 checkpointing=transformer.grad_checkpointing,
             )
         return Stream(tokens.transpose(0, 1) if transposed else tokens, stream.context)
@@ -197,8 +198,8 @@ class TimmTower(_Tower):
         """Compute tokens from images (B, 3, H, W)."""
         return self.trunk.embed(*args, **kwargs)
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run blocks from `start`, one per prompt (n, d) or (B, n, d)."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d); None: no prompt."""
         return self.trunk.run(stream, start, prompts)
 
     def pool(self, stream: Stream) -> Tensor:

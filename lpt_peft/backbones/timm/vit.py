@@ -72,8 +72,8 @@ class TimmBackbone:
         """Compute tokens from the forward arguments; `context["blocks"]` holds the keyword arguments of each block."""
         raise NotImplementedError
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run blocks from `start`, one per prompt (n, d) or (B, n, d)."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d); None: no prompt."""
         _warn_of_ignored_lora(self.vit.blocks[0])
         tokens = stream.tokens
         for layer, prompt in enumerate(prompts, start):

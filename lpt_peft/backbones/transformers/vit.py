@@ -119,13 +119,14 @@ class TransformersViT:
             )
         return Stream(tokens, {"layers": [call[1:] for call in calls], "call": (args, kwargs)})
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run layers from `start`, one per prompt (n, d) or (B, n, d), cast to the tokens' dtype."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+        """Run layers from `start`, one per prompt (n, d) or (B, n, d), cast to the tokens' dtype; None: no prompt."""
         tokens = stream.tokens
         stop = start + len(prompts)
-        given = stream.context["layers"][start:stop]
-        for layer, (args, kwargs), prompt in zip(self.blocks[start:stop], given, prompts, strict=True):
-            tokens = layer(tokens, *args, prompt=batched(prompt).to(tokens.dtype), **kwargs)
+        calls = stream.context["layers"][start:stop]
+        for layer, (args, kwargs), prompt in zip(self.blocks[start:stop], calls, prompts, strict=True):
+            given = {} if prompt is None else {"prompt": batched(prompt).to(tokens.dtype)}
+            tokens = layer(tokens, *args, **given, **kwargs)
         return Stream(tokens, stream.context)
 
     def pool(self, stream: Stream) -> Tensor:
