@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lpt_peft.errors import ConfigError
+from lpt_peft.recipe.method_settings import MethodName, check_method
 
 RESUME_IGNORED_FIELDS = frozenset({"num_workers", "save_every", "keep_checkpoints"})
 """Settings that may change when a run is resumed, because they do not affect its result."""
@@ -63,6 +64,9 @@ class PhaseSettings:
 class TrainSettings:
     """Settings of a run: phase "shared", then phase "group", or both at once."""
 
+    method: MethodName = "lpt"
+    """What is trained: prompts in two phases; as baselines with a single phase and the settings of `shared`, the shared
+    prompt in all blocks, prompt tokens before the first block, the head alone, or all weights of the ViT."""
     shared: PhaseSettings = field(default_factory=PhaseSettings)
     group: PhaseSettings = field(default_factory=PhaseSettings)
     phases: Literal["decoupled", "joint"] = "decoupled"
@@ -144,6 +148,7 @@ class TrainSettings:
                 "seed": (0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
             },
         )
+        check_method(self)
         if self.loss == "lpt" and self.sampling != "dual":
             raise ConfigError('loss="lpt" weights the two halves of a dual batch, so it needs sampling="dual".')
 
@@ -154,8 +159,10 @@ class TrainSettings:
 
     @property
     def plan(self) -> dict[str, PhaseSettings]:
-        """Phases to train, by name, in order."""
+        """Phases to train, by name, in order; those of other methods than "lpt" are called "shared" as well."""
         phases = {"shared": self.shared, "group": self.group} if self.phases == "decoupled" else {"joint": self.group}
+        if self.method != "lpt":
+            phases = {"shared": self.shared}  # the name is part of the seeds: all methods see the same crops
         return {name: phase for name, phase in phases.items() if phase.epochs}
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from lpt_peft._text import number
 from lpt_peft.recipe.loading.batches import steps_per_epoch
 from lpt_peft.recipe.loading.loader import resolve_workers
+from lpt_peft.recipe.method_settings import unused_settings
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.training.optimizer import warmup_steps
 from lpt_peft.recipe.training.phase_init import MAX_QUERIES
@@ -114,6 +115,8 @@ def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion
     for name, phase in settings.plan.items():
         if phase.warmup and not warmup_steps(phase, phase.epochs * steps):
             yield f"phase {name} has no warm-up: {100 * phase.warmup:g} % of its steps is less than a step"
+    if unused := list(unused_settings(settings)):
+        yield f"method {settings.method} trains with the settings of shared and does not use {', '.join(unused)}"
     if criterion is not None:
         yield f'the given criterion replaces loss="{settings.loss}"'
     if settings.init_keys == "kmeans" and len(labels) > MAX_QUERIES and set(settings.plan) - {"shared"}:
