@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from lpt_peft.recipe.method_settings import MethodName
 from lpt_peft.recipe.settings_checks import check_phase, check_train, known
 
 RESUME_IGNORED_FIELDS = frozenset({"num_workers", "save_every", "keep_checkpoints"})
@@ -41,6 +42,9 @@ class PhaseSettings:
 class TrainSettings:
     """Settings of a run: phase "shared", then phase "group", or both at once."""
 
+    method: MethodName = "lpt"
+    """What is trained: prompts in two phases; as baselines with a single phase and the settings of `shared`, the shared
+    prompt in all blocks, prompt tokens before the first block, the head alone, or all weights of the ViT."""
     shared: PhaseSettings = field(default_factory=PhaseSettings)
     group: PhaseSettings = field(default_factory=PhaseSettings)
     phases: Literal["decoupled", "joint"] = "decoupled"
@@ -104,8 +108,10 @@ class TrainSettings:
 
     @property
     def plan(self) -> dict[str, PhaseSettings]:
-        """Phases to train, by name, in order."""
+        """Phases to train, by name, in order; those of other methods than "lpt" are called "shared" as well."""
         phases = {"shared": self.shared, "group": self.group} if self.phases == "decoupled" else {"joint": self.group}
+        if self.method != "lpt":
+            phases = {"shared": self.shared}  # the name is part of the seeds: all methods see the same crops
         return {name: phase for name, phase in phases.items() if phase.epochs}
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from lpt_peft.errors import ConfigError
+from lpt_peft.recipe.method_settings import check_method
 
 if TYPE_CHECKING:
     from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
@@ -92,6 +93,7 @@ def check_train(settings: TrainSettings) -> None:
             "seed": (0 <= settings.seed < 2**63, "from 0 to 2**63 - 1"),
         },
     )
+    check_method(settings)
     if settings.loss == "lpt" and settings.sampling != "dual":
         raise ConfigError('loss="lpt" weights the two halves of a dual batch, so it needs sampling="dual".')
 

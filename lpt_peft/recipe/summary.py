@@ -13,6 +13,8 @@ from torch.utils.data import Dataset
 from lpt_peft._text import number
 from lpt_peft.recipe.loading.batches import steps_per_epoch
 from lpt_peft.recipe.loading.loader import resolve_workers
+from lpt_peft.recipe.method_settings import unused_settings
+from lpt_peft.recipe.method_settings import MODEL_METHODS
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.training.image_passes import MAX_QUERIES
 from lpt_peft.recipe.training.optimizer import warmup_steps
@@ -108,7 +110,7 @@ def _starts(settings: TrainSettings) -> str:
             "tokens": "tokens of the images nearest to their keys",
         }[settings.init_groups],
     }
-    if set(settings.plan) == {"group"}:
+    if set(settings.plan) == {"group"} or settings.method in MODEL_METHODS:
         del starts["shared prompt"]
     if set(settings.plan) == {"shared"}:
         del starts["keys"], starts["groups"]
@@ -140,6 +142,8 @@ def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion
     for name, phase in settings.plan.items():
         if phase.warmup and not warmup_steps(phase, phase.epochs * steps):
             yield f"phase {name} has no warm-up: {100 * phase.warmup:g} % of its steps is less than a step"
+    if unused := list(unused_settings(settings)):
+        yield f"method {settings.method} trains with the settings of shared and does not use {', '.join(unused)}"
     if criterion is not None:
         yield f'the given criterion replaces loss="{settings.loss}"'
     if settings.init_prompts == "tokens" and set(settings.plan) == {"group"}:
