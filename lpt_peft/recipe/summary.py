@@ -14,8 +14,8 @@ from lpt_peft._text import number
 from lpt_peft.recipe.loading.batches import steps_per_epoch
 from lpt_peft.recipe.loading.loader import resolve_workers
 from lpt_peft.recipe.settings import TrainSettings
-from lpt_peft.recipe.training.optimizer import warmup_steps
 from lpt_peft.recipe.training.phase_init import MAX_QUERIES
+from lpt_peft.recipe.training.schedule import warmup_steps
 
 
 def run_summary(
