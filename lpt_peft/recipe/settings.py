@@ -19,7 +19,7 @@ RESUME_IGNORED_FIELDS = frozenset({"num_workers", "save_every", "keep_checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseSettings:
-    """Settings of one phase: SGD with momentum, warm-up per step, then cosine decay to zero.
+    """Settings of one phase: learning rate with warm-up per step, then cosine decay to zero.
 
     Defaults are the paper's where it gives a value (LPT, Dong et al., ICLR 2023, arXiv 2210.01033).
     """
@@ -28,9 +28,13 @@ class PhaseSettings:
     """Passes of the instance-balanced half over the images; 0 skips the phase."""
     learning_rate: float = 0.02
     """For 256 images in each half of a batch; the run uses `learning_rate * (batch_size / 2) / 256`."""
+    head_learning_rate: float | None = None
+    """Learning rate of the head, with the same scaling and schedule; None: `learning_rate`."""
     weight_decay: float = 0.01
-    """L2. Prompts enter only through a norm, so for them it controls the effective learning rate."""
+    """L2 in SGD, decoupled in AdamW. Prompts enter only through a norm, so for them it controls the effective learning
+    rate."""
     momentum: float = 0.9
+    """Of SGD; in AdamW, the decay `beta1` of the first moment."""
     warmup: float = 0.05
     """Fraction of the steps in which the learning rate rises linearly."""
 
@@ -59,6 +63,11 @@ class TrainSettings:
     """Images that the class-balanced half draws from a class at a time."""
     loss: Literal["lpt", "agcl", "cross_entropy"] = "lpt"
     """A-GCL weighted per half; or A-GCL or cross-entropy on all images. Each includes the match term."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW, which needs lower learning rates; both scale them with the batch size."""
+    weight_noise: float = 0.0
+    """Standard scale `rho` of Gaussian noise on the weights where a step takes its gradient, relative to each tensor's
+    root mean square (GNM-PT, NeurIPS 2024); 0: no noise."""
     eta: float = 0.5
     """Initial weight of the instance-balanced half in loss "lpt"; falls linearly to 0."""
     init_prompts: Literal["random", "tokens"] = "random"

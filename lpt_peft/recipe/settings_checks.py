@@ -41,6 +41,10 @@ def check_phase(phase: PhaseSettings) -> None:
         {
             "epochs": (phase.epochs >= 0, "at least 0"),
             "learning_rate": (0 < phase.learning_rate < float("inf"), "above 0 and finite"),
+            "head_learning_rate": (
+                phase.head_learning_rate is None or 0 < phase.head_learning_rate < float("inf"),
+                "None, or above 0 and finite",
+            ),
             "weight_decay": (0 <= phase.weight_decay < float("inf"), "at least 0 and finite"),
             "momentum": (0 <= phase.momentum < 1, "at least 0 and below 1"),
             "warmup": (0 <= phase.warmup <= 1, "a fraction from 0 to 1"),
@@ -67,6 +71,8 @@ def check_train(settings: TrainSettings) -> None:
             "sampling": (settings.sampling in ("dual", "instance"), '"dual" or "instance"'),
             "samples_per_class": (settings.samples_per_class >= 1, positive),
             "loss": (settings.loss in ("lpt", "agcl", "cross_entropy"), '"lpt", "agcl" or "cross_entropy"'),
+            "optimizer": (settings.optimizer in ("sgd", "adamw"), '"sgd" or "adamw"'),
+            "weight_noise": (0 <= settings.weight_noise < float("inf"), "at least 0 and finite"),
             "eta": (settings.eta >= 0, "at least 0"),
             "init_keys": (settings.init_keys in ("kmeans", "random"), '"kmeans" or "random"'),
             "init_prompts": (settings.init_prompts in ("random", "tokens"), '"random" or "tokens"'),
