@@ -16,6 +16,16 @@ RESUME_IGNORED_FIELDS = frozenset({"num_workers", "save_every", "keep_checkpoint
 
 _BACKBONE_DTYPES = ("float32", "bfloat16", "float16")
 
+Loss = Literal["lpt", "agcl", "cross_entropy", "logit_adjusted", "balanced_softmax", "focal", "class_balanced", "ldam"]
+
+_NOT_REWEIGHTED = {
+    "lpt": "already trains on class-balanced images in the last epochs",
+    "logit_adjusted": "already corrects for class frequencies",
+    "balanced_softmax": "already corrects for class frequencies",
+    "class_balanced": "has these weights from the start",
+}
+"""Losses that deferred reweighting would correct for class frequencies twice, with the reason."""
+
 _NONE = type(None)
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "bool": (bool,),
@@ -75,8 +85,12 @@ class TrainSettings:
     """Instance-balanced and class-balanced halves, or instance-balanced images only."""
     samples_per_class: int = 4
     """Images that the class-balanced half draws from a class at a time."""
-    loss: Literal["lpt", "agcl", "cross_entropy"] = "lpt"
-    """A-GCL weighted per half; or A-GCL or cross-entropy on all images. Each includes the match term."""
+    loss: Loss = "lpt"
+    """A-GCL weighted per half; or a loss on all images of a step. Each includes the match term."""
+    tau: float = 1.0
+    """Strength of the adjustment in loss "logit_adjusted"."""
+    reweight_from: int | None = None
+    """Epoch of each phase, from 0, at which class-balanced weights begin; for agcl, cross_entropy, focal and ldam."""
     eta: float = 0.5
     """Initial weight of the instance-balanced half in loss "lpt"; falls linearly to 0."""
     init_keys: Literal["kmeans", "random"] = "kmeans"
@@ -123,7 +137,9 @@ class TrainSettings:
                 "accumulate": (self.accumulate >= 1, positive),
                 "sampling": (self.sampling in ("dual", "instance"), '"dual" or "instance"'),
                 "samples_per_class": (self.samples_per_class >= 1, positive),
-                "loss": (self.loss in ("lpt", "agcl", "cross_entropy"), '"lpt", "agcl" or "cross_entropy"'),
+                "loss": (self.loss in get_args(Loss), " or ".join(f'"{name}"' for name in get_args(Loss))),
+                "tau": (0 <= self.tau < float("inf"), "at least 0 and finite"),
+                "reweight_from": (self.reweight_from is None or self.reweight_from >= 0, "None or at least 0"),
                 "eta": (self.eta >= 0, "at least 0"),
                 "init_keys": (self.init_keys in ("kmeans", "random"), '"kmeans" or "random"'),
                 "init_groups": (self.init_groups in ("shared", "random"), '"shared" or "random"'),
@@ -146,6 +162,22 @@ class TrainSettings:
         )
         if self.loss == "lpt" and self.sampling != "dual":
             raise ConfigError('loss="lpt" weights the two halves of a dual batch, so it needs sampling="dual".')
+        if self.tau != 1 and self.loss != "logit_adjusted":
+            raise ConfigError(f'tau={self.tau:g} needs loss="logit_adjusted"; loss="{self.loss}" has no adjustment.')
+        if self.reweight_from is not None:
+            self._check_reweighting(self.reweight_from)
+
+    def _check_reweighting(self, start: int) -> None:
+        if reason := _NOT_REWEIGHTED.get(self.loss):
+            raise ConfigError(
+                f'reweight_from={start} cannot be used with loss="{self.loss}", which {reason}: leave it out, or use '
+                'loss="cross_entropy", "focal", "ldam" or "agcl".'
+            )
+        if start >= (longest := max((phase.epochs for phase in self.plan.values()), default=0)):
+            raise ConfigError(
+                f"reweight_from={start} is never reached: epochs are counted from 0 in each phase, and the longest has "
+                f"{longest}."
+            )
 
     @property
     def half_batch(self) -> int:

@@ -104,6 +104,9 @@ def _device(dataset: Dataset[Any], settings: TrainSettings, accelerator: Acceler
     )
 
 
+_FREQUENCY_LOSSES = ("logit_adjusted", "balanced_softmax", "class_balanced")
+
+
 def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion: Any) -> Iterator[str]:
     """Everything that the settings do not do literally."""
     if settings.half_batch > len(labels):
@@ -116,5 +119,14 @@ def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion
             yield f"phase {name} has no warm-up: {100 * phase.warmup:g} % of its steps is less than a step"
     if criterion is not None:
         yield f'the given criterion replaces loss="{settings.loss}"'
+    elif settings.sampling == "dual" and (settings.loss in _FREQUENCY_LOSSES or settings.reweight_from is not None):
+        yield (
+            "the correction for class frequencies is for those of a dual batch (half of it class-balanced), not those "
+            "of the training images"
+        )
+    start = settings.reweight_from
+    if criterion is None and start is not None:
+        for name in (name for name, phase in settings.plan.items() if phase.epochs <= start):
+            yield f"phase {name} ends before epoch {start}, from which class weights apply"
     if settings.init_keys == "kmeans" and len(labels) > MAX_QUERIES and set(settings.plan) - {"shared"}:
         yield f"k-means of the keys uses at most {MAX_QUERIES} evenly spaced images"
