@@ -17,7 +17,8 @@ from lpt_peft._json import loads
 from lpt_peft.cli.common.messages import without_errno
 from lpt_peft.cli.common.paths import home_path
 from lpt_peft.errors import ConfigError
-from lpt_peft.recipe.settings import TrainSettings, known, refuse_invalid
+from lpt_peft.recipe.settings import TrainSettings
+from lpt_peft.recipe.settings_checks import known, refuse_invalid
 
 
 # A help text is on one line of source: tyro keeps line breaks.

@@ -156,7 +156,7 @@ def test_every_loss_trains(loss, sampling):
     [
         ({"loss": "hinge"}, 'loss=\'hinge\' must be "lpt" or "agcl" or "cross_entropy" or'),
         ({"loss": "logit_adjusted", "tau": -1.0}, "tau=-1.0 must be at least 0 and finite"),
-        ({"loss": "focal", "tau": 0.5}, 'tau=0.5 needs loss="logit_adjusted"; loss="focal" has no adjustment'),
+        ({"loss": "focal", "tau": 0.5}, 'tau=0.5 needs loss="logit_adjusted"; loss="focal" does not use it'),
         ({"loss": "focal", "reweight_from": -1}, "reweight_from=-1 must be None or at least 0"),
         (
             {"loss": "lpt", "reweight_from": 3},
