@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from lpt_peft.recipe.method_settings import MethodName
-from lpt_peft.recipe.settings_checks import check_phase, check_train, known
+from lpt_peft.recipe.settings_checks import Loss, check_phase, check_train, known
 
 RESUME_IGNORED_FIELDS = frozenset({"num_workers", "save_every", "keep_checkpoints"})
 """Settings that may change when a run is resumed, because they do not affect its result."""
@@ -61,8 +61,12 @@ class TrainSettings:
     """Instance-balanced and class-balanced halves, or instance-balanced images only."""
     samples_per_class: int = 4
     """Images that the class-balanced half draws from a class at a time."""
-    loss: Literal["lpt", "agcl", "cross_entropy"] = "lpt"
-    """A-GCL weighted per half; or A-GCL or cross-entropy on all images. Each includes the match term."""
+    loss: Loss = "lpt"
+    """A-GCL weighted per half; or a loss on all images of a step. Each includes the match term."""
+    tau: float = 1.0
+    """Strength of the adjustment in loss "logit_adjusted"."""
+    reweight_from: int | None = None
+    """Epoch of each phase, from 0, at which class-balanced weights begin; for agcl, cross_entropy, focal and ldam."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW, which needs lower learning rates; both scale them with the batch size."""
     weight_noise: float = 0.0

@@ -15,6 +15,16 @@ from lpt_peft.recipe.method_settings import check_method
 if TYPE_CHECKING:
     from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 
+Loss = Literal["lpt", "agcl", "cross_entropy", "logit_adjusted", "balanced_softmax", "focal", "class_balanced", "ldam"]
+
+_NOT_REWEIGHTED = {
+    "lpt": "already trains on class-balanced images in the last epochs",
+    "logit_adjusted": "already corrects for class frequencies",
+    "balanced_softmax": "already corrects for class frequencies",
+    "class_balanced": "has these weights from the start",
+}
+"""Losses that deferred reweighting would correct for class frequencies twice, with the reason."""
+
 _BACKBONE_DTYPES = ("float32", "bfloat16", "float16")
 
 _NONE = type(None)
@@ -70,9 +80,11 @@ def check_train(settings: TrainSettings) -> None:
             "accumulate": (settings.accumulate >= 1, positive),
             "sampling": (settings.sampling in ("dual", "instance"), '"dual" or "instance"'),
             "samples_per_class": (settings.samples_per_class >= 1, positive),
-            "loss": (settings.loss in ("lpt", "agcl", "cross_entropy"), '"lpt", "agcl" or "cross_entropy"'),
             "optimizer": (settings.optimizer in ("sgd", "adamw"), '"sgd" or "adamw"'),
             "weight_noise": (0 <= settings.weight_noise < float("inf"), "at least 0 and finite"),
+            "loss": (settings.loss in get_args(Loss), " or ".join(f'"{name}"' for name in get_args(Loss))),
+            "tau": (0 <= settings.tau < float("inf"), "at least 0 and finite"),
+            "reweight_from": (settings.reweight_from is None or settings.reweight_from >= 0, "None or at least 0"),
             "eta": (settings.eta >= 0, "at least 0"),
             "init_keys": (settings.init_keys in ("kmeans", "random"), '"kmeans" or "random"'),
             "init_prompts": (settings.init_prompts in ("random", "tokens"), '"random" or "tokens"'),
@@ -102,6 +114,23 @@ def check_train(settings: TrainSettings) -> None:
     check_method(settings)
     if settings.loss == "lpt" and settings.sampling != "dual":
         raise ConfigError('loss="lpt" weights the two halves of a dual batch, so it needs sampling="dual".')
+    if settings.tau != 1 and settings.loss != "logit_adjusted":
+        raise ConfigError(f'tau={settings.tau:g} needs loss="logit_adjusted"; loss="{settings.loss}" does not use it.')
+    if settings.reweight_from is not None:
+        _check_reweighting(settings, settings.reweight_from)
+
+
+def _check_reweighting(settings: TrainSettings, start: int) -> None:
+    if reason := _NOT_REWEIGHTED.get(settings.loss):
+        raise ConfigError(
+            f'reweight_from={start} cannot be used with loss="{settings.loss}", which {reason}: leave it out, or use '
+            'loss="cross_entropy", "focal", "ldam" or "agcl".'
+        )
+    if start >= (longest := max((phase.epochs for phase in settings.plan.values()), default=0)):
+        raise ConfigError(
+            f"reweight_from={start} is never reached: epochs are counted from 0 in each phase, and the longest has "
+            f"{longest}."
+        )
 
 
 def known(kind: type, values: Any) -> Mapping[str, Any]:

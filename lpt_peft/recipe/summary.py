@@ -131,6 +131,9 @@ def _device(dataset: Dataset[Any], settings: TrainSettings, accelerator: Acceler
     )
 
 
+_FREQUENCY_LOSSES = ("logit_adjusted", "balanced_softmax", "class_balanced")
+
+
 def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion: Any) -> Iterator[str]:
     """Everything that the settings do not do literally."""
     if settings.half_batch > len(labels):
@@ -145,6 +148,15 @@ def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion
         yield f"method {settings.method} trains with the settings of shared and does not use {', '.join(unused)}"
     if criterion is not None:
         yield f'the given criterion replaces loss="{settings.loss}"'
+    elif settings.sampling == "dual" and (settings.loss in _FREQUENCY_LOSSES or settings.reweight_from is not None):
+        yield (
+            "the correction for class frequencies is for those of a dual batch (half of it class-balanced), not those "
+            "of the training images"
+        )
+    start = settings.reweight_from
+    if criterion is None and start is not None:
+        for name in (name for name, phase in settings.plan.items() if phase.epochs <= start):
+            yield f"phase {name} ends before epoch {start}, from which class weights apply"
     if settings.init_prompts == "tokens" and set(settings.plan) == {"group"}:
         yield 'init_prompts="tokens" has no effect, because no phase trains the shared prompt'
     queries = settings.init_keys == "kmeans" or settings.init_groups == "tokens"
