@@ -25,6 +25,7 @@ from lpt_peft.errors import ConfigError, LPTError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.recipe import Splits, evaluate, fit, predict, run_phase
 from lpt_peft.recipe.experiment import PROMPTS, RESULTS, write_json
+from lpt_peft.recipe.training.phase_init import trained_parameters
 
 RUNS, IMAGES = "runs", "test"
 SHOT_RULE = "lpt"
@@ -69,7 +70,7 @@ def run_demo(
             model, result = train_row(row, seed, train_set, test_set, folder, resume=resume, progress=progress)
             trained += [folder] if folder.exists() else []
             if seed == 0:
-                table.append(RowResult(row.name, _trained_parameters(model, row)))
+                table.append(RowResult(row.name, trained_parameters(model, row.settings)))
                 if isinstance(model, LongTailPromptAdapter):
                     lpt = model  # the last row's adapter is kept
                     write_prompt_file(output / PROMPTS, read_prompt_file(folder / PROMPTS))
@@ -128,16 +129,6 @@ def save_images(folder: Path) -> None:
         file = folder / str(label) / f"{number:03}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         save_image(image, file)
-
-
-def _trained_parameters(model: nn.Module, row: Row) -> int:
-    """Count the parameters that the row's phases train, including the head."""
-    if not isinstance(model, LongTailPromptAdapter):
-        return sum(p.numel() for p in model.parameters() if p.requires_grad)
-    trained = {"head.weight"}
-    trained |= {"shared.prompts"} if row.settings.shared.epochs else set()
-    trained |= {"pool.prompts", "pool.keys"} if row.settings.group.epochs else set()
-    return sum(model.get_parameter(name).numel() for name in trained)
 
 
 def _check_prompt_file(adapter: LongTailPromptAdapter, folder: Path, test_set: DigitsLT) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lpt_peft._random import seeded
@@ -58,6 +58,21 @@ def begin_phase(
     adapter.phase = "shared" if name == "shared" else "group"
     if name == "joint":
         adapter.shared.requires_grad_(True)
+
+
+def trained_parameters(model: nn.Module, settings: TrainSettings) -> int:
+    """Count the parameters that the phases of a run train, including the head.
+
+    Args:
+        model: An adapter; or any module, whose parameters that require a gradient are trained.
+        settings: Phases of the run.
+    """
+    if not isinstance(model, LongTailPromptAdapter):
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    modules: set[nn.Module] = {model.head}
+    modules |= {model.shared} if {"shared", "joint"} & settings.plan.keys() else set()
+    modules |= {model.pool} if {"group", "joint"} & settings.plan.keys() else set()
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def _init_keys(pool: PromptPool, queries: Tensor, seed: int, reporter: Reporter) -> None:
