@@ -4,6 +4,7 @@ They take tensors and labels, never a model, work in chunks, and compute in floa
 are named tuples; a mean over nothing is None. Not here: features and logits of a run (`lpt_peft.recipe.analyse`).
 """
 
+from lpt_peft.analysis.bootstrap import Interval, bootstrap_accuracy, bootstrap_difference
 from lpt_peft.analysis.calibration import Reliability, Temperature, fit_temperature, reliability, reliability_by_shots
 from lpt_peft.analysis.confusion import Confusion, WeakClasses, confused_pairs, weak_classes
 from lpt_peft.analysis.matching import Matching, group_histogram, matching_statistics
@@ -17,6 +18,7 @@ __all__ = [
     "ClassMatch",
     "Confusion",
     "Discriminant",
+    "Interval",
     "Matching",
     "PoolRow",
     "PoolValue",
@@ -29,6 +31,8 @@ __all__ = [
     "accuracy_shift",
     "add_noise",
     "blur",
+    "bootstrap_accuracy",
+    "bootstrap_difference",
     "confused_pairs",
     "fit_temperature",
     "group_histogram",

@@ -106,7 +106,7 @@ class ShotMetrics:
         truth = as_integers("target", target, size)
         confidence = None
         if isinstance(logits, Tensor) and logits.is_floating_point():
-            predicted, confidence = _predict(logits, size)
+            predicted, confidence = predict_labels(logits, size)
         else:
             predicted = as_integers("logits", logits, size)
         if len(predicted) != len(truth):
@@ -223,8 +223,16 @@ def _on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _predict(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Predicted labels (B,) int64 and confidences (B,) on the device; NaN where the softmax is undefined."""
+def predict_labels(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return predicted labels (B,) int64 and confidences (B,) on the device; NaN where the softmax is undefined.
+
+    Args:
+        logits: (B, `size`), floating point.
+        size: Number of classes.
+
+    Raises:
+        InputError: The shape is wrong.
+    """
     if logits.ndim != 2 or logits.shape[1] != size:
         raise InputError(
             f"logits must be (B, {size}), with a column per entry of class_counts, not {tuple(logits.shape)}: "
