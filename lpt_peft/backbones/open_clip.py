@@ -107,17 +107,18 @@ class NativeTower(_Tower):
         """Compute tokens from images (B, 3, H, W), with the tower's patch dropout."""
         return Stream(self.tower._embeds(image), {})
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run blocks from `start`, one per prompt (n, d) or (B, n, d); `stream` is always batch first."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d), None: no prompt; `stream` is batch first."""
         transformer = self.tower.transformer
         transposed = not getattr(transformer, "batch_first", True)
         tokens = stream.tokens.transpose(0, 1) if transposed else stream.tokens
         for layer, prompt in enumerate(prompts, start):
-            prompt = batched(prompt)  # noqa: PLW2901
+            if prompt is not None:
+                prompt = batched(prompt).transpose(0, 1) if transposed else prompt  # noqa: PLW2901
             tokens = run_block(
                 transformer.resblocks[layer],
                 tokens,
-                prompt.transpose(0, 1) if transposed else prompt,
+                prompt,
                 checkpointing=transformer.grad_checkpointing,
             )
         return Stream(tokens.transpose(0, 1) if transposed else tokens, stream.context)
@@ -128,6 +129,14 @@ class NativeTower(_Tower):
         if self.tower.proj is not None:
             pooled = pooled @ self.tower.proj
         return pooled if pooled.ndim == 2 else pooled[:, 0]
+
+    def class_token(self, stream: Stream) -> Tensor:
+        """Return the class token (B, d)."""
+        return stream.tokens[:, 0]
+
+    def mean_patch(self, stream: Stream) -> Tensor:
+        """Return the mean (B, d) of the patch tokens."""
+        return stream.tokens[:, 1:].mean(1)
 
     def info(self) -> BackboneInfo:
         """Return the sizes; open_clip records neither the name of the model nor the tag of its weights."""
@@ -189,8 +198,8 @@ class TimmTower(_Tower):
         """Compute tokens from images (B, 3, H, W)."""
         return self.trunk.embed(*args, **kwargs)
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run blocks from `start`, one per prompt (n, d) or (B, n, d)."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d); None: no prompt."""
         return self.trunk.run(stream, start, prompts)
 
     def pool(self, stream: Stream) -> Tensor:
@@ -199,6 +208,14 @@ class TimmTower(_Tower):
         for module in self._projection():
             feature = module(feature)
         return feature
+
+    def class_token(self, stream: Stream) -> Tensor | None:
+        """Return the class token (B, d), or None if the trunk has none."""
+        return self.trunk.class_token(stream)
+
+    def mean_patch(self, stream: Stream) -> Tensor:
+        """Return the mean (B, d) of the patch tokens of the trunk."""
+        return self.trunk.mean_patch(stream)
 
     def info(self) -> BackboneInfo:
         """Return what timm recorded of the trunk; the tag of the weights is not recorded."""

@@ -38,7 +38,7 @@ from lpt_peft.backbones.fingerprint import ALGORITHM
 from lpt_peft.backbones.loading import NORM_EPS
 from lpt_peft.checkpoint.content import USAGE, PromptContent
 from lpt_peft.checkpoint.plain_json import broken_entry
-from lpt_peft.config import MAX_CLASSES, PHASES, PromptConfig, PromptMetadata
+from lpt_peft.config import MAX_CLASSES, PHASES, QUERIES, PromptConfig, PromptMetadata
 from lpt_peft.errors import ConfigError, PromptFileFormatError, PromptFileTensorError, PromptFileVersionError
 
 FORMAT = "lpt_peft-prompts"
@@ -74,6 +74,8 @@ _PREPROCESS = {
 }
 _PREPROCESS_OPTIONAL = {"exif": boolean, "background": list_of(integer(0, 255), 3, 3)}
 _PROMPT_SIZES = ("prompt_length", "shared_layers", "pool_size", "top_k", "dim", "depth")
+_PROMPT_CHOICES: Mapping[str, tuple[str, ...]] = {"query": QUERIES}
+"""Optional keys of `prompt`; the first choice is the default and is not written."""
 _HEAD = {
     "num_classes": integer(1, MAX_CLASSES),
     "logit_scale": positive,
@@ -83,7 +85,10 @@ _CONTENT = {
     "format": one_of(FORMAT),
     "format_version": integer(FORMAT_VERSION, FORMAT_VERSION),
     "library_version": text,
-    "prompt": object_of({**dict.fromkeys(_PROMPT_SIZES, integer(0, 10**6)), "phase": one_of(*PHASES)}),
+    "prompt": object_of(
+        {**dict.fromkeys(_PROMPT_SIZES, integer(0, 10**6)), "phase": one_of(*PHASES)},
+        {name: one_of(*choices) for name, choices in _PROMPT_CHOICES.items()},
+    ),
     "head": object_of(_HEAD, {"temperature": positive}),
     "class_counts": nullable(list_of(integer(0), 1, MAX_CLASSES)),
     "preprocess": object_of(_PREPROCESS, _PREPROCESS_OPTIONAL),
@@ -112,7 +117,11 @@ def content_to_config(content: PromptContent, tensors: Mapping[str, Mapping[str,
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "library_version": content.library_version,
-        "prompt": {**{name: sizes[name] for name in _PROMPT_SIZES}, "phase": content.phase},
+        "prompt": {
+            **{name: sizes[name] for name in _PROMPT_SIZES},
+            "phase": content.phase,
+            **{name: sizes[name] for name, choices in _PROMPT_CHOICES.items() if sizes[name] != choices[0]},
+        },
         "head": {**head, "label_names": metadata.label_names, **_given(optional)},
         "class_counts": metadata.class_counts,
         "preprocess": content.preprocess,
@@ -209,6 +218,7 @@ def prompt_config(config: Mapping[str, Any]) -> PromptConfig:
         ConfigError: A size is out of range.
     """
     sizes = {name: config["prompt"][name] for name in _PROMPT_SIZES}
+    sizes |= {name: config["prompt"].get(name, choices[0]) for name, choices in _PROMPT_CHOICES.items()}
     head_shape = config["tensors"].get("head.weight", {}).get("shape", [None])
     return PromptConfig(
         **sizes,

@@ -14,8 +14,8 @@ from lpt_peft._text import number
 from lpt_peft.recipe.loading.batches import steps_per_epoch
 from lpt_peft.recipe.loading.loader import resolve_workers
 from lpt_peft.recipe.settings import TrainSettings
+from lpt_peft.recipe.training.image_passes import MAX_QUERIES
 from lpt_peft.recipe.training.optimizer import warmup_steps
-from lpt_peft.recipe.training.phase_init import MAX_QUERIES
 
 
 def run_summary(
@@ -25,6 +25,7 @@ def run_summary(
     accelerator: Accelerator,
     *,
     num_classes: int,
+    query: str = "final",
     validation: Dataset[Any] | None = None,
     criterion: Any = None,
 ) -> str:
@@ -36,6 +37,7 @@ def run_summary(
         settings: Training settings.
         accelerator: Device, precision, processes.
         num_classes: Of the head.
+        query: How groups are selected, see `PromptConfig.query`.
         validation: Validation images.
         criterion: The caller's criterion, if any.
     """
@@ -50,6 +52,11 @@ def run_summary(
         f"Phases: {phases}; {number(steps, 'step')} per epoch, {number(total, 'step')} of {settings.batch_size} images "
         f"({_sampling(settings)})"
     )
+    if settings.plan:
+        lines.append(f"Starts: {_starts(settings)}")
+    if set(settings.plan) - {"shared"}:
+        passes = "a second pass" if query == "final" else "a single pass"
+        lines.append(f"Groups: selected by query {query}, in {passes}")
     lines.append(_device(dataset, settings, accelerator))
     return "\n".join([*lines, *(f"note: {note}" for note in _notes(labels, settings, steps, criterion))])
 
@@ -89,6 +96,25 @@ def _sampling(settings: TrainSettings) -> str:
     return "instance-balanced"
 
 
+def _starts(settings: TrainSettings) -> str:
+    """The initial values of everything that is trained."""
+    starts = {
+        "head": {"random": "as given", "class_mean": "class means of the features"}[settings.init_head],
+        "shared prompt": {"random": "as given", "tokens": "tokens of training images"}[settings.init_prompts],
+        "keys": {"kmeans": "k-means centers of the queries", "random": "as given"}[settings.init_keys],
+        "groups": {
+            "shared": "copies of the shared prompt",
+            "random": "as given",
+            "tokens": "tokens of the images nearest to their keys",
+        }[settings.init_groups],
+    }
+    if set(settings.plan) == {"group"}:
+        del starts["shared prompt"]
+    if set(settings.plan) == {"shared"}:
+        del starts["keys"], starts["groups"]
+    return "; ".join(f"{name} {start}" for name, start in starts.items())
+
+
 def _device(dataset: Dataset[Any], settings: TrainSettings, accelerator: Accelerator) -> str:
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -116,5 +142,8 @@ def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion
             yield f"phase {name} has no warm-up: {100 * phase.warmup:g} % of its steps is less than a step"
     if criterion is not None:
         yield f'the given criterion replaces loss="{settings.loss}"'
-    if settings.init_keys == "kmeans" and len(labels) > MAX_QUERIES and set(settings.plan) - {"shared"}:
-        yield f"k-means of the keys uses at most {MAX_QUERIES} evenly spaced images"
+    if settings.init_prompts == "tokens" and set(settings.plan) == {"group"}:
+        yield 'init_prompts="tokens" has no effect, because no phase trains the shared prompt'
+    queries = settings.init_keys == "kmeans" or settings.init_groups == "tokens"
+    if queries and len(labels) > MAX_QUERIES and set(settings.plan) - {"shared"}:
+        yield f"keys and groups start from the queries of at most {MAX_QUERIES} evenly spaced images"

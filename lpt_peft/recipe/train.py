@@ -109,6 +109,7 @@ def train(
             settings,
             accelerator,
             num_classes=adapter.prompt_config.num_classes,
+            query=adapter.prompt_config.query,
             validation=validation,
             criterion=criterion,
         )

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lpt_peft._tensors import plain_tensors
-from lpt_peft.backbones.base import BackboneInfo, Stream, not_floating
+from lpt_peft.backbones.base import BackboneInfo, Stream, masked_mean, not_floating
 from lpt_peft.backbones.transformers.detect import SUPPORTED, Parts, attention_config, find_parts, linear_within
 from lpt_peft.backbones.transformers.info import info, preprocess
 from lpt_peft.errors import BackboneError, InputError
@@ -119,13 +119,14 @@ class TransformersViT:
             )
         return Stream(tokens, {"layers": [call[1:] for call in calls], "call": (args, kwargs)})
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run layers from `start`, one per prompt (n, d) or (B, n, d), cast to the tokens' dtype."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+        """Run layers from `start`, one per prompt (n, d) or (B, n, d), cast to the tokens' dtype; None: no prompt."""
         tokens = stream.tokens
         stop = start + len(prompts)
-        given = stream.context["layers"][start:stop]
-        for layer, (args, kwargs), prompt in zip(self.blocks[start:stop], given, prompts, strict=True):
-            tokens = layer(tokens, *args, prompt=batched(prompt).to(tokens.dtype), **kwargs)
+        calls = stream.context["layers"][start:stop]
+        for layer, (args, kwargs), prompt in zip(self.blocks[start:stop], calls, prompts, strict=True):
+            given = {} if prompt is None else {"prompt": batched(prompt).to(tokens.dtype)}
+            tokens = layer(tokens, *args, **given, **kwargs)
         return Stream(tokens, stream.context)
 
     def pool(self, stream: Stream) -> Tensor:
@@ -138,6 +139,19 @@ class TransformersViT:
         out = self._drive(lambda *_: stream.tokens, *args, **kwargs)
         feature: Tensor = out.logits if self._parts.heads else self._pooled(out)
         return feature
+
+    def class_token(self, stream: Stream) -> Tensor | None:
+        """Return the class token (B, d), or None if the model has none."""
+        return stream.tokens[:, 0] if _has_cls(self._parts.tower) else None
+
+    def mean_patch(self, stream: Stream) -> Tensor:
+        """Return the mean (B, d) of all tokens but the class token, without those that a mask in the call excludes."""
+        _, kwargs = stream.context["call"]
+        if _has_cls(self._parts.tower):
+            return stream.tokens[:, 1:].mean(1)
+        masks = [v.flatten(1) for name, v in kwargs.items() if name.endswith("attention_mask") and v is not None]
+        fitting = [mask for mask in masks if mask.shape[1] == stream.tokens.shape[1]]
+        return masked_mean(stream.tokens, fitting[0] if fitting else None)
 
     def info(self) -> BackboneInfo:
         """Return what the model's config records."""
