@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 import time
 import traceback
 from functools import cache
@@ -39,6 +41,12 @@ def open_images(root: Path) -> dict[str, LabelledImages]:
         pixels = np.stack([np.asarray(image) for image, _ in files])
         splits[name] = LabelledImages(ArrayImages(pixels, str(root / name)), files.labels, names, allow_empty=True)
     return splits
+
+
+def prepare_process() -> None:
+    """Let loading workers be forked; a spawned process would spawn them, with its imports and a copy of the images."""
+    if sys.platform == "linux":
+        multiprocessing.set_start_method("fork", force=True)
 
 
 def run_cell(cell: Cell, root: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
-from _cell import EVALUATED, run_cell
+from _cell import EVALUATED, prepare_process, run_cell
 from _plan import ABLATIONS, ROWS, TUNE, Cell, cells, to_toml, tuned
 
 from lpt_peft.cli.common.rows import read_rows
@@ -68,7 +68,8 @@ class Runner:
         self.seconds_per_epoch = 0.0  # of the slowest run
         self.pool = None
         if options.jobs > 1:
-            self.pool = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"))
+            spawn = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(options.jobs, spawn, initializer=prepare_process)
 
     def run(self, cells: Sequence[Cell]) -> bool:
         """Run the cells that have no result; return whether all have one."""
