@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from _plan import ABLATIONS, ROWS, TUNE, choose
+
 from lpt_peft.analysis import bootstrap_accuracy, bootstrap_difference
 
 COLUMNS = (
