@@ -151,7 +151,7 @@ def test_unsupported_casts_are_refused():
             super().__init__()
             self.head = tiny_adapter().head
 
-    with pytest.raises(ConfigError, match=r"casts the frozen ViT of an adapter, and a Probe has none"):
+    with pytest.raises(ConfigError, match=r"casts the frozen ViT of an adapter or a linear probe, and a Probe has none"):
         run_phase(Probe(), dataset, labels, BFLOAT16, PHASE, progress=False)
 
 
