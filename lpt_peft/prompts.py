@@ -46,6 +46,11 @@ class SharedPrompt(nn.Module):
         self.prompts = nn.Parameter(torch.empty(layers, length, dim))
         self.reset_parameters()
 
+    @classmethod
+    def from_config(cls, config: PromptConfig) -> SharedPrompt:
+        """Create a shared prompt with the sizes of an adapter configuration."""
+        return cls(*config.tensor_shapes["shared.prompts"])
+
     def reset_parameters(self) -> None:
         """Draw new prompts from torch's default generator."""
         nn.init.trunc_normal_(self.prompts, std=_INIT_STD)

@@ -38,7 +38,7 @@ from lpt_peft.backbones.fingerprint import ALGORITHM
 from lpt_peft.backbones.loading import NORM_EPS
 from lpt_peft.checkpoint.content import USAGE, PromptContent
 from lpt_peft.checkpoint.plain_json import broken_entry
-from lpt_peft.config import MAX_CLASSES, PHASES, QUERIES, PromptConfig, PromptMetadata
+from lpt_peft.config import MAX_CLASSES, PHASES, PLACEMENTS, QUERIES, PromptConfig, PromptMetadata
 from lpt_peft.errors import ConfigError, PromptFileFormatError, PromptFileTensorError, PromptFileVersionError
 
 FORMAT = "lpt_peft-prompts"
@@ -74,7 +74,7 @@ _PREPROCESS = {
 }
 _PREPROCESS_OPTIONAL = {"exif": boolean, "background": list_of(integer(0, 255), 3, 3)}
 _PROMPT_SIZES = ("prompt_length", "shared_layers", "pool_size", "top_k", "dim", "depth")
-_PROMPT_CHOICES: Mapping[str, tuple[str, ...]] = {"query": QUERIES}
+_PROMPT_CHOICES: Mapping[str, tuple[str, ...]] = {"query": QUERIES, "placement": PLACEMENTS}
 """Optional keys of `prompt`; the first choice is the default and is not written."""
 _HEAD = {
     "num_classes": integer(1, MAX_CLASSES),
@@ -245,6 +245,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
     for path, values in (("class_counts", config["class_counts"]), ("head.label_names", config["head"]["label_names"])):
         if values is not None and len(values) != sizes.num_classes:
             raise BrokenRule(f"{path} has {len(values)} entries, the head has {sizes.num_classes} classes")
+    if config["prompt"]["phase"] == "group" and not sizes.has_groups:
+        raise BrokenRule('prompt.phase is "group", and prompt.placement "shallow" has no groups')
     backbone, preprocess = config["backbone"], config["preprocess"]
     if (backbone["embed_dim"], backbone["depth"]) != (sizes.dim, sizes.depth):
         raise BrokenRule("prompt.dim and prompt.depth must be the backbone's embed_dim and depth")
@@ -260,7 +262,7 @@ def _check_together(config: Mapping[str, Any]) -> None:
 def _check_tensors(config: Mapping[str, Any]) -> None:
     sizes = prompt_config(config)
     needed, listed = sizes.tensor_shapes, config["tensors"]
-    shapes = {**needed, **({USAGE: (sizes.pool_size,)} if USAGE in listed else {})}
+    shapes = {**needed, **({USAGE: (sizes.pool_size,)} if USAGE in listed and sizes.has_groups else {})}
     if listed.keys() != shapes.keys():
         missing, extra = sorted(shapes.keys() - listed.keys()), sorted(listed.keys() - shapes.keys())
         raise PromptFileTensorError(

@@ -70,9 +70,7 @@ def describe(source: str, content: PromptContent) -> str:
     ]
     lines = [
         f"{source}: prompt file, format 2, written by lpt_peft {content.library_version}",
-        f"  prompts         phase {content.phase}: {config.prompt_length} tokens in each of {config.depth} blocks; "
-        f"{config.pool_size} groups after block {config.shared_layers}, {config.top_k} for an image, "
-        f"query {config.query}",
+        f"  prompts         phase {content.phase}: {config.layout}",
         f"  head            {config.num_classes} classes, logit scale {config.logit_scale:g}, temperature "
         f"{_or_unknown(metadata.temperature)}",
         f"  classes         {_first(metadata.label_names)}",
