@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from lpt_peft._classes import integers_in_order, names_in_order
+from lpt_peft._classes import names_in_order
 from lpt_peft.backbones import find_backbone
 from lpt_peft.backbones.base import execution_device
+from lpt_peft.backbones.weights import cast_dtype
 from lpt_peft.checkpoint import USAGE, CheckBackbone, PromptContent, check_match
 from lpt_peft.checkpoint.relabel import LabelChanges, relabel
 from lpt_peft.config import PromptConfig
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 _Adapter = TypeVar("_Adapter", bound="PretrainedMixin")
 Part = Literal["all", "shared"]
-_CAST_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def content_of(
@@ -51,20 +51,16 @@ def content_of(
         raise StateError(
             "The prompts have no values: the ViT was on the meta device when it was wrapped. Wrap a ViT with weights."
         )
-    names = carried.label_names if label_names is None else names_in_order(label_names)
-    counts = None if class_counts is None else integers_in_order(class_counts, label_names=names)
     preprocessing = {**adapter.preprocess(), **(preprocess or {})}
     return PromptContent(
         config=adapter.prompt_config,
         phase=adapter.phase,
         tensors={**_trained(adapter), **_usage(adapter)},
         metadata=replace(
-            carried,
-            class_counts=carried.class_counts if class_counts is None else counts,
-            label_names=names,
-            training=carried.training if training is None else training,
-            preprocess=preprocessing,
-            backbone_dtype=_backbone_dtype(adapter) or carried.backbone_dtype or "float32",
+            carried.updated(
+                class_counts=class_counts, label_names=label_names, training=training, preprocess=preprocessing
+            ),
+            backbone_dtype=cast_dtype(adapter.vit) or carried.backbone_dtype or "float32",
         ),
         backbone=adapter.backbone.info(),
         preprocess=preprocessing,
@@ -266,7 +262,7 @@ def _modules(config: PromptConfig) -> dict[str, Any]:
     # Constructors draw initial values; loading must not change the caller's random state.
     with torch.random.fork_rng(devices=[]):
         return {
-            "shared": SharedPrompt.from_config(config),
+            "shared": SharedPrompt(*config.tensor_shapes["shared.prompts"]),
             "pool": PromptPool.from_config(config) if config.has_groups else None,
             "head": CosineClassifier(config.feature_dim, config.num_classes, config.logit_scale),
         }
@@ -283,8 +279,3 @@ def _usage(adapter: PretrainedMixin) -> dict[str, torch.Tensor]:
     if adapter.pool is None or bool((adapter.pool.usage < 0).any()):
         return {}
     return {USAGE: adapter.pool.usage.clone()}
-
-
-def _backbone_dtype(adapter: PretrainedMixin) -> str | None:
-    """Dtype of the frozen weights if they were cast; prompts loaded on float32 weights keep the record of their run."""
-    return _CAST_DTYPES.get(next(adapter.vit.parameters()).dtype)

@@ -84,7 +84,7 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
         device = execution_device(self.vit)
         dtype = torch.promote_types(next(self.vit.parameters()).dtype, torch.float32)
         with torch.inference_mode(False):  # parameters created in inference mode would silently get no gradient
-            self.shared = SharedPrompt.from_config(config)
+            self.shared = SharedPrompt(*config.tensor_shapes["shared.prompts"])
             pool: Any = PromptPool.from_config(config) if config.has_groups else None
             self.pool = pool
             self.head_drop = nn.Dropout(head_dropout)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -239,3 +239,26 @@ class PromptMetadata:
         if self.class_counts is not None:
             counts = integers_in_order(self.class_counts, label_names=self.label_names)
             object.__setattr__(self, "class_counts", counts)
+
+    def updated(
+        self,
+        *,
+        class_counts: Any = None,
+        label_names: Any = None,
+        training: Mapping[str, Any] | None = None,
+        preprocess: Mapping[str, Any] | None = None,
+    ) -> PromptMetadata:
+        """Return a copy in which the arguments that are not None replace the fields.
+
+        Raises:
+            InputError: Counts or names have the wrong type or no order.
+        """
+        names = self.label_names if label_names is None else names_in_order(label_names)
+        counts = None if class_counts is None else integers_in_order(class_counts, label_names=names)
+        return replace(
+            self,
+            class_counts=self.class_counts if class_counts is None else counts,
+            label_names=names,
+            training=self.training if training is None else training,
+            preprocess=self.preprocess if preprocess is None else preprocess,
+        )

@@ -161,8 +161,8 @@ def test_compiled_and_exported_and_in_threads(row):
     with ThreadPoolExecutor(4) as pool, torch.no_grad():
         batches = [x(2, seed, torch.float32) for seed in range(8)]
         found = list(pool.map(adapter, batches))
-    for logits, one in zip(found, batches, strict=True):
-        close(logits, adapter(one), 1e-5)
+    for logits, batch in zip(found, batches, strict=True):
+        close(logits, adapter(batch), 1e-5)
 
 
 @pytest.mark.parametrize("row", ["timm ViT", "transformers ViT classifier"])
@@ -266,7 +266,7 @@ def test_groups_are_refused():
         LongTailPromptAdapter.wrap(tiny_vit(), 3, placement="middle")
     dataset, labels = striped_data()
     small = LongTailPromptAdapter.wrap(tiny_vit(), 3, prompt_length=2, placement="shallow")
-    with pytest.raises(ConfigError, match=r'placement="shallow" has no groups.*group\.epochs=0'):
+    with pytest.raises(ConfigError, match=r'placement="shallow" has no groups.*group.epochs=0'):
         train(small, dataset, labels, SETTINGS, progress=False)
 
 

@@ -91,6 +91,12 @@ class Backbone(Protocol):
     def mean_patch(self, stream: Stream) -> Tensor:
         """Return the mean (B, d) of the patch tokens between blocks, without padding."""
 
+    def plain_feature(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the feature of `pool` without prompts, from the arguments of the model's forward.
+
+        It does not need `attach`.
+        """
+
     def info(self) -> BackboneInfo:
         """Return the description of the model for prompt files."""
 
@@ -107,6 +113,13 @@ def masked_mean(tokens: Tensor, valid: Tensor | None) -> Tensor:
         return tokens.mean(1)
     weights = valid.to(tokens.dtype).unsqueeze(-1)
     return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def run_plain(backbone: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Implement `Backbone.plain_feature` by `embed`, `run` and `pool`."""
+    stream: Stream = backbone.run(backbone.embed(*args, **kwargs), 0, [None] * len(backbone.blocks))
+    feature: Tensor = backbone.pool(stream)
+    return feature
 
 
 def not_floating(images: Tensor) -> str:

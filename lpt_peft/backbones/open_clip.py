@@ -21,7 +21,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from lpt_peft._tensors import plain_tensors
-from lpt_peft.backbones.base import BackboneInfo, Stream, refuse_offloaded, warn_of_multihead_lora
+from lpt_peft.backbones.base import BackboneInfo, Stream, refuse_offloaded, run_plain, warn_of_multihead_lora
 from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.errors import BackboneError
 from lpt_peft.prompting import Prompt, attach_blocks, batched, detach_blocks, run_block
@@ -74,6 +74,10 @@ class _Tower:
             "crop_pct": 1.0,
             "crop_mode": _CROP_MODE[config["resize_mode"]],
         }
+
+    def plain_feature(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the feature without prompts."""
+        return run_plain(self, *args, **kwargs)
 
     def frozen_tensors(self) -> Iterable[Tensor]:
         """Return the state dict of the visual tower; the text tower does not affect the feature."""

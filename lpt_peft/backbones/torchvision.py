@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import Encoder, VisionTransformer
 
 from lpt_peft._tensors import plain_tensors
-from lpt_peft.backbones.base import BackboneInfo, Stream, refuse_offloaded, warn_of_multihead_lora
+from lpt_peft.backbones.base import BackboneInfo, Stream, refuse_offloaded, run_plain, warn_of_multihead_lora
 from lpt_peft.errors import BackboneError
 from lpt_peft.prompting import Prompt, attach_blocks, detach_blocks, run_block
 
@@ -105,6 +105,10 @@ class TorchvisionBackbone:
     def mean_patch(self, stream: Stream) -> Tensor:
         """Return the mean (B, d) of the patch tokens."""
         return stream.tokens[:, 1:].mean(1)
+
+    def plain_feature(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the feature without prompts."""
+        return run_plain(self, *args, **kwargs)
 
     def info(self) -> BackboneInfo:
         """Return the sizes; torchvision does not record which weights were loaded."""

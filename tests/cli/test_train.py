@@ -23,6 +23,7 @@ def test_train_writes_its_documented_files(run):
     assert {path.name for path in run.iterdir()} == {
         "settings.json",
         "checkpoints",
+        "predictions.safetensors",
         "prompts",
         "history.json",
         "results.json",

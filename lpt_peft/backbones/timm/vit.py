@@ -14,7 +14,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from lpt_peft._tensors import plain_tensors
-from lpt_peft.backbones.base import BackboneInfo, Stream, masked_mean
+from lpt_peft.backbones.base import BackboneInfo, Stream, masked_mean, run_plain
 from lpt_peft.prompting import Prompt, attach_blocks, attentions_of, detach_blocks, run_block
 
 # Arguments that a prompt file records: sizes and switches that determine what the weights mean.
@@ -104,6 +104,10 @@ class TimmBackbone:
     def valid_patches(self, stream: Stream) -> Tensor | None:
         """Return which patches (B, N) are not padding; None if all are."""
         return None
+
+    def plain_feature(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the feature without prompts."""
+        return run_plain(self, *args, **kwargs)
 
     def feature(self, stream: Stream) -> Tensor:
         """Compute `forward_head(norm(tokens), pre_logits=True)` without dropout: (B, d), or tokens if not pooled."""
