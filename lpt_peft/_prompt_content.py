@@ -55,7 +55,7 @@ def content_of(
     return PromptContent(
         config=adapter.prompt_config,
         phase=adapter.phase,
-        tensors={**adapter.adapter_state_dict(), **_usage(adapter)},
+        tensors={**_trained(adapter), **_usage(adapter)},
         metadata=replace(
             carried.updated(
                 class_counts=class_counts, label_names=label_names, training=training, preprocess=preprocessing
@@ -100,7 +100,8 @@ def wrap_content(
         for name in names:
             parameter = adapter.get_parameter(name)
             parameter.data = parameter.data.to(content.tensors[name].dtype)
-        adapter.load_adapter_state_dict({name: content.tensors[name] for name in names})
+        own = adapter.adapter_state_dict()  # with the mark of the query, which is part of the configuration in a file
+        adapter.load_adapter_state_dict({**own, **{name: content.tensors[name] for name in names}})
         adapter.pool.load_usage(content.tensors.get(USAGE))
         adapter.phase = content.phase
         adapter.metadata = content.metadata
@@ -248,6 +249,7 @@ def _replace_all(adapter: PretrainedMixin, content: PromptContent) -> None:
     for name, module in modules.items():
         setattr(adapter, name, module)
     adapter.prompt_config = config
+    adapter._mark_query()
     adapter.metadata = content.metadata
     adapter.phase = content.phase
 
@@ -261,6 +263,12 @@ def _modules(config: PromptConfig) -> dict[str, Any]:
             "pool": PromptPool.from_config(config),
             "head": CosineClassifier(config.feature_dim, config.num_classes, config.logit_scale),
         }
+
+
+def _trained(adapter: PretrainedMixin) -> dict[str, torch.Tensor]:
+    """Prompts, keys and head, without the mark of the query, which the configuration of a file states."""
+    tensors = adapter.adapter_state_dict()
+    return {name: tensors[name] for name in adapter.prompt_config.tensor_shapes}
 
 
 def _usage(adapter: PretrainedMixin) -> dict[str, torch.Tensor]:

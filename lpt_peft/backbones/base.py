@@ -81,6 +81,12 @@ class Backbone(Protocol):
     def pool(self, stream: Stream) -> Tensor:
         """Compute the pooled, normalized feature (B, feature_dim) from the tokens after the last block."""
 
+    def class_token(self, stream: Stream) -> Tensor | None:
+        """Return the class token (B, d) among tokens between blocks, or None if the model has none."""
+
+    def mean_patch(self, stream: Stream) -> Tensor:
+        """Return the mean (B, d) of the patch tokens between blocks, without padding."""
+
     def plain_feature(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the feature of `pool` without prompts, from the arguments of the model's forward.
 
@@ -95,6 +101,14 @@ class Backbone(Protocol):
 
     def frozen_tensors(self) -> Iterable[Tensor]:
         """Return the tensors of the fingerprint: parameters and persistent buffers without the classifier."""
+
+
+def masked_mean(tokens: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the mean (B, d) of the tokens (B, N, d) for which `valid` (B, N) is True; None: of all tokens."""
+    if valid is None:
+        return tokens.mean(1)
+    weights = valid.to(tokens.dtype).unsqueeze(-1)
+    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def run_plain(backbone: Any, *args: Any, **kwargs: Any) -> Tensor:

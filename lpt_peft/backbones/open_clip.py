@@ -112,7 +112,7 @@ class NativeTower(_Tower):
         return Stream(self.tower._embeds(image), {})
 
     def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
-        """Run blocks from `start`, one per prompt (n, d) or (B, n, d); None: no prompt. `stream` is batch first."""
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d), None: no prompt; `stream` is batch first."""
         transformer = self.tower.transformer
         transposed = not getattr(transformer, "batch_first", True)
         tokens = stream.tokens.transpose(0, 1) if transposed else stream.tokens
@@ -133,6 +133,14 @@ class NativeTower(_Tower):
         if self.tower.proj is not None:
             pooled = pooled @ self.tower.proj
         return pooled if pooled.ndim == 2 else pooled[:, 0]
+
+    def class_token(self, stream: Stream) -> Tensor:
+        """Return the class token (B, d)."""
+        return stream.tokens[:, 0]
+
+    def mean_patch(self, stream: Stream) -> Tensor:
+        """Return the mean (B, d) of the patch tokens."""
+        return stream.tokens[:, 1:].mean(1)
 
     def info(self) -> BackboneInfo:
         """Return the sizes; open_clip records neither the name of the model nor the tag of its weights."""
@@ -204,6 +212,14 @@ class TimmTower(_Tower):
         for module in self._projection():
             feature = module(feature)
         return feature
+
+    def class_token(self, stream: Stream) -> Tensor | None:
+        """Return the class token (B, d), or None if the trunk has none."""
+        return self.trunk.class_token(stream)
+
+    def mean_patch(self, stream: Stream) -> Tensor:
+        """Return the mean (B, d) of the patch tokens of the trunk."""
+        return self.trunk.mean_patch(stream)
 
     def info(self) -> BackboneInfo:
         """Return what timm recorded of the trunk; the tag of the weights is not recorded."""

@@ -98,6 +98,14 @@ class TorchvisionBackbone:
         tokens: Tensor = self.model.encoder.ln(stream.tokens)
         return tokens[:, 0]
 
+    def class_token(self, stream: Stream) -> Tensor:
+        """Return the class token (B, d)."""
+        return stream.tokens[:, 0]
+
+    def mean_patch(self, stream: Stream) -> Tensor:
+        """Return the mean (B, d) of the patch tokens."""
+        return stream.tokens[:, 1:].mean(1)
+
     def plain_feature(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the feature without prompts."""
         return run_plain(self, *args, **kwargs)

@@ -31,7 +31,7 @@ from lpt_peft.checkpoint.description import (
     describe_content,
     plain_json,
 )
-from lpt_peft.config import PHASES, PromptConfig
+from lpt_peft.config import PHASES, QUERIES, PromptConfig
 from lpt_peft.errors import ConfigError, PromptFileFormatError, PromptFileTensorError, PromptFileVersionError
 
 FORMAT = "lpt_peft-prompts"
@@ -41,11 +41,16 @@ DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 
 
 _PROMPT_SIZES = ("prompt_length", "shared_layers", "pool_size", "top_k", "dim", "depth")
+_PROMPT_CHOICES: Mapping[str, tuple[str, ...]] = {"query": QUERIES}
+"""Optional keys of `prompt`; the first choice is the default and is not written."""
 _CONTENT = {
     "format": one_of(FORMAT),
     "format_version": integer(FORMAT_VERSION, FORMAT_VERSION),
     **DESCRIPTION,
-    "prompt": object_of({**dict.fromkeys(_PROMPT_SIZES, integer(0, 10**6)), "phase": one_of(*PHASES)}),
+    "prompt": object_of(
+        {**dict.fromkeys(_PROMPT_SIZES, integer(0, 10**6)), "phase": one_of(*PHASES)},
+        {name: one_of(*choices) for name, choices in _PROMPT_CHOICES.items()},
+    ),
     "tensors": mapping_of(object_of({"dtype": one_of(*DTYPE_BYTES), "shape": list_of(SIZE, 1, 8)}), most=64),
 }
 _CONTENT_RULE = object_of(_CONTENT)
@@ -67,7 +72,11 @@ def content_to_config(content: PromptContent, tensors: Mapping[str, Mapping[str,
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "library_version": content.library_version,
-        "prompt": {**{name: sizes[name] for name in _PROMPT_SIZES}, "phase": content.phase},
+        "prompt": {
+            **{name: sizes[name] for name in _PROMPT_SIZES},
+            "phase": content.phase,
+            **{name: sizes[name] for name, choices in _PROMPT_CHOICES.items() if sizes[name] != choices[0]},
+        },
         **describe_content(content, sizes["num_classes"], sizes["logit_scale"]),
         "tensors": tensors,
     }
@@ -134,6 +143,7 @@ def prompt_config(config: Mapping[str, Any]) -> PromptConfig:
         ConfigError: A size is out of range.
     """
     sizes = {name: config["prompt"][name] for name in _PROMPT_SIZES}
+    sizes |= {name: config["prompt"].get(name, choices[0]) for name, choices in _PROMPT_CHOICES.items()}
     head_shape = config["tensors"].get("head.weight", {}).get("shape", [None])
     return PromptConfig(
         **sizes,

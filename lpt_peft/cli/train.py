@@ -74,9 +74,16 @@ def train_command(words: Sequence[str]) -> Callable[..., int]:
 
 
 def run_training(
-    data: str, output: Path, run: RunSettings, *, resume: bool, log_with: Log | None, as_json: bool
+    data: str,
+    output: Path,
+    run: RunSettings,
+    *,
+    resume: bool,
+    log_with: Log | None,
+    as_json: bool,
+    with_test: bool = True,
 ) -> int:
-    """Train, save and measure a model; return the exit status; see `train`.
+    """Train, save and measure a model; return the exit status; see `train`. Without `with_test`, not on the test split.
 
     Raises:
         LPTError: Data, backbone, settings or checkpoints are not usable.
@@ -98,6 +105,8 @@ def run_training(
     check_new_folder(output)
     check_output(output, data, run.images)
     splits = open_splits(data, run.images, run.training.seed)
+    if not with_test:
+        splits.pop("test", None)
     model = build_model(run, splits["train"].class_names)
     model.metadata = replace(model.metadata, preprocess=run.images.preprocess())
     set_transforms(splits, model.preprocess(), run.images)

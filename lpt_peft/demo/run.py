@@ -25,8 +25,7 @@ from lpt_peft.metrics import ShotResult
 from lpt_peft.recipe import Splits, fit, predict
 from lpt_peft.recipe.experiment import RESULTS, write_json
 from lpt_peft.recipe.methods import PROMPTS, Model
-from lpt_peft.recipe.settings import TrainSettings
-from lpt_peft.vit_classifier import ViTClassifier
+from lpt_peft.recipe.training.phase_init import trained_parameters
 
 RUNS, IMAGES = "runs", "test"
 SHOT_RULE = "lpt"
@@ -71,7 +70,7 @@ def run_demo(
             model, result = train_row(row, seed, train_set, test_set, folder, resume=resume, progress=progress)
             trained.append(folder)
             if seed == 0:
-                table.append(RowResult(row.name, _trained_parameters(model, row.settings)))
+                table.append(RowResult(row.name, trained_parameters(model, row.settings)))
                 if isinstance(model, LongTailPromptAdapter):
                     lpt = model  # the last row's adapter is kept
                     write_prompt_file(output / PROMPTS, read_prompt_file(folder / PROMPTS))
@@ -127,16 +126,6 @@ def save_images(folder: Path) -> None:
         file = folder / str(label) / f"{number:03}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         save_image(image, file)
-
-
-def _trained_parameters(model: Model, settings: TrainSettings) -> int:
-    """Count the parameters that the phases train, including the head."""
-    if isinstance(model, ViTClassifier):
-        return sum(parameter.numel() for parameter in model.trainable_parameters())
-    trained = {"head.weight"}
-    trained |= {"shared.prompts"} if "shared" in settings.plan else set()
-    trained |= {"pool.prompts", "pool.keys"} if "group" in settings.plan else set()
-    return sum(model.get_parameter(name).numel() for name in trained)
 
 
 def _check_prompt_file(adapter: LongTailPromptAdapter, folder: Path, test_set: DigitsLT) -> int:

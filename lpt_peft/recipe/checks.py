@@ -100,7 +100,7 @@ def check_data(
 
     Raises:
         InputError: Labels are invalid or do not match the dataset in number; a label is outside the head's classes; a
-            class has no image, which every named loss except cross-entropy needs; all images have the same class.
+            class has no image, which every loss that depends on class counts needs; all images have the same class.
         ConfigError: The batch cannot be divided evenly.
     """
     size = len(dataset)  # type: ignore[arg-type]
@@ -124,12 +124,12 @@ def check_data(
             f"All {size} images have class {rows[0]}, so there is nothing to classify. Give images of at least two "
             "classes."
         )
-    if not (counts.all() or custom_criterion or settings.loss == "cross_entropy"):
+    if not (counts.all() or custom_criterion or _accepts_empty_classes(settings)):
         empty = np.flatnonzero(counts == 0)
         raise InputError(
             f"{len(empty)} of {num_classes} classes have no image among the labels; the first is class {empty[0]}. "
             f'loss="{settings.loss}" needs images of every class: number the classes without gaps, and wrap(vit, '
-            f'num_classes={np.count_nonzero(counts)}); or use loss="cross_entropy".'
+            f'num_classes={np.count_nonzero(counts)}); or use loss="cross_entropy" or "focal" without reweight_from.'
         )
     unit = 2 * num_processes * settings.accumulate
     if settings.batch_size % unit:
@@ -139,6 +139,11 @@ def check_data(
         )
     plain: list[int] = rows.tolist()
     return plain
+
+
+def _accepts_empty_classes(settings: TrainSettings) -> bool:
+    """Whether the loss does not depend on class counts."""
+    return settings.loss in ("cross_entropy", "focal") and settings.reweight_from is None
 
 
 def check_evaluation_split(model: nn.Module, dataset: Dataset[Any], name: str, accelerator: Accelerator) -> None:

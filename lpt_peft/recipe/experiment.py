@@ -4,6 +4,7 @@
     prompts/       the prompt file; or, for methods without prompts,
     model/         the model file
     history.json   a record per epoch
+    predictions.safetensors  predictions of the validation and test splits
     results.json   shot metrics of the validation and test splits
     left_out.json  files that were left out or cannot be read, if any
 
@@ -31,6 +32,7 @@ from lpt_peft.recipe.evaluate import evaluate
 from lpt_peft.recipe.left_out import left_out_files
 from lpt_peft.recipe.methods import Model, method_of
 from lpt_peft.recipe.parallel import gather_numbers, on_main_process
+from lpt_peft.recipe.predictions import PREDICTIONS, PredictionRecorder, Predictions, write_predictions
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.resume.folders import check_folder, write_errors
 from lpt_peft.recipe.settings import TrainSettings
@@ -120,6 +122,7 @@ def fit(
     if splits.test is not None:
         reporter.note(f"Test: {describe_split(splits.test, model.num_classes)}")
     results = {}
+    predictions: dict[str, Predictions] = {}
     with reporter.unreadable_images(**splits._asdict()):
         history = train(
             model,
@@ -140,10 +143,18 @@ def fit(
         )
         for name, split in (("validation", splits.validation), ("test", splits.test)):
             if split is not None:
-                workers = settings.num_workers
+                recorder = PredictionRecorder()
                 results[name] = evaluate(
-                    model, split, metrics, num_workers=workers, distributed=True, accelerator=accelerator
+                    model,
+                    split,
+                    metrics,
+                    num_workers=settings.num_workers,
+                    distributed=True,
+                    accelerator=accelerator,
+                    recorder=recorder,
                 )
+                assert recorder.result is not None  # noqa: S101 - narrows the type
+                predictions[name] = recorder.result
         for split in splits:
             if isinstance(split, LabelledImages):
                 split.unreadable_images.add(gather_numbers(accelerator, split.unreadable_images.positions()))
@@ -152,6 +163,7 @@ def fit(
         figures = {name: {shot: getattr(result, shot) for shot in SHOTS} for name, result in results.items()}
         with write_errors(output, "Training is complete and saved: fix the cause and run the same command again."):
             save(figures)
+            write_predictions(output / PREDICTIONS, predictions)
         write_json(output / HISTORY, history)
         write_json(output / RESULTS, {name: result.to_dict() for name, result in results.items()})
         if left_out := left_out_files(splits._asdict()):

@@ -19,7 +19,8 @@ from lpt_peft.checkpoint.schema import FORMAT
 from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.settings import TrainSettings
-from lpt_peft.recipe.training.phase_init import begin_phase
+from lpt_peft.recipe.training.image_passes import ImagePasses
+from lpt_peft.recipe.training.phase_init import begin_phase, init_head
 from lpt_peft.vit_classifier import ViTClassifier
 
 Model = LongTailPromptAdapter | ViTClassifier
@@ -160,6 +161,8 @@ class _ClassifierMethod:
         saved: Mapping[str, Tensor] | None,
     ) -> None:
         if saved is None:
+            if settings.init_head == "class_mean":
+                init_head(self._model, ImagePasses(dataset, settings, accelerator, reporter), reporter)
             return
         trained = self._trained()
         if {name: tensor.shape for name, tensor in saved.items()} != {n: p.shape for n, p in trained.items()}:

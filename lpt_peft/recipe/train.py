@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lpt_peft._random import preserve_random_state
+from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.errors import ConfigError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.recipe.checks import check_evaluation_split, prepare
@@ -111,6 +112,7 @@ def train(
             settings,
             accelerator,
             num_classes=model.num_classes,
+            query=model.prompt_config.query if isinstance(model, LongTailPromptAdapter) else "final",
             validation=validation,
             criterion=criterion,
         )

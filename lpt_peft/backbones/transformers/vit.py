@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lpt_peft._tensors import plain_tensors
-from lpt_peft.backbones.base import BackboneInfo, Stream, not_floating
+from lpt_peft.backbones.base import BackboneInfo, Stream, masked_mean, not_floating
 from lpt_peft.backbones.transformers.detect import SUPPORTED, Parts, attention_config, find_parts, linear_within
 from lpt_peft.backbones.transformers.info import info, preprocess
 from lpt_peft.errors import BackboneError, InputError
@@ -140,6 +140,19 @@ class TransformersViT:
     def plain_feature(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the feature without prompts, in a single run of the model's own forward."""
         return self._feature(self._drive((), lambda tokens, *_: tokens, *args, **self._with_outputs(kwargs)))
+
+    def class_token(self, stream: Stream) -> Tensor | None:
+        """Return the class token (B, d), or None if the model has none."""
+        return stream.tokens[:, 0] if _has_cls(self._parts.tower) else None
+
+    def mean_patch(self, stream: Stream) -> Tensor:
+        """Return the mean (B, d) of all tokens but the class token, without those that a mask in the call excludes."""
+        _, kwargs = stream.context["call"]
+        if _has_cls(self._parts.tower):
+            return stream.tokens[:, 1:].mean(1)
+        masks = [v.flatten(1) for name, v in kwargs.items() if name.endswith("attention_mask") and v is not None]
+        fitting = [mask for mask in masks if mask.shape[1] == stream.tokens.shape[1]]
+        return masked_mean(stream.tokens, fitting[0] if fitting else None)
 
     def info(self) -> BackboneInfo:
         """Return what the model's config records."""

@@ -24,13 +24,13 @@ def check_phase_flags(words: Sequence[str]) -> None:
     Raises:
         ConfigError: A value is out of range.
     """
-    defaults: dict[str, Any] = {field.name: field.default for field in fields(PhaseSettings)}
+    kinds: dict[str, type] = {field.name: int if str(field.type) == "int" else float for field in fields(PhaseSettings)}
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if (match := _PHASE_FLAG.fullmatch(word)) is None:
             continue
         flag, name, text = match[1], match[2].replace("-", "_"), following if match[3] is None else match[3]
         try:
-            value = type(defaults[name])(text)
+            value: Any = kinds[name](text)
         except (KeyError, ValueError):
             continue  # tyro names the flag
         try:
