@@ -20,6 +20,7 @@ from lpt_peft.losses.focal import FocalLoss, focal_loss
 from lpt_peft.losses.ldam import LDAMLoss, ldam_loss
 from lpt_peft.losses.logit_adjusted import LogitAdjustedLoss, adjust_logits, logit_adjusted_loss
 from lpt_peft.losses.lpt import LPTLoss, MatchedOutput
+from lpt_peft.losses.query_regularizer import query_regularizer
 
 __all__ = [
     "AGCLLoss",
@@ -39,4 +40,5 @@ __all__ = [
     "focal_loss",
     "ldam_loss",
     "logit_adjusted_loss",
+    "query_regularizer",
 ]

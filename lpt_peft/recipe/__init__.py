@@ -9,7 +9,7 @@ samplers and metrics do not depend on this package. It needs the extra `lpt_peft
     loading/                  batches, worker processes, validation split
     resume/                   checkpoints, folders, Ctrl-C
     summary.py, progress.py   output on stderr
-    evaluate.py, checks.py, parallel.py
+    evaluate.py, predictions.py, checks.py, parallel.py
 
 Public names are imported on first use, so reading settings imports neither torch nor Accelerate.
 """
@@ -21,6 +21,7 @@ from lpt_peft._lazy import import_on_first_use
 if TYPE_CHECKING:
     from lpt_peft.recipe.evaluate import evaluate, predict
     from lpt_peft.recipe.experiment import Splits, fit
+    from lpt_peft.recipe.predictions import PredictionRecorder, Predictions, read_predictions, write_predictions
     from lpt_peft.recipe.presets import PRESETS, preset
     from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
     from lpt_peft.recipe.train import make_accelerator, run_phase, train
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = [
     "PRESETS",
     "PhaseSettings",
+    "PredictionRecorder",
+    "Predictions",
     "Splits",
     "TrainSettings",
     "evaluate",
@@ -36,9 +39,11 @@ __all__ = [
     "make_accelerator",
     "predict",
     "preset",
+    "read_predictions",
     "run_phase",
     "train",
     "warmup_cosine",
+    "write_predictions",
 ]
 
 import_on_first_use(  # the imports above at run time; a test compares the two
@@ -46,6 +51,7 @@ import_on_first_use(  # the imports above at run time; a test compares the two
     {
         "evaluate": ["evaluate", "predict"],
         "experiment": ["Splits", "fit"],
+        "predictions": ["PredictionRecorder", "Predictions", "read_predictions", "write_predictions"],
         "presets": ["PRESETS", "preset"],
         "train": ["make_accelerator", "run_phase", "train"],
         "training.schedule": ["warmup_cosine"],

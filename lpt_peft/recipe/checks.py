@@ -22,6 +22,7 @@ from lpt_peft.recipe.loading.readable import first_readable, without_replacement
 from lpt_peft.recipe.parallel import broadcast_module, check_accelerator, check_precision
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.samplers.checks import checked_labels
+from lpt_peft.vit_classifier import ViTClassifier
 
 _TRANSFORMS = "lpt_peft.data.transforms builds them from the ViT's own data configuration"
 
@@ -63,10 +64,10 @@ def prepare(
         custom_criterion=criterion is not None,
     )
     if settings.backbone_dtype != "float32":
-        if not isinstance(model, LongTailPromptAdapter):
+        if not isinstance(model, (LongTailPromptAdapter, ViTClassifier)):
             raise ConfigError(
-                f"backbone_dtype={settings.backbone_dtype!r} casts the frozen ViT of an adapter, and a "
-                f'{type(model).__name__} has none: use "float32", and cast the model yourself.'
+                f"backbone_dtype={settings.backbone_dtype!r} casts the frozen ViT of an adapter or a linear probe, "
+                f'and a {type(model).__name__} has none: use "float32", and cast the model yourself.'
             )
         model.cast_backbone(getattr(torch, settings.backbone_dtype))
     model.to(accelerator.device)

@@ -6,10 +6,12 @@ Any callable of this form can be used instead. Not here: the losses themselves (
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lpt_peft.errors import ConfigError
 from lpt_peft.heads import CosineClassifier
 from lpt_peft.losses import (
     AGCLLoss,
@@ -20,6 +22,7 @@ from lpt_peft.losses import (
     LPTLoss,
     class_balanced_weights,
     dual_sampling_counts,
+    query_regularizer,
 )
 from lpt_peft.output import AdapterOutput
 from lpt_peft.recipe.settings import TrainSettings
@@ -56,6 +59,36 @@ def build_criterion(settings: TrainSettings, epochs: int, labels: Sequence[int],
     }
     start = 0 if settings.loss == "class_balanced" else settings.reweight_from
     return _BatchLoss(build[settings.loss](), None if start is None else sampled_weights(counts, settings), start or 0)
+
+
+def add_query_regularizer(criterion: Criterion, settings: TrainSettings, model: nn.Module) -> Criterion:
+    """Add `settings.query_regularizer` times `query_regularizer` to a criterion, in phases with groups.
+
+    Raises:
+        ConfigError: The model has no keys, its query is the final feature, or its features have another width.
+    """
+    if not settings.query_regularizer:
+        return criterion
+    config: Any = getattr(model, "prompt_config", None)
+    if getattr(config, "query", None) != "block_k":
+        raise ConfigError(
+            f'query_regularizer={settings.query_regularizer:g} needs an adapter with query="block_k": the final query '
+            'is a final feature already. Wrap the ViT with query="block_k" (--query block_k), or set it to 0.'
+        )
+    if config.feature_dim != config.key_dim:
+        raise ConfigError(
+            f"query_regularizer={settings.query_regularizer:g} compares the same keys with queries of width "
+            f"{config.key_dim} and features of width {config.feature_dim}, which needs equal widths. Set it to 0."
+        )
+
+    def regularized(output: AdapterOutput, target: Tensor, epoch: int) -> Tensor:
+        loss = criterion(output, target, epoch)
+        if not output.similarity.shape[1]:
+            return loss
+        keys = model.get_parameter("pool.keys")
+        return loss + settings.query_regularizer * query_regularizer(output.query, output.features, keys)
+
+    return regularized
 
 
 def frequency_counts(counts: Tensor, settings: TrainSettings) -> Tensor:
