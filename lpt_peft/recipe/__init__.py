@@ -4,7 +4,7 @@ A recipe rather than a trainer: read `training/loop.py` and `training/phase.py`,
 samplers and metrics do not depend on this package. It needs the extra `lpt_peft[train]`.
 
     train.py, experiment.py   run phases; run, save and evaluate into an output folder
-    settings.py, presets.py   configuration
+    settings.py, presets.py   configuration; settings_checks.py has its rules
     training/                 one phase: initialization, loop, step, optimizer, schedule
     loading/                  batches, worker processes, validation split
     resume/                   checkpoints, folders, Ctrl-C

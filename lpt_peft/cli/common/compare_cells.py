@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lpt_peft._files import write_atomic
-from lpt_peft.cli.common.build_adapter import build_adapter
+from lpt_peft.cli.common.build_adapter import build_model
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.open_data import open_splits
 from lpt_peft.cli.common.paths import SETTINGS
@@ -135,7 +135,7 @@ class Comparer:
         """Build the model of a row, which also checks that its sizes fit the backbone."""
         settings = self._plan.settings[row]
         try:
-            return trained_parameters(build_adapter(settings, class_names), settings.training)
+            return trained_parameters(build_model(settings, class_names), settings.training)
         except LPTError as error:
             raise ConfigError(f"row {row}: {error}") from error
 

@@ -27,7 +27,8 @@ from lpt_peft.cli.common.paths import home_path
 from lpt_peft.cli.common.run_settings import ImageSettings, PromptSettings, RunSettings
 from lpt_peft.errors import ConfigError, MissingExtraError
 from lpt_peft.recipe.presets import preset
-from lpt_peft.recipe.settings import PhaseSettings, TrainSettings, known
+from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
+from lpt_peft.recipe.settings_checks import known
 
 BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     "vpt_deep": {"sampling": "instance", "loss": "cross_entropy", "group": {"epochs": 0}},
