@@ -97,6 +97,8 @@ def read_rows(text: str) -> Rows:
                 f"There is no built-in row {name!r}.{meant} Give names of {', '.join(BUILT_IN)}, separated by commas, "
                 "or a file of rows whose name ends in .toml."
             )
+    if repeated := [name for name in BUILT_IN if names.count(name) > 1]:
+        raise ConfigError(f"--rows {text} names {repeated[0]} twice: give each row once.")
     return Rows(source="--rows", rows={name: BUILT_IN[name] for name in names})
 
 
