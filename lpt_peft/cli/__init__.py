@@ -88,6 +88,7 @@ def _commands(words: Sequence[str]) -> dict[str, Callable[..., Any]]:
     Raises:
         ConfigError: The --preset or --config of `train` cannot be used.
     """
+    from lpt_peft.cli.analyse import analyse
     from lpt_peft.cli.check import check
     from lpt_peft.cli.convert import convert
     from lpt_peft.cli.demo import demo
@@ -100,6 +101,7 @@ def _commands(words: Sequence[str]) -> dict[str, Callable[..., Any]]:
     from lpt_peft.cli.train import train_command
 
     return {
+        "analyse": analyse,
         "check": check,
         "convert": convert,
         "demo": demo,
