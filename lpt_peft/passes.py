@@ -51,6 +51,8 @@ class PassesMixin(CallMixin):
             StateError: As `forward`; also inside `disable_adapter()`.
         """
         self._refuse_disabled("queries")
+        if not self.prompt_config.has_groups:
+            raise StateError('Queries select groups, and placement="shallow" has none: use features().')
         args, kwargs = self._inputs(images, args, kwargs)
         queries: Tensor = self._run(self._query_pass, args, kwargs)
         return queries
@@ -121,6 +123,10 @@ class PassesMixin(CallMixin):
 
     def _passes(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shared = self.shared()
+        if not self.prompt_config.has_groups:
+            features = self._shallow_features(shared, args, kwargs)
+            empty = features.new_empty(features.shape[0], 0)
+            return features, features, empty, empty.long()
         kept = self._first_blocks(shared, args, kwargs)
         if self._phase == "shared":
             features = self._shared_features(kept, shared)
@@ -138,6 +144,15 @@ class PassesMixin(CallMixin):
     def _query_pass(self, *args: Any, **kwargs: Any) -> Tensor:
         shared = self.shared()
         return self._query(self._first_blocks(shared, args, kwargs), shared)
+
+    def _shallow_features(self, shared: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Feature (B, feature_dim) with the prompt (1, n, d) appended to the tokens that enter block 1."""
+        stream = self.backbone.embed(*args, **kwargs)
+        tokens, length = stream.tokens, self.prompt_config.prompt_length
+        prompt = shared.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+        joined = stream._replace(tokens=torch.cat([tokens, prompt], 1))
+        carried = self.backbone.run(joined, 0, [length] * self.prompt_config.depth)
+        return self.backbone.pool(carried._replace(tokens=carried.tokens[:, :-length]))
 
     def _first_blocks(self, shared: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stream:
         """Tokens that enter block `K + 1`."""

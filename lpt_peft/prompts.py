@@ -204,8 +204,8 @@ class PromptPool(nn.Module):
         """Initialize every group with copies of trained prompts, or with different prompts.
 
         Prompts enter attention through a norm, so even small random prompts disturb a trained model at full strength.
-        Copies of the shared prompt only increase its weight; training then makes the groups diverge. Tokens of the
-        images nearest to each key (`lpt_peft.starts.nearest_images`) let the groups differ from the start.
+        Copies of the shared prompt only increase its weight; training makes the groups diverge. Tokens of the images
+        nearest to each key let them differ from the start: `lpt_peft.starts.nearest_images`.
 
         Args:
             prompts: Floating point, (m, layers, n, d); or (layers, n, d) for all groups, for example
@@ -271,5 +271,16 @@ def decay_selected(parameter: nn.Parameter, weight_decay: float) -> None:
     """
     if parameter.grad is None:
         return
-    selected = parameter.grad.flatten(1).ne(0).any(1).view(-1, *[1] * (parameter.ndim - 1))
-    parameter.grad += torch.where(selected, weight_decay * parameter, 0.0)
+    parameter.grad += torch.where(selected_groups(parameter.grad), weight_decay * parameter, 0.0)
+
+
+def selected_groups(gradient: Tensor) -> Tensor:
+    """Groups with a nonzero gradient, which are those that the batch selected.
+
+    Args:
+        gradient: Of `pool.prompts` (m, layers, n, d) or `pool.keys` (m, d).
+
+    Returns:
+        (m, 1, ...) bool, with as many dimensions as `gradient`.
+    """
+    return gradient.flatten(1).ne(0).any(1).view(-1, *[1] * (gradient.ndim - 1))

@@ -13,9 +13,10 @@ from torch.utils.data import Dataset
 from lpt_peft._text import number
 from lpt_peft.recipe.loading.batches import steps_per_epoch
 from lpt_peft.recipe.loading.loader import resolve_workers
+from lpt_peft.recipe.method_settings import MODEL_METHODS, unused_settings
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.training.image_passes import MAX_QUERIES
-from lpt_peft.recipe.training.optimizer import warmup_steps
+from lpt_peft.recipe.training.schedule import warmup_steps
 
 
 def run_summary(
@@ -108,7 +109,7 @@ def _starts(settings: TrainSettings) -> str:
             "tokens": "tokens of the images nearest to their keys",
         }[settings.init_groups],
     }
-    if set(settings.plan) == {"group"}:
+    if set(settings.plan) == {"group"} or settings.method in MODEL_METHODS:
         del starts["shared prompt"]
     if set(settings.plan) == {"shared"}:
         del starts["keys"], starts["groups"]
@@ -130,6 +131,9 @@ def _device(dataset: Dataset[Any], settings: TrainSettings, accelerator: Acceler
     )
 
 
+_FREQUENCY_LOSSES = ("logit_adjusted", "balanced_softmax", "class_balanced")
+
+
 def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion: Any) -> Iterator[str]:
     """Everything that the settings do not do literally."""
     if settings.half_batch > len(labels):
@@ -140,8 +144,19 @@ def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion
     for name, phase in settings.plan.items():
         if phase.warmup and not warmup_steps(phase, phase.epochs * steps):
             yield f"phase {name} has no warm-up: {100 * phase.warmup:g} % of its steps is less than a step"
+    if unused := list(unused_settings(settings)):
+        yield f"method {settings.method} trains with the settings of shared and does not use {', '.join(unused)}"
     if criterion is not None:
         yield f'the given criterion replaces loss="{settings.loss}"'
+    elif settings.sampling == "dual" and (settings.loss in _FREQUENCY_LOSSES or settings.reweight_from is not None):
+        yield (
+            "the loss corrects for the class frequencies of dual batches, half of which are class-balanced, not for "
+            "those of the training images"
+        )
+    start = settings.reweight_from
+    if criterion is None and start is not None:
+        for name in (name for name, phase in settings.plan.items() if phase.epochs <= start):
+            yield f"phase {name} ends before epoch {start}, from which class weights apply"
     if settings.init_prompts == "tokens" and set(settings.plan) == {"group"}:
         yield 'init_prompts="tokens" has no effect, because no phase trains the shared prompt'
     queries = settings.init_keys == "kmeans" or settings.init_groups == "tokens"

@@ -33,6 +33,7 @@ from tests.recipe.tiny import (
 CHANGES = {
     "plain": {},
     "everything": {"accumulate": 2, "clip_norm": 0.5, "decay": "selected", "average": 0.9},
+    "adamw": {"optimizer": "adamw", "weight_noise": 0.2, "decay": "selected", "accumulate": 2},
     "cross-entropy": {"loss": "cross_entropy", "sampling": "instance"},
 }
 SIZES = (1, 7, 31)
@@ -186,9 +187,10 @@ def test_two_processes_equal_a_single_process(ranks, change):
     assert torch.equal(first["usage"], expected["usage"]), "usage counts all images"
     assert int(first["usage"].sum()) == 2 * 16 * PHASE.epochs * STEPS_PER_EPOCH
     for name, tensor in expected.items():
-        torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-10, msg=name)
+        tolerance = 1e-7 if change == "adamw" else 1e-10  # AdamW divides by square roots of tiny numbers
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=tolerance, msg=name)
     for record, expected_record in zip(history, expected_history, strict=True):
-        assert record["loss"] == pytest.approx(expected_record["loss"], abs=1e-10)
+        assert record["loss"] == pytest.approx(expected_record["loss"], abs=tolerance)
         assert record["validation"] == expected_record["validation"]
 
 

@@ -23,7 +23,7 @@ from lpt_peft.recipe.loading.loader import open_batches
 from lpt_peft.recipe.progress import Progress, Reporter
 from lpt_peft.recipe.resume.interrupt import Interruption
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
-from lpt_peft.recipe.training.criteria import Criterion, build_criterion
+from lpt_peft.recipe.training.criteria import Criterion, add_query_regularizer, build_criterion
 from lpt_peft.recipe.training.phase import PhaseRun
 from lpt_peft.recipe.training.rare_predictions import RarePredictionMonitor
 
@@ -51,6 +51,7 @@ class Loop:
         criterion = self.criterion or build_criterion(self.settings, phase.epochs, self.labels, head)
         if isinstance(criterion, nn.Module):
             criterion.to(self.accelerator.device).train()
+        criterion = add_query_regularizer(criterion, self.settings, model)
         return PhaseRun(
             model,
             name,

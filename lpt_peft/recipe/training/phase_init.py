@@ -113,6 +113,21 @@ def _init_pool(
         pool.init_prompts(tokens.unflatten(1, (config.pool_size, config.prompt_length)).transpose(0, 1))
 
 
+def trained_parameters(model: nn.Module, settings: TrainSettings) -> int:
+    """Count the parameters that the phases of a run train, including the head.
+
+    Args:
+        model: An adapter; or any module, whose parameters that require a gradient are trained.
+        settings: Phases of the run.
+    """
+    if not isinstance(model, LongTailPromptAdapter):
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    modules: set[nn.Module] = {model.head}
+    modules |= {model.shared} if {"shared", "joint"} & settings.plan.keys() else set()
+    modules |= {model.pool} if {"group", "joint"} & settings.plan.keys() else set()
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
 def _init_keys(pool: PromptPool, queries: Tensor, seed: int, reporter: Reporter) -> None:
     """Initialize keys by k-means, unless there are too few distinct queries; the training so far must not be lost."""
     distinct = len(queries.unique(dim=0))
