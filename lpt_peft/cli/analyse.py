@@ -61,16 +61,16 @@ def analyse(
 
     sources = _named_paths(shift)
     loaded = load_run(run)
-    counts = loaded.adapter.metadata.class_counts
+    counts = loaded.model.metadata.class_counts
     if counts is None:
         raise ConfigError(
-            f"The prompt file in {run} has no class counts, which decide the many-, medium- and few-shot classes. "
-            "Save it with class_counts."
+            f"The model in {run} has no class counts, which decide the many-, medium- and few-shot classes. Save it "
+            "with class_counts."
         )
     images, splits = _open(loaded, run, data, sources, pretraining)
     training = available_precision(loaded.training)
     analysis = analyse(
-        loaded.adapter,
+        loaded.model,
         images,
         class_names=loaded.class_names,
         class_counts=counts,
@@ -127,7 +127,7 @@ def _open(
     named |= {f"shift {name}": open_foreign(path, loaded.images) for name, path in shifts.items()}
     named |= {"pretraining": None if pretraining is None else open_foreign(pretraining, loaded.images)}
     found = {name: images for name, images in named.items() if images is not None}
-    set_transforms(found, loaded.adapter.preprocess(), loaded.images)  # no name is "train": no random crops
+    set_transforms(found, loaded.model.preprocess(), loaded.images)  # no name is "train": no random crops
     images = AnalysedImages(
         evaluation=found["evaluation"],
         split=split,

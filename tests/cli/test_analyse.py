@@ -35,7 +35,12 @@ def test_analyse_writes_json_and_pictures(run, data, tmp_path, capsys):
     assert analysis["pool"]["rows"]["chosen"]["balanced_accuracy"] == pytest.approx(results["overall"], abs=1e-6)
     noise, blur, other = analysis["shift"]
     assert (noise["kind"], blur["kind"], other["kind"]) == ("noise", "blur", "folder")
-    assert (other["classes"], other["images"], other["unmatched"], other["missing"]) == (1, 3, ["zebra"], ["ant", "cat"])
+    assert (other["classes"], other["images"], other["unmatched"], other["missing"]) == (
+        1,
+        3,
+        ["zebra"],
+        ["ant", "cat"],
+    )
     assert other["original"] == pytest.approx(results["per_class"][1], abs=1e-6)
     assert analysis["pretraining"]["images"] == 8
     found = {path.stem for path in output.glob("*.png")}
