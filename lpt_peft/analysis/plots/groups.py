@@ -50,8 +50,8 @@ def plot_matching(analysis: Mapping[str, Any]) -> Any:
     step = max(1, len(groups) // 20)
     lower.set_xticks(groups[::step])
     information, chance = matching["mutual_information"], matching["chance"]
-    title = f"Class (training images) and group share {information:.2f} bits; {chance:.2f} by chance"
-    tidy(lower, title=title, x="group")
+    title = f"Groups of each class: {information:.2f} bits of mutual information ({chance:.2f} by chance)"
+    tidy(lower, title=title, x="group", y="class (training images)")
     lower.grid(visible=False)
     bar = figure.colorbar(image, ax=lower, pad=0.01)
     bar.set_label("share of the class's images", fontsize=11)
@@ -75,7 +75,7 @@ def plot_pool(analysis: Mapping[str, Any]) -> Any:
     left.set_yticks(range(len(names)), [_NAMES[name] for name in names])
     left.invert_yaxis()
     left.margins(x=0.15)
-    tidy(left, title="Balanced accuracy in %", x="%")
+    tidy(left, title="Balanced accuracy", x="%")
     left.grid(visible=False, axis="y")
     for row, name in enumerate(names):
         interval = pool["chosen_minus"].get(name)

@@ -19,7 +19,7 @@ SHOTS = {"many": BLUE, "medium": ORANGE, "few": VERMILION}
 STATES = {
     "plain": ("plain ViT", SKY),
     "shared": ("shared prompt", GREEN),
-    "group": ("LPT, with groups", VERMILION),
+    "group": ("with groups", VERMILION),
     "tuned": ("tuned ViT", PURPLE),
 }
 _DPI = 150
