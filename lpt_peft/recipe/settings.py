@@ -30,6 +30,10 @@ class PhaseSettings:
     """For 256 images in each half of a batch; the run uses `learning_rate * (batch_size / 2) / 256`."""
     head_learning_rate: float | None = None
     """Learning rate of the head, with the same scaling and schedule; None: `learning_rate`."""
+    pool_learning_rate: float | None = None
+    """Learning rate of the group prompts; None: `learning_rate`. A group's gradient is a mean over all images of a
+    batch, most of which select other groups: with SGD, groups train about `pool_size` times slower than a shared
+    prompt."""
     weight_decay: float = 0.01
     """L2 in SGD, decoupled in AdamW. Prompts enter only through a norm, so for them it controls the effective learning
     rate."""

@@ -55,6 +55,10 @@ def check_phase(phase: PhaseSettings) -> None:
                 phase.head_learning_rate is None or 0 < phase.head_learning_rate < float("inf"),
                 "None, or above 0 and finite",
             ),
+            "pool_learning_rate": (
+                phase.pool_learning_rate is None or 0 < phase.pool_learning_rate < float("inf"),
+                "None, or above 0 and finite",
+            ),
             "weight_decay": (0 <= phase.weight_decay < float("inf"), "at least 0 and finite"),
             "momentum": (0 <= phase.momentum < 1, "at least 0 and below 1"),
             "warmup": (0 <= phase.warmup <= 1, "a fraction from 0 to 1"),

@@ -24,7 +24,8 @@ class PhaseOptimizer:
     """The optimizer of a phase, with its schedule, decay and clipping.
 
     With `B = batch_size / 2`, the images of each half of a step, the learning rate of a step is
-    `learning_rate * B / 256 * schedule(step)`; that of the head has `head_learning_rate` in its place, if it is set.
+    `learning_rate * B / 256 * schedule(step)`; `head_learning_rate` and `pool_learning_rate`, if set, take its place
+    for the head and for the group prompts.
     AdamW follows the same linear rule, as in DeiT (Touvron et al., ICML 2021) and MAE (He et al., CVPR 2022).
 
     `decay="selected"` restricts the weight decay of keys and group prompts to the groups that a step selects: SGD adds
@@ -38,7 +39,7 @@ class PhaseOptimizer:
         accelerator: Its gradient scaler is used, if any.
 
     Attributes:
-        learning_rate: Of the last step, without the head's.
+        learning_rate: Of the last step, for parameters without a rate of their own.
         clipped: Number of clipped steps since it was last set to zero, a scalar on the parameters' device.
     """
 
@@ -135,17 +136,15 @@ def make_optimizer(
         settings: `optimizer` and `decay` are used.
         phase: Learning rates, momentum and weight decay.
     """
-    head_rate = phase.learning_rate if phase.head_learning_rate is None else phase.head_learning_rate
-    groups: dict[str, dict[str, Any]] = {
-        "head": {"params": [], "lr": 0.0, "peak": head_rate, "weight_decay": phase.weight_decay},
-        "pool": {"params": [], "lr": 0.0, "peak": phase.learning_rate, "weight_decay": 0.0},
-        "rest": {"params": [], "lr": 0.0, "peak": phase.learning_rate, "weight_decay": phase.weight_decay},
-    }
-    separate = {"head", "pool"} if settings.decay == "selected" else {"head"}
+    own_rates = {"head": phase.head_learning_rate, "pool": phase.pool_learning_rate}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        part = name.partition(".")[0]
-        groups[part if part in separate else "rest"]["params"].append(parameter)
-    used = [group for group in groups.values() if group["params"]]
+        part = "keys" if name == "pool.keys" else name.partition(".")[0]
+        peak = own_rates.get(part) or phase.learning_rate
+        decay = 0.0 if settings.decay == "selected" and name.startswith("pool.") else phase.weight_decay
+        group = groups.setdefault((peak, decay), {"params": [], "lr": 0.0, "peak": peak, "weight_decay": decay})
+        group["params"].append(parameter)
+    used = list(groups.values())
     if settings.optimizer == "adamw":
         adamw = torch.optim.AdamW(used, betas=(phase.momentum, 0.999), fused=True)
         for parameter in parameters.values():
