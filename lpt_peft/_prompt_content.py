@@ -16,7 +16,7 @@ from torch import nn
 from lpt_peft._classes import integers_in_order, names_in_order
 from lpt_peft.backbones import find_backbone
 from lpt_peft.backbones.base import execution_device
-from lpt_peft.checkpoint import USAGE, CheckBackbone, PromptContent, check_match
+from lpt_peft.checkpoint import CheckBackbone, PromptContent, check_match
 from lpt_peft.checkpoint.relabel import LabelChanges, relabel
 from lpt_peft.config import PromptConfig
 from lpt_peft.errors import BackboneError, BackboneMismatchError, ConfigError, StateError
@@ -54,10 +54,12 @@ def content_of(
     names = carried.label_names if label_names is None else names_in_order(label_names)
     counts = None if class_counts is None else integers_in_order(class_counts, label_names=names)
     preprocessing = {**adapter.preprocess(), **(preprocess or {})}
+    tensors, router = adapter._file_tensors()
     return PromptContent(
         config=adapter.prompt_config,
         phase=adapter.phase,
-        tensors={**_trained(adapter), **_usage(adapter)},
+        tensors=tensors,
+        router=router,
         metadata=replace(
             carried,
             class_counts=carried.class_counts if class_counts is None else counts,
@@ -106,8 +108,8 @@ def wrap_content(
             parameter.data = parameter.data.to(content.tensors[name].dtype)
         own = adapter.adapter_state_dict()  # with the mark of the query, which is part of the configuration in a file
         adapter.load_adapter_state_dict({**own, **{name: content.tensors[name] for name in names}})
-        adapter.pool.load_usage(content.tensors.get(USAGE))
         adapter.phase = content.phase
+        adapter._load_file_extras(content.tensors, content.router)
         adapter.metadata = content.metadata
     except BaseException:
         adapter.unwrap()
@@ -231,6 +233,7 @@ def _copy_shared(adapter: PretrainedMixin, content: PromptContent, changes: Labe
     with torch.no_grad():
         parameter.copy_(prompts)
         head[rows] = content.tensors["head.weight"][rows].to(head)
+    adapter._drop_router("it predicts queries under the shared prompts that were replaced.")
 
 
 def _replace_all(adapter: PretrainedMixin, content: PromptContent) -> None:
@@ -249,13 +252,13 @@ def _replace_all(adapter: PretrainedMixin, content: PromptContent) -> None:
         owner, _, leaf = name.partition(".")
         parameter = modules[owner].get_parameter(leaf)
         parameter.data = content.tensors[name].to(parameter.device, copy=True)
-    modules["pool"].load_usage(content.tensors.get(USAGE))
     for name, module in modules.items():
         setattr(adapter, name, module)
     adapter.prompt_config = config
     adapter._mark_query()
     adapter.metadata = content.metadata
     adapter.phase = content.phase
+    adapter._load_file_extras(content.tensors, content.router)
 
 
 def _modules(config: PromptConfig) -> dict[str, Any]:
@@ -267,18 +270,6 @@ def _modules(config: PromptConfig) -> dict[str, Any]:
             "pool": PromptPool.from_config(config),
             "head": CosineClassifier(config.feature_dim, config.num_classes, config.logit_scale),
         }
-
-
-def _trained(adapter: PretrainedMixin) -> dict[str, torch.Tensor]:
-    """Prompts, keys and head, without the mark of the query, which the configuration of a file states."""
-    tensors = adapter.adapter_state_dict()
-    return {name: tensors[name] for name in adapter.prompt_config.tensor_shapes}
-
-
-def _usage(adapter: PretrainedMixin) -> dict[str, torch.Tensor]:
-    """Usage counts of the pool, if they are known."""
-    usage = adapter.pool.usage
-    return {USAGE: usage.clone()} if bool((usage >= 0).all()) else {}
 
 
 def _backbone_dtype(adapter: PretrainedMixin) -> str | None:

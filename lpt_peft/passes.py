@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpt_peft.backbones.base import Stream
-from lpt_peft.call import CallMixin
 from lpt_peft.errors import StateError
 from lpt_peft.phase import in_process_group
 from lpt_peft.prompts import PoolMatch
+from lpt_peft.routing import RoutingMixin
 
 
-class PassesMixin(CallMixin):
+class PassesMixin(RoutingMixin):
     """The part of an adapter that computes features and queries."""
 
     def _init_passes(self) -> None:
@@ -70,14 +70,19 @@ class PassesMixin(CallMixin):
 
     def _passes(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shared = self.shared()
-        kept = self._first_blocks(shared, args, kwargs)
+        router = None if self._phase == "shared" or self.training or self.route == "exact" else self.router
+        kept, tokens = self._first_blocks(shared, args, kwargs, 0 if router is None else router.layout.blocks)
         if self._phase == "shared":
             features = self._shared_features(kept, shared)
             empty = features.new_empty(features.shape[0], 0)
             query = features if self.prompt_config.query == "final" else self._query(kept, shared)
             return features, query, empty, empty.long()
-        query = self._query(kept, shared)
-        match = self.pool(query)
+        if router is None:
+            query = self._query(kept, shared)
+            match = self.pool(query)
+        else:
+            query = kept.tokens.new_empty(kept.tokens.shape[0], 0)
+            match = self.pool.select(self._routed_similarity(kept, tokens, shared, args, kwargs), kept.tokens.dtype)
         features = self._group_features(kept, shared, match)
         if self.training:
             # Adds 0: the keys then get a gradient (0) from any loss, which DDP waits for.
@@ -86,12 +91,21 @@ class PassesMixin(CallMixin):
 
     def _query_pass(self, *args: Any, **kwargs: Any) -> Tensor:
         shared = self.shared()
-        return self._query(self._first_blocks(shared, args, kwargs), shared)
+        return self._query(self._first_blocks(shared, args, kwargs)[0], shared)
 
-    def _first_blocks(self, shared: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stream:
-        """Tokens that enter block `K + 1`."""
-        stream = self.backbone.embed(*args, **kwargs)
-        return self.backbone.run(stream, 0, shared[: self.prompt_config.first_group_layer].unbind())
+    def _first_blocks(
+        self, shared: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], boundaries: int = 0
+    ) -> tuple[Stream, list[Tensor | None]]:
+        """Tokens that enter block `K + 1`; class token and mean patch of the last block boundaries up to there."""
+        backbone, split = self.backbone, self.prompt_config.first_group_layer
+        first = split - max(boundaries - 1, 0)
+        stream = backbone.run(backbone.embed(*args, **kwargs), 0, shared[:first].unbind())
+        tokens: list[Tensor | None] = []
+        for block in range(first, first + boundaries):
+            if block > first:
+                stream = backbone.run(stream, block - 1, shared[block - 1 : block].unbind())
+            tokens += [backbone.class_token(stream), backbone.mean_patch(stream)]
+        return stream, tokens
 
     def _shared_features(self, kept: Stream, shared: Tensor) -> Tensor:
         """Feature (B, feature_dim) under the shared prompts alone."""

@@ -36,10 +36,11 @@ from lpt_peft._version import __version__
 from lpt_peft.backbones import BackboneInfo
 from lpt_peft.backbones.fingerprint import ALGORITHM
 from lpt_peft.backbones.loading import NORM_EPS
-from lpt_peft.checkpoint.content import USAGE, PromptContent
+from lpt_peft.checkpoint.content import ROUTER, USAGE, PromptContent
 from lpt_peft.checkpoint.plain_json import broken_entry
 from lpt_peft.config import MAX_CLASSES, PHASES, QUERIES, PromptConfig, PromptMetadata
 from lpt_peft.errors import ConfigError, PromptFileFormatError, PromptFileTensorError, PromptFileVersionError
+from lpt_peft.router import RouterLayout
 
 FORMAT = "lpt_peft-prompts"
 FORMAT_VERSION = 2
@@ -96,8 +97,10 @@ _CONTENT = {
     "tensors": mapping_of(object_of({"dtype": one_of(*DTYPE_BYTES), "shape": list_of(_SIZE, 1, 8)}), most=64),
     "training": mapping_of(lambda value, path: None, most=MAX_TRAINING_BYTES),
 }
-_CONTENT_RULE = object_of(_CONTENT)
-_CONFIG_RULE = object_of({**_CONTENT, "data_sha256": sha256})
+_ROUTER = {"blocks": integer(1, 10**6), "width": integer(0, 10**6), "seed": integer(0, 2**32 - 1)}
+_OPTIONAL = {"router": object_of(_ROUTER)}
+_CONTENT_RULE = object_of(_CONTENT, _OPTIONAL)
+_CONFIG_RULE = object_of({**_CONTENT, "data_sha256": sha256}, _OPTIONAL)
 
 
 def content_to_config(content: PromptContent, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -133,6 +136,7 @@ def content_to_config(content: PromptContent, tensors: Mapping[str, Mapping[str,
         },
         "tensors": tensors,
         "training": metadata.training,
+        **_given({"router": None if content.router is None else content.router._asdict()}),
     }
     try:
         # Through JSON and back: the rules then see what a reader sees, with lists for tuples and text for keys.
@@ -172,6 +176,7 @@ def config_to_content(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         backbone=BackboneInfo(**backbone),
         preprocess=config["preprocess"],
         fingerprint=fingerprint,
+        router=RouterLayout(**config["router"]) if "router" in config else None,
         library_version=config["library_version"],
     )
 
@@ -248,6 +253,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
     backbone, preprocess = config["backbone"], config["preprocess"]
     if (backbone["embed_dim"], backbone["depth"]) != (sizes.dim, sizes.depth):
         raise BrokenRule("prompt.dim and prompt.depth must be the backbone's embed_dim and depth")
+    if "router" in config and (sizes.query != "final" or config["prompt"]["phase"] != "group"):
+        raise BrokenRule('router is for prompts of phase "group" with the final query')
     if NORM_EPS in backbone["model_args"]:
         positive(backbone["model_args"][NORM_EPS], f"backbone.model_args.{NORM_EPS}")
     fits = len(preprocess["mean"]) == len(preprocess["std"])
@@ -257,10 +264,20 @@ def _check_together(config: Mapping[str, Any]) -> None:
         raise BrokenRule(f"training has {size} bytes of JSON, at most {MAX_TRAINING_BYTES} are kept")
 
 
+def _router_shapes(config: Mapping[str, Any], sizes: PromptConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the router's tensors, if the configuration has a router; models without class token have half."""
+    if "router" not in config:
+        return {}
+    layout, (weight, bias) = RouterLayout(**config["router"]), ROUTER
+    widths = [layout.width + layout.blocks * sizes.dim * tokens for tokens in (1, 2)]
+    found = config["tensors"].get(weight, {}).get("shape", [0])[-1]
+    return {weight: (sizes.pool_size, found if found in widths else widths[1]), bias: (sizes.pool_size,)}
+
+
 def _check_tensors(config: Mapping[str, Any]) -> None:
     sizes = prompt_config(config)
     needed, listed = sizes.tensor_shapes, config["tensors"]
-    shapes = {**needed, **({USAGE: (sizes.pool_size,)} if USAGE in listed else {})}
+    shapes = {**needed, **({USAGE: (sizes.pool_size,)} if USAGE in listed else {}), **_router_shapes(config, sizes)}
     if listed.keys() != shapes.keys():
         missing, extra = sorted(shapes.keys() - listed.keys()), sorted(listed.keys() - shapes.keys())
         raise PromptFileTensorError(
