@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from lpt_peft._classes import integers_in_order, names_in_order
+from lpt_peft._classes import names_in_order
 from lpt_peft.backbones import find_backbone
 from lpt_peft.backbones.base import execution_device
+from lpt_peft.backbones.weights import cast_dtype
 from lpt_peft.checkpoint import CheckBackbone, PromptContent, check_match
 from lpt_peft.checkpoint.relabel import LabelChanges, relabel
 from lpt_peft.config import PromptConfig
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 _Adapter = TypeVar("_Adapter", bound="PretrainedMixin")
 Part = Literal["all", "shared"]
-_CAST_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def content_of(
@@ -51,8 +51,6 @@ def content_of(
         raise StateError(
             "The prompts have no values: the ViT was on the meta device when it was wrapped. Wrap a ViT with weights."
         )
-    names = carried.label_names if label_names is None else names_in_order(label_names)
-    counts = None if class_counts is None else integers_in_order(class_counts, label_names=names)
     preprocessing = {**adapter.preprocess(), **(preprocess or {})}
     tensors, router = adapter._file_tensors()
     return PromptContent(
@@ -61,12 +59,10 @@ def content_of(
         tensors=tensors,
         router=router,
         metadata=replace(
-            carried,
-            class_counts=carried.class_counts if class_counts is None else counts,
-            label_names=names,
-            training=carried.training if training is None else training,
-            preprocess=preprocessing,
-            backbone_dtype=_backbone_dtype(adapter) or carried.backbone_dtype or "float32",
+            carried.updated(
+                class_counts=class_counts, label_names=label_names, training=training, preprocess=preprocessing
+            ),
+            backbone_dtype=cast_dtype(adapter.vit) or carried.backbone_dtype or "float32",
         ),
         backbone=adapter.backbone.info(),
         preprocess=preprocessing,
@@ -202,7 +198,7 @@ def warn_of(changes: LabelChanges | None, before: int = 0, after: int = 0) -> La
 
 def is_meta(adapter: PretrainedMixin) -> bool:
     """Whether prompts or head have no values."""
-    return any(parameter.is_meta for parameter in adapter.pool.parameters())
+    return any(parameter.is_meta for parameter in adapter.shared.parameters())
 
 
 def _check_wrapped(adapter: PretrainedMixin) -> None:
@@ -245,9 +241,10 @@ def _replace_all(adapter: PretrainedMixin, content: PromptContent) -> None:
             f"{config.feature_dim}; this ViT has {found[0]}, {found[1]} and {found[2]}."
         )
     modules = _modules(config)
-    for name, module in modules.items():
-        reference: nn.Module = getattr(adapter, name)
-        module.to(next(reference.parameters()).device).train(reference.training)
+    device, training = adapter.head.weight.device, adapter.head.training
+    for module in modules.values():
+        if module is not None:
+            module.to(device).train(training)
     for name in config.tensor_shapes:
         owner, _, leaf = name.partition(".")
         parameter = modules[owner].get_parameter(leaf)
@@ -266,12 +263,7 @@ def _modules(config: PromptConfig) -> dict[str, Any]:
     # Constructors draw initial values; loading must not change the caller's random state.
     with torch.random.fork_rng(devices=[]):
         return {
-            "shared": SharedPrompt(config.depth, config.prompt_length, config.dim),
-            "pool": PromptPool.from_config(config),
+            "shared": SharedPrompt(*config.tensor_shapes["shared.prompts"]),
+            "pool": PromptPool.from_config(config) if config.has_groups else None,
             "head": CosineClassifier(config.feature_dim, config.num_classes, config.logit_scale),
         }
-
-
-def _backbone_dtype(adapter: PretrainedMixin) -> str | None:
-    """Dtype of the frozen weights if they were cast; prompts loaded on float32 weights keep the record of their run."""
-    return _CAST_DTYPES.get(next(adapter.vit.parameters()).dtype)

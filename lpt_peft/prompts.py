@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpt_peft._features import check_features
+from lpt_peft._features import check_features, check_prompts
 from lpt_peft._kmeans import spherical_kmeans
 from lpt_peft._numbers import checked_integer
 from lpt_peft._numerics import at_least_float32, cosine
+from lpt_peft._tensors import write_value
 from lpt_peft.config import PromptConfig
 from lpt_peft.errors import ConfigError, InputError, StateError
 
@@ -48,6 +49,18 @@ class SharedPrompt(nn.Module):
     def reset_parameters(self) -> None:
         """Draw new prompts from torch's default generator."""
         nn.init.trunc_normal_(self.prompts, std=_INIT_STD)
+
+    def init_prompts(self, prompts: Tensor) -> None:
+        """Set the prompts, for example to tokens of images: see `adapter.sample_tokens`.
+
+        Args:
+            prompts: (L, n, d) floating point, on any device.
+
+        Raises:
+            InputError: The shape is wrong.
+        """
+        check_prompts(prompts, tuple(self.prompts.shape))
+        write_value(self, "prompts", prompts)
 
     def forward(self) -> Tensor:
         """The prompts (L, n, d)."""
@@ -142,27 +155,20 @@ class PromptPool(nn.Module):
             InputError: `query` is not a floating-point tensor of shape (B, key_dim) on the device of the pool.
         """
         keys = self.keys  # read once, because a parametrized tensor is computed at every access
-        hint = "pass one feature per image, of the key_dim of the pool"
-        check_features("query", query, keys.shape[1], rows="B", hint=hint, device=keys.device)
+        check_features("query", query, keys.shape[1], rows="B", hint="pass a query per image", device=keys.device)
         return self.select(cosine(query, keys), query.dtype)
 
     def select(self, similarity: Tensor, dtype: torch.dtype) -> PoolMatch:
-        """Select groups by their similarities with all keys (B, m), floating point.
-
-        Args:
-            similarity: Cosines, or predictions of them.
-            dtype: Of the prompts in the result.
-        """
+        """Select groups by similarities with all keys (B, m), cosines or predictions of them; prompts in `dtype`."""
         prompts = self.prompts
-        similarity, groups = similarity.topk(self.top_k, dim=-1)
-        weights = similarity.new_zeros(similarity.shape[0], prompts.shape[0], dtype=dtype)
-        weights = weights.scatter(1, groups, 1 / self.top_k)
+        selected, groups = similarity.topk(self.top_k, dim=-1)
+        weights = torch.zeros_like(similarity, dtype=dtype).scatter(1, groups, 1 / self.top_k)
         if self.training:
             with torch.no_grad():
                 self.usage += weights.ne(0).sum(0)
         # A product with weights 0 or 1/k needs no (B, k, layers, n, d) copy and has a deterministic gradient.
         mean = weights @ prompts.flatten(1).to(dtype)
-        return PoolMatch(mean.unflatten(1, prompts.shape[1:]), similarity, groups)
+        return PoolMatch(mean.unflatten(1, prompts.shape[1:]), selected, groups)
 
     if TYPE_CHECKING:  # torch's own __call__ returns Any
         __call__ = forward
@@ -199,22 +205,22 @@ class PromptPool(nn.Module):
 
     @torch.no_grad()
     def init_prompts(self, prompts: Tensor) -> None:
-        """Initialize every group with copies of trained prompts. Training then makes the groups diverge.
+        """Initialize every group with copies of trained prompts, or with different prompts.
 
         Prompts enter attention through a norm, so even small random prompts disturb a trained model at full strength.
-        Copies of the shared prompt only increase its weight.
+        Copies of the shared prompt only increase its weight; training makes the groups diverge. Tokens of the images
+        nearest to each key let them differ from the start: `lpt_peft.starts.nearest_images`.
 
         Args:
-            prompts: (layers, n, d) floating point, for example `adapter.shared.prompts[shared_layers:]`.
+            prompts: Floating point, (m, layers, n, d); or (layers, n, d) for all groups, for example
+                `adapter.shared.prompts[shared_layers:]`.
 
         Raises:
             InputError: The shape is wrong.
         """
-        expected = tuple(self.prompts.shape[1:])
-        if not isinstance(prompts, Tensor) or not prompts.is_floating_point() or prompts.shape != expected:
-            found = f"{prompts.dtype} of shape {tuple(prompts.shape)}" if isinstance(prompts, Tensor) else type(prompts)
-            raise InputError(f"prompts must be floating point of shape {expected}, (layers, n, d), not {found}.")
-        self.prompts.copy_(prompts.expand_as(self.prompts))
+        shape = tuple(self.prompts.shape)
+        check_prompts(prompts, shape[1:], shape)
+        write_value(self, "prompts", prompts.expand(shape))
 
     def dead_groups(self) -> list[int]:
         """Return the groups that no image has selected in training mode since `reset_usage()`.
@@ -269,5 +275,16 @@ def decay_selected(parameter: nn.Parameter, weight_decay: float) -> None:
     """
     if parameter.grad is None:
         return
-    selected = parameter.grad.flatten(1).ne(0).any(1).view(-1, *[1] * (parameter.ndim - 1))
-    parameter.grad += torch.where(selected, weight_decay * parameter, 0.0)
+    parameter.grad += torch.where(selected_groups(parameter.grad), weight_decay * parameter, 0.0)
+
+
+def selected_groups(gradient: Tensor) -> Tensor:
+    """Groups with a nonzero gradient, which are those that the batch selected.
+
+    Args:
+        gradient: Of `pool.prompts` (m, layers, n, d) or `pool.keys` (m, d).
+
+    Returns:
+        (m, 1, ...) bool, with as many dimensions as `gradient`.
+    """
+    return gradient.flatten(1).ne(0).any(1).view(-1, *[1] * (gradient.ndim - 1))

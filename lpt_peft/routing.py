@@ -6,12 +6,13 @@ Not here: the regression (`lpt_peft.router`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lpt_peft._image_batches import batch_arguments, image_batches, is_common, select_rows, with_progress_bar
 from lpt_peft._numbers import checked_integer, is_finite_number
 from lpt_peft._numerics import cosine
 from lpt_peft.backbones.base import Stream
@@ -41,7 +42,6 @@ class RoutingMixin(CallMixin):
     device: torch.device
     router: Router | None
     _refuse_disabled: Callable[[str], None]
-    _first_blocks: Callable[..., tuple[Stream, list[Tensor | None]]]
     _query: Callable[[Stream, Tensor], Tensor]
     _inputs: Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -146,7 +146,7 @@ class RoutingMixin(CallMixin):
         training, route, self._route = self.training, self._route, "exact"
         self.eval()
         try:
-            router, fit = self._fit(_batches(images, batch_size), layout, ridge, progress)
+            router, fit = self._fit(image_batches(images, batch_size), layout, ridge, progress)
         except BaseException:
             self._route = route
             raise
@@ -162,8 +162,8 @@ class RoutingMixin(CallMixin):
         fitted, held = RidgeSums(), RidgeSums()
         kept: list[tuple[Tensor, Tensor]] = []
         projection, count = torch.empty(0, 0), 0
-        for batch in _with_bar(batches, progress):
-            args, kwargs = self._inputs(*_arguments(batch, self.device))
+        for batch in with_progress_bar(batches, "fit_router", progress):
+            args, kwargs = self._inputs(*batch_arguments(batch, self.device))
             inputs, similarity = self._run(self._router_pass, (layout, *args), kwargs)
             if not count:
                 projection = random_projection(inputs.shape[1], layout.width, layout.seed).to(inputs.device)
@@ -191,8 +191,22 @@ class RoutingMixin(CallMixin):
     def _router_pass(self, layout: RouterLayout, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Inputs of the router, and exact similarities with all keys."""
         shared = self.shared()
-        kept, tokens = self._first_blocks(shared, args, kwargs, layout.blocks)
+        kept, tokens = self._blocks_and_tokens(shared, args, kwargs, layout.blocks)
         return normalized_tokens(tokens), cosine(self._query(kept, shared), self.pool.keys)
+
+    def _blocks_and_tokens(
+        self, shared: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], boundaries: int
+    ) -> tuple[Stream, list[Tensor | None]]:
+        """Tokens that enter block `K + 1`; class token and mean patch of the last block boundaries up to there."""
+        backbone, split = self.backbone, self.prompt_config.first_group_layer
+        first = split - boundaries + 1
+        stream = backbone.run(backbone.embed(*args, **kwargs), 0, shared[:first].unbind())
+        tokens: list[Tensor | None] = []
+        for block in range(first, split + 1):
+            if block > first:
+                stream = backbone.run(stream, block - 1, shared[block - 1 : block].unbind())
+            tokens += [backbone.class_token(stream), backbone.mean_patch(stream)]
+        return stream, tokens
 
     def _routed_similarity(
         self, kept: Stream, tokens: Sequence[Tensor | None], shared: Tensor, args: Any, kwargs: Any
@@ -214,8 +228,8 @@ class RoutingMixin(CallMixin):
         size = kept.tokens.shape[0]
         if len(rows) == size:
             return kept
-        args = tuple(_select(value, rows, size) for value in args)
-        kwargs = {n: v if _is_common(n, v) else _select(v, rows, size) for n, v in kwargs.items()}
+        args = tuple(select_rows(value, rows, size) for value in args)
+        kwargs = {n: v if is_common(n, v) else select_rows(v, rows, size) for n, v in kwargs.items()}
         return Stream(kept.tokens[rows], self.backbone.embed(*args, **kwargs).context)
 
     def _check_routable(self) -> None:
@@ -237,56 +251,5 @@ class RoutingMixin(CallMixin):
             )
 
 
-def _with_bar(batches: Iterable[Any], progress: bool) -> Iterable[Any]:
-    """The batches, with a progress bar on a terminal if tqdm is installed."""
-    try:
-        from tqdm.auto import tqdm  # noqa: PLC0415 - an optional extra
-    except ImportError:
-        return batches
-    bar: Iterable[Any] = tqdm(batches, desc="fit_router", unit="batch", disable=None if progress else True)
-    return bar
-
-
 def _router(weight: Tensor, bias: Tensor, layout: RouterLayout, like: Tensor) -> Router:
     return Router(weight.to(like), bias.to(like), layout)
-
-
-def _batches(images: Any, batch_size: int) -> Iterable[Any]:
-    if isinstance(images, Tensor):
-        split: tuple[Tensor, ...] = images.split(batch_size)
-        return split
-    if isinstance(images, (str, bytes, Mapping)) or not isinstance(images, Iterable):
-        raise InputError(
-            f"images is a {type(images).__name__}: pass a tensor (N, 3, H, W), or an iterable of batches such as "
-            "DataLoader(dataset, batch_size=64)."
-        )
-    return images
-
-
-def _arguments(batch: Any, device: torch.device) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Images, further arguments and keyword arguments of the model's forward in a batch, on a device."""
-    if isinstance(batch, Mapping):
-        moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items() if n != "labels"}
-        return None, (), moved
-    images = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
-    if not isinstance(images, Tensor) or images.ndim < 4:
-        shape = f" of shape {tuple(images.shape)}" if isinstance(images, Tensor) else ""
-        raise InputError(
-            f"fit_router got a batch whose images are a {type(images).__name__}{shape}: give batches of images (B, 3, "
-            "H, W), for example from DataLoader(dataset, batch_size=64)."
-        )
-    return images.to(device), (), {}
-
-
-def _select(value: Any, rows: Tensor, size: int) -> Any:
-    """Rows of every tensor of `size` rows in a (nested) argument of a forward."""
-    if isinstance(value, Tensor):
-        return value[rows.to(value.device)] if value.ndim and value.shape[0] == size else value
-    if isinstance(value, Mapping):
-        return {name: v if _is_common(name, v) else _select(v, rows, size) for name, v in value.items()}
-    return value
-
-
-def _is_common(name: str, value: Any) -> bool:
-    """Whether an argument is an attention mask for all images (N, N), which may have as many rows as the batch."""
-    return name == "attn_mask" and isinstance(value, Tensor) and value.ndim == 2

@@ -92,7 +92,7 @@ class StateMixin(PhaseMixin):
         """Tensors of a prompt file: prompts, keys, head, and usage and router if they are known and fit."""
         tensors = self.adapter_state_dict()
         tensors.pop(BLOCK_K_MARK, None)  # part of the configuration in a file
-        if bool((self.pool.usage >= 0).all()):
+        if self.pool is not None and bool((self.pool.usage >= 0).all()):
             tensors[USAGE] = self.pool.usage.clone()
         router = self.router if self._phase == "group" else None
         if router is None:
@@ -109,7 +109,8 @@ class StateMixin(PhaseMixin):
 
     def _load_file_extras(self, tensors: Mapping[str, Tensor], layout: RouterLayout | None) -> None:
         """Set usage and router of a prompt file, whose prompts are loaded already."""
-        self.pool.load_usage(tensors.get(USAGE))
+        if self.pool is not None:
+            self.pool.load_usage(tensors.get(USAGE))
         if layout is None:
             self._drop_router("the prompts that were loaded have none.")
         else:

@@ -109,7 +109,7 @@ def test_the_penalty_is_chosen_on_held_out_images():
         with torch.no_grad():
             exact = cosine(other.queries(TRAINING[held]), other.pool.keys)
             args, kwargs = other._inputs(TRAINING[held], (), {})
-            _, tokens = other._first_blocks(other.shared(), args, kwargs, 1)
+            _, tokens = other._blocks_and_tokens(other.shared(), args, kwargs, 1)
             errors[penalty] = float((other.router(normalized_tokens(tokens)) - exact).square().mean())
     assert min(errors, key=errors.__getitem__) == fit.penalty
 
@@ -210,7 +210,7 @@ def test_the_router_runs_every_block_once_and_the_margin_some_images_twice():
     assert routed.query.shape == (12, 0)
     with torch.no_grad():
         args, kwargs = adapter._inputs(pictures, (), {})
-        _, tokens = adapter._first_blocks(adapter.shared(), args, kwargs, 1)
+        _, tokens = adapter._blocks_and_tokens(adapter.shared(), args, kwargs, 1)
         predicted = adapter.router(normalized_tokens(tokens))
     gaps = selection_gap(predicted, 2)
     for rank in (0, 3, 11):
@@ -290,7 +290,7 @@ def test_masks_and_positions_belong_to_the_images_of_the_second_pass():
     routed = adapter(**batches[0], return_output=True)
     with torch.no_grad():
         args, kwargs = adapter._inputs(None, (), dict(batches[0]))
-        _, tokens = adapter._first_blocks(adapter.shared(), args, kwargs, 1)
+        _, tokens = adapter._blocks_and_tokens(adapter.shared(), args, kwargs, 1)
         gaps = selection_gap(adapter.router(normalized_tokens(tokens)), 2)
     adapter.route = float(gaps.sort().values[1]) + 1e-9
     out = adapter(**batches[0], return_output=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lpt_peft.errors import BackboneError
+from lpt_peft.prompting import Prompt
 
 
 class Stream(NamedTuple):
@@ -75,8 +76,11 @@ class Backbone(Protocol):
     def embed(self, *args: Any, **kwargs: Any) -> Stream:
         """Compute the tokens that enter block 1 from the arguments of the model's forward."""
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run blocks `start`, `start + 1`, ..., one per prompt (n, d) or (B, n, d), floating point."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Prompt]) -> Stream:
+        """Run blocks `start`, `start + 1`, ..., one per prompt (n, d) or (B, n, d), floating point; None: no prompt.
+
+        An integer n in place of a prompt: the last n tokens are a prompt that blocks carry along.
+        """
 
     def pool(self, stream: Stream) -> Tensor:
         """Compute the pooled, normalized feature (B, feature_dim) from the tokens after the last block."""
@@ -86,6 +90,12 @@ class Backbone(Protocol):
 
     def mean_patch(self, stream: Stream) -> Tensor:
         """Return the mean (B, d) of the patch tokens between blocks, without padding."""
+
+    def plain_feature(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the feature of `pool` without prompts, from the arguments of the model's forward.
+
+        It does not need `attach`.
+        """
 
     def info(self) -> BackboneInfo:
         """Return the description of the model for prompt files."""
@@ -103,6 +113,13 @@ def masked_mean(tokens: Tensor, valid: Tensor | None) -> Tensor:
         return tokens.mean(1)
     weights = valid.to(tokens.dtype).unsqueeze(-1)
     return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def run_plain(backbone: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Implement `Backbone.plain_feature` by `embed`, `run` and `pool`."""
+    stream: Stream = backbone.run(backbone.embed(*args, **kwargs), 0, [None] * len(backbone.blocks))
+    feature: Tensor = backbone.pool(stream)
+    return feature
 
 
 def not_floating(images: Tensor) -> str:

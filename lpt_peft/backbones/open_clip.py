@@ -21,10 +21,10 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from lpt_peft._tensors import plain_tensors
-from lpt_peft.backbones.base import BackboneInfo, Stream, refuse_offloaded, warn_of_multihead_lora
+from lpt_peft.backbones.base import BackboneInfo, Stream, refuse_offloaded, run_plain, warn_of_multihead_lora
 from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.errors import BackboneError
-from lpt_peft.prompting import attach_blocks, batched, detach_blocks, run_block
+from lpt_peft.prompting import Prompt, attach_blocks, batched, detach_blocks, run_block
 
 _CROP_MODE = {"shortest": "center", "longest": "border", "squash": "squash"}  # open_clip's name -> timm's
 _ALTERNATIVE = 'a CLIP whose visual tower is a plain ViT, for example open_clip.create_model("ViT-B-32")'
@@ -75,6 +75,10 @@ class _Tower:
             "crop_mode": _CROP_MODE[config["resize_mode"]],
         }
 
+    def plain_feature(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the feature without prompts."""
+        return run_plain(self, *args, **kwargs)
+
     def frozen_tensors(self) -> Iterable[Tensor]:
         """Return the state dict of the visual tower; the text tower does not affect the feature."""
         return list(plain_tensors(self.tower.state_dict().values()))
@@ -107,17 +111,18 @@ class NativeTower(_Tower):
         """Compute tokens from images (B, 3, H, W), with the tower's patch dropout."""
         return Stream(self.tower._embeds(image), {})
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run blocks from `start`, one per prompt (n, d) or (B, n, d); `stream` is always batch first."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Prompt]) -> Stream:
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d), None: no prompt; `stream` is batch first."""
         transformer = self.tower.transformer
         transposed = not getattr(transformer, "batch_first", True)
         tokens = stream.tokens.transpose(0, 1) if transposed else stream.tokens
         for layer, prompt in enumerate(prompts, start):
-            prompt = batched(prompt)  # noqa: PLW2901
+            if isinstance(prompt, Tensor):
+                prompt = batched(prompt).transpose(0, 1) if transposed else prompt  # noqa: PLW2901
             tokens = run_block(
                 transformer.resblocks[layer],
                 tokens,
-                prompt.transpose(0, 1) if transposed else prompt,
+                prompt,
                 checkpointing=transformer.grad_checkpointing,
             )
         return Stream(tokens.transpose(0, 1) if transposed else tokens, stream.context)
@@ -197,8 +202,8 @@ class TimmTower(_Tower):
         """Compute tokens from images (B, 3, H, W)."""
         return self.trunk.embed(*args, **kwargs)
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run blocks from `start`, one per prompt (n, d) or (B, n, d)."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Prompt]) -> Stream:
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d); None: no prompt."""
         return self.trunk.run(stream, start, prompts)
 
     def pool(self, stream: Stream) -> Tensor:

@@ -28,7 +28,7 @@ def evaluate(
     is then 3.
 
     Args:
-        folder: Output folder of `lpt-peft train`, or a prompt file.
+        folder: Output folder of `lpt-peft train`, or a prompt file or model file.
         data: Images, as for `lpt-peft train`; a folder of class folders, or a list, is a test split.
         as_json: Print one JSON object instead of the table.
     """
@@ -44,10 +44,10 @@ def evaluate(
         from lpt_peft.recipe.train import make_accelerator
 
     run = load_run(folder)
-    counts = run.adapter.metadata.class_counts
+    counts = run.model.metadata.class_counts
     if counts is None:
         raise ConfigError(
-            f"The prompt file in {folder} has no class counts, which decide the many-, medium- and few-shot classes. "
+            f"The file in {folder} has no class counts, which decide the many-, medium- and few-shot classes. "
             "Save it with class_counts."
         )
     if data is None and run.data is None:
@@ -62,9 +62,9 @@ def evaluate(
             f"{data or run.data} has neither a validation nor a test split, so there is nothing to evaluate. Name the "
             "images: lpt-peft evaluate DIR DATA."
         )
-    set_transforms(splits, run.adapter.preprocess(), run.images)
+    set_transforms(splits, run.model.preprocess(), run.images)
     metrics = ShotMetrics.from_rule(run.shot_rule, counts)
-    accelerator = make_accelerator(_available_precision(run.training))
+    accelerator = make_accelerator(available_precision(run.training))
     print_summaries(splits)
     notice(f"device {accelerator.device}")
     results: dict[str, ShotResult] = {}
@@ -72,14 +72,12 @@ def evaluate(
     with Reporter(True, accelerator.is_main_process).unreadable_images(**splits):
         for name in ("validation", "test"):
             if name in splits:
-                results[name] = measure(
-                    run.adapter, splits[name], metrics, num_workers=workers, accelerator=accelerator
-                )
+                results[name] = measure(run.model, splits[name], metrics, num_workers=workers, accelerator=accelerator)
     print_results(results, as_json=as_json)
     return INCOMPLETE if has_unreadable(splits) else OK
 
 
-def _available_precision(training: TrainSettings) -> TrainSettings:
+def available_precision(training: TrainSettings) -> TrainSettings:
     """The run's settings, in a precision that this machine supports."""
     import torch
 

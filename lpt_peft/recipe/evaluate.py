@@ -15,6 +15,7 @@ from lpt_peft.errors import InputError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.recipe.loading.loader import image_loader, open_batches, resolve_workers, stop_workers
 from lpt_peft.recipe.loading.readable import without_replacements
+from lpt_peft.recipe.predictions import PredictionRecorder, image_names
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.samplers.checks import current_replica
 
@@ -48,17 +49,20 @@ class Evaluation:
     ) -> None:
         self._size = len(dataset)  # type: ignore[arg-type]
         self._dataset, dataset = dataset, without_replacements(dataset)
+        self._share = range(self._size)
         if distributed:
             processes, rank = current_replica()
-            dataset = Subset(dataset, range(rank, len(dataset), processes))  # type: ignore[arg-type]
+            self._share = range(rank, self._size, processes)
+            dataset = Subset(dataset, self._share)
         self._model, self._distributed, self._accelerator = model, distributed, accelerator
         self._loader = _loader(model, dataset, batch_size, num_workers, persistent)
 
-    def __call__(self, metrics: ShotMetrics) -> ShotResult:
+    def __call__(self, metrics: ShotMetrics, recorder: PredictionRecorder | None = None) -> ShotResult:
         """Reset `metrics`, update them with all images and compute; the model's mode is restored.
 
         Args:
             metrics: Has the class counts of training and the shot rule.
+            recorder: Its `result` is set to the predictions of all images.
 
         Raises:
             InputError: No image can be read.
@@ -69,12 +73,18 @@ class Evaluation:
         with report, closing(_outputs(self._model, self._loader, self._accelerator)) as outputs:
             for output, labels in outputs:
                 metrics.update(output[0], labels)
+                if recorder is not None:
+                    recorder.update(output, labels)
                 evaluated += len(labels)
         if self._size and not (evaluated or self._distributed):
             raise InputError(
                 f"None of the {self._size} images can be read, so there is nothing to evaluate: repair them, or check "
                 "the paths."
             )
+        if recorder is not None:
+            unreadable = getattr(self._dataset, "unreadable_images", ())
+            positions = [position for position in self._share if position not in unreadable]
+            recorder.gather(positions, self._size, images=image_names(self._dataset), distributed=self._distributed)
         return (metrics.sync() if self._distributed else metrics).compute()
 
     def close(self) -> None:
@@ -91,6 +101,7 @@ def evaluate(
     num_workers: int | None = None,
     distributed: bool = False,
     accelerator: Accelerator | None = None,
+    recorder: PredictionRecorder | None = None,
 ) -> ShotResult:
     """Reset `metrics`, update them with a dataset and compute.
 
@@ -105,6 +116,7 @@ def evaluate(
         num_workers: Processes that load images; None chooses.
         distributed: Share the images among the processes.
         accelerator: Provides mixed precision.
+        recorder: Its `result` is set to the predictions.
     """
     evaluation = Evaluation(
         model,
@@ -114,7 +126,7 @@ def evaluate(
         distributed=distributed,
         accelerator=accelerator,
     )
-    return evaluation(metrics)
+    return evaluation(metrics, recorder)
 
 
 def predict(

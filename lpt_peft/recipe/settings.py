@@ -1,37 +1,25 @@
 """Training configuration dataclasses.
 
-Both are frozen and stored with the results. Not here: published settings (`presets.py`).
+Both are frozen and stored with the results. Not here: rules of their values (`settings_checks.py`), and published
+settings (`presets.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
-from lpt_peft.errors import ConfigError
+from lpt_peft.recipe.method_settings import MethodName
+from lpt_peft.recipe.settings_checks import Loss, check_phase, check_train, known
 
 RESUME_IGNORED_FIELDS = frozenset({"num_workers", "save_every", "keep_checkpoints"})
 """Settings that may change when a run is resumed, because they do not affect its result."""
 
-_BACKBONE_DTYPES = ("float32", "bfloat16", "float16")
-
-_NONE = type(None)
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "bool": (bool,),
-    "str": (str,),
-    "str | None": (str, _NONE),
-    "int": (int,),
-    "int | None": (int, _NONE),
-    "float": (int, float),
-    "float | None": (int, float, _NONE),
-    "Path | None": (str, _NONE),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseSettings:
-    """Settings of one phase: SGD with momentum, warm-up per step, then cosine decay to zero.
+    """Settings of one phase: learning rate with warm-up per step, then cosine decay to zero.
 
     Defaults are the paper's where it gives a value (LPT, Dong et al., ICLR 2023, arXiv 2210.01033).
     """
@@ -40,29 +28,31 @@ class PhaseSettings:
     """Passes of the instance-balanced half over the images; 0 skips the phase."""
     learning_rate: float = 0.02
     """For 256 images in each half of a batch; the run uses `learning_rate * (batch_size / 2) / 256`."""
+    head_learning_rate: float | None = None
+    """Learning rate of the head, with the same scaling and schedule; None: `learning_rate`."""
+    pool_learning_rate: float | None = None
+    """Learning rate of the group prompts; None: `learning_rate`. A group's gradient is a mean over all images of a
+    batch, most of which select other groups: with SGD, groups train about `pool_size` times slower than a shared
+    prompt."""
     weight_decay: float = 0.01
-    """L2. Prompts enter only through a norm, so for them it controls the effective learning rate."""
+    """L2 in SGD, decoupled in AdamW. Prompts enter only through a norm, so for them it controls the effective learning
+    rate."""
     momentum: float = 0.9
+    """Of SGD; in AdamW, the decay `beta1` of the first moment."""
     warmup: float = 0.05
     """Fraction of the steps in which the learning rate rises linearly."""
 
     def __post_init__(self) -> None:
-        refuse_invalid(
-            self,
-            {
-                "epochs": (self.epochs >= 0, "at least 0"),
-                "learning_rate": (0 < self.learning_rate < float("inf"), "above 0 and finite"),
-                "weight_decay": (0 <= self.weight_decay < float("inf"), "at least 0 and finite"),
-                "momentum": (0 <= self.momentum < 1, "at least 0 and below 1"),
-                "warmup": (0 <= self.warmup <= 1, "a fraction from 0 to 1"),
-            },
-        )
+        check_phase(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """Settings of a run: phase "shared", then phase "group", or both at once."""
 
+    method: MethodName = "lpt"
+    """What is trained: prompts in two phases; as baselines with a single phase and the settings of `shared`, the shared
+    prompt in all blocks, prompt tokens before the first block, the head alone, or all weights of the ViT."""
     shared: PhaseSettings = field(default_factory=PhaseSettings)
     group: PhaseSettings = field(default_factory=PhaseSettings)
     phases: Literal["decoupled", "joint"] = "decoupled"
@@ -75,14 +65,27 @@ class TrainSettings:
     """Instance-balanced and class-balanced halves, or instance-balanced images only."""
     samples_per_class: int = 4
     """Images that the class-balanced half draws from a class at a time."""
-    loss: Literal["lpt", "agcl", "cross_entropy"] = "lpt"
-    """A-GCL weighted per half; or A-GCL or cross-entropy on all images. Each includes the match term."""
+    loss: Loss = "lpt"
+    """A-GCL weighted per half; or a loss on all images of a step. Each includes the match term."""
+    tau: float = 1.0
+    """Strength of the adjustment in loss "logit_adjusted"."""
+    reweight_from: int | None = None
+    """Epoch of each phase, from 0, at which class-balanced weights begin; for agcl, cross_entropy, focal and ldam."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW, which needs lower learning rates; both scale them with the batch size."""
+    weight_noise: float = 0.0
+    """Standard scale `rho` of Gaussian noise on the weights where a step takes its gradient, relative to each tensor's
+    root mean square (GNM-PT, NeurIPS 2024); 0: no noise."""
     eta: float = 0.5
     """Initial weight of the instance-balanced half in loss "lpt"; falls linearly to 0."""
+    init_prompts: Literal["random", "tokens"] = "random"
+    """Initial shared prompt: that of the adapter, or tokens of training images in the plain ViT (SPT, ICML 2024)."""
+    init_head: Literal["random", "class_mean"] = "random"
+    """Initial head of the first phase: that of the adapter, or class means of its features (LIFT, ICML 2024)."""
     init_keys: Literal["kmeans", "random"] = "kmeans"
     """Initial keys of phase "group": k-means centers of the training queries, or random."""
-    init_groups: Literal["shared", "random"] = "shared"
-    """Initial group prompts: copies of the trained shared prompt, or random as in the paper."""
+    init_groups: Literal["shared", "random", "tokens"] = "shared"
+    """Initial group prompts: the trained shared prompt, random, or tokens of the images nearest to each key."""
     query_regularizer: float = 0.0
     """Weight of the regularizer of OS-Prompt++ in phase "group", for query "block_k"; its paper uses 1e-4; 0: off."""
     decay: Literal["all", "selected"] = "all"
@@ -113,42 +116,7 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive, optional_positive = "at least 1", "None or at least 1"
-        refuse_invalid(
-            self,
-            {
-                "phases": (self.phases in ("decoupled", "joint"), '"decoupled" or "joint"'),
-                "batch_size": (
-                    self.batch_size >= 2 and self.batch_size % 2 == 0,
-                    "even and at least 2, since the two halves of a step are equal",
-                ),
-                "accumulate": (self.accumulate >= 1, positive),
-                "sampling": (self.sampling in ("dual", "instance"), '"dual" or "instance"'),
-                "samples_per_class": (self.samples_per_class >= 1, positive),
-                "loss": (self.loss in ("lpt", "agcl", "cross_entropy"), '"lpt", "agcl" or "cross_entropy"'),
-                "eta": (self.eta >= 0, "at least 0"),
-                "init_keys": (self.init_keys in ("kmeans", "random"), '"kmeans" or "random"'),
-                "init_groups": (self.init_groups in ("shared", "random"), '"shared" or "random"'),
-                "query_regularizer": (0 <= self.query_regularizer < float("inf"), "at least 0 and finite"),
-                "decay": (self.decay in ("all", "selected"), '"all" or "selected"'),
-                "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "None or above 0"),
-                "mixed_precision": (
-                    self.mixed_precision in (None, "no", "bf16", "fp16"),
-                    'None, "no", "bf16" or "fp16"',
-                ),
-                "backbone_dtype": (self.backbone_dtype in _BACKBONE_DTYPES, " or ".join(map(repr, _BACKBONE_DTYPES))),
-                "average": (self.average is None or 0 < self.average < 1, "None or above 0 and below 1"),
-                "keep": (self.keep in ("last", "best"), '"last" or "best"'),
-                "patience": (self.patience is None or self.patience >= 1, optional_positive),
-                "validate_every": (self.validate_every >= 1, positive),
-                "save_every": (self.save_every is None or self.save_every >= 1, optional_positive),
-                "keep_checkpoints": (self.keep_checkpoints >= 1, positive),
-                "num_workers": (self.num_workers is None or self.num_workers >= 0, "None or at least 0"),
-                "seed": (0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
-            },
-        )
-        if self.loss == "lpt" and self.sampling != "dual":
-            raise ConfigError('loss="lpt" weights the two halves of a dual batch, so it needs sampling="dual".')
+        check_train(self)
 
     @property
     def half_batch(self) -> int:
@@ -157,8 +125,10 @@ class TrainSettings:
 
     @property
     def plan(self) -> dict[str, PhaseSettings]:
-        """Phases to train, by name, in order."""
+        """Phases to train, by name, in order; those of other methods than "lpt" are called "shared" as well."""
         phases = {"shared": self.shared, "group": self.group} if self.phases == "decoupled" else {"joint": self.group}
+        if self.method != "lpt":
+            phases = {"shared": self.shared}  # the name is part of the seeds: all methods see the same crops
         return {name: phase for name, phase in phases.items() if phase.epochs}
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,43 +147,3 @@ class TrainSettings:
             if name in given:
                 given[name] = PhaseSettings(**known(PhaseSettings, given[name]))
         return cls(**given)
-
-
-def known(kind: type, values: Any) -> Mapping[str, Any]:
-    """Validate field names and types read from JSON for a settings dataclass.
-
-    Raises:
-        ConfigError: `values` is not a mapping, a name is unknown, or a value does not have its field's type.
-    """
-    types = {field.name: str(field.type) for field in fields(kind)}
-    hints = get_type_hints(kind)
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{kind.__name__} needs a mapping of names to values, not {values!r:.80}.")
-    if unknown := sorted(set(values) - set(types)):
-        raise ConfigError(f"{kind.__name__} has no {', '.join(unknown)}; the fields are {', '.join(sorted(types))}.")
-    for name, value in values.items():
-        choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else None
-        if choices is not None and not (isinstance(value, str) and value in choices):
-            raise ConfigError(f"{kind.__name__}: {name}={value!r:.80} must be one of {', '.join(choices)}.")
-        allowed = _TYPES.get(types[name])
-        if allowed is not None and (
-            not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)
-        ):
-            raise ConfigError(f"{kind.__name__}: {name}={value!r:.80} must be {types[name]}.")
-    return values
-
-
-def refuse_invalid(settings: object, checks: Mapping[str, tuple[bool, str]]) -> None:
-    """Check fields of a settings dataclass.
-
-    Args:
-        settings: The dataclass.
-        checks: For each field, whether it is valid, and its rule: "at least 1".
-
-    Raises:
-        ConfigError: A field is invalid.
-    """
-    if broken := [
-        f"{name}={getattr(settings, name)!r} must be {rule}" for name, (valid, rule) in checks.items() if not valid
-    ]:
-        raise ConfigError(f"{type(settings).__name__}: {'; '.join(broken)}.")

@@ -97,6 +97,8 @@ BAD_FLAGS = [
     ("--shared.learning_rate", "inf", "--shared.learning_rate inf must be above 0 and finite."),
     ("--group.momentum", "1", "--group.momentum 1 must be at least 0 and below 1."),
     ("--shared.warmup", "2", "--shared.warmup 2 must be a fraction from 0 to 1."),
+    ("--shared.head-learning-rate", "0", "--shared.head-learning-rate 0 must be None, or above 0 and finite."),
+    ("--weight-noise", "-0.1", "--weight-noise -0.1 must be at least 0 and finite"),
     ("--clip-norm", "0", "--clip-norm 0.0 must be None or above 0"),
 ]
 

@@ -39,7 +39,7 @@ def test_evaluate_uses_the_precision_of_the_run(data, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "results.json").read_text())
     recipe = json.loads((tmp_path / "prompts" / "config.json").read_text())["training"]["recipe"]
     assert (recipe["backbone_dtype"], recipe["mixed_precision"], recipe["num_workers"]) == ("bfloat16", "bf16", None)
-    adapter = load_run(tmp_path).adapter
+    adapter = load_run(tmp_path).model
     assert {parameter.dtype for parameter in adapter.vit.parameters()} == {torch.bfloat16}
     assert adapter.head.weight.dtype == torch.float32
 

@@ -52,6 +52,9 @@ def test_settings_round_trip_through_json():
         ({"backbone_dtype": "float64"}, "backbone_dtype='float64' must be one of float32, bfloat16, float16"),
         ({"patience": 0}, "patience=0 must be None or at least 1"),
         ({"save_every": 0}, "save_every=0 must be None or"),
+        ({"optimizer": "adam"}, "optimizer='adam' must be one of sgd, adamw"),
+        ({"weight_noise": float("inf")}, "weight_noise=inf must be at least 0 and finite"),
+        ({"group": {"head_learning_rate": 0.0}}, "head_learning_rate=0.0 must be None, or above 0 and finite"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8' must be None"),
     ],
 )

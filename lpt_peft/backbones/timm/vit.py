@@ -14,8 +14,8 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from lpt_peft._tensors import plain_tensors
-from lpt_peft.backbones.base import BackboneInfo, Stream, masked_mean
-from lpt_peft.prompting import attach_blocks, attentions_of, detach_blocks, run_block
+from lpt_peft.backbones.base import BackboneInfo, Stream, masked_mean, run_plain
+from lpt_peft.prompting import Prompt, attach_blocks, attentions_of, detach_blocks, run_block
 
 # Arguments that a prompt file records: sizes and switches that determine what the weights mean.
 MODEL_ARGS = frozenset(
@@ -72,8 +72,8 @@ class TimmBackbone:
         """Compute tokens from the forward arguments; `context["blocks"]` holds the keyword arguments of each block."""
         raise NotImplementedError
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run blocks from `start`, one per prompt (n, d) or (B, n, d)."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Prompt]) -> Stream:
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d); None: no prompt."""
         _warn_of_ignored_lora(self.vit.blocks[0])
         tokens = stream.tokens
         for layer, prompt in enumerate(prompts, start):
@@ -104,6 +104,10 @@ class TimmBackbone:
     def valid_patches(self, stream: Stream) -> Tensor | None:
         """Return which patches (B, N) are not padding; None if all are."""
         return None
+
+    def plain_feature(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the feature without prompts."""
+        return run_plain(self, *args, **kwargs)
 
     def feature(self, stream: Stream) -> Tensor:
         """Compute `forward_head(norm(tokens), pre_logits=True)` without dropout: (B, d), or tokens if not pooled."""

@@ -1,31 +1,45 @@
-"""The parameter update of a step: learning rate, weight decay, clipping and SGD, without a host read."""
+"""The parameter update of a step: learning rates, weight decay, clipping, SGD or AdamW, without a host read."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lpt_peft.prompts import decay_selected
+from lpt_peft.prompts import decay_selected, selected_groups
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 from lpt_peft.recipe.training.divergence import DivergenceFlag
-from lpt_peft.recipe.training.schedule import warmup_cosine
+from lpt_peft.recipe.training.schedule import Schedule
+
+_STATE = {  # names of tensors in a checkpoint, and in torch
+    "sgd": {"momentum": "momentum_buffer"},
+    "adamw": {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "optimizer_step": "step"},
+}
 
 
 class PhaseOptimizer:
-    """SGD with the schedule, decay and clipping of a phase.
+    """The optimizer of a phase, with its schedule, decay and clipping.
+
+    With `B = batch_size / 2`, the images of each half of a step, the learning rate of a step is
+    `learning_rate * B / 256 * schedule(step)`; `head_learning_rate` and `pool_learning_rate`, if set, take its place
+    for the head and for the group prompts.
+    AdamW follows the same linear rule, as in DeiT (Touvron et al., ICML 2021) and MAE (He et al., CVPR 2022).
+
+    `decay="selected"` restricts the weight decay of keys and group prompts to the groups that a step selects: SGD adds
+    L2 to their gradients, AdamW shrinks them by `learning_rate * weight_decay`.
 
     Args:
-        trainable: Trained parameters by name.
-        settings: `batch_size`, `decay` and `clip_norm` are used.
+        trainable: Trained parameters by name; those of the head begin with "head.", those of the pool with "pool.".
+        settings: `optimizer`, `batch_size`, `decay` and `clip_norm` are used.
         phase: Settings of the phase.
-        steps: Steps of the phase.
+        schedule: Factor on the peak learning rate of every step.
         accelerator: Its gradient scaler is used, if any.
 
     Attributes:
-        learning_rate: Of the last step.
+        learning_rate: Of the last step, for parameters without a rate of their own.
         clipped: Number of clipped steps since it was last set to zero, a scalar on the parameters' device.
     """
 
@@ -34,15 +48,15 @@ class PhaseOptimizer:
         trainable: Mapping[str, nn.Parameter],
         settings: TrainSettings,
         phase: PhaseSettings,
-        steps: int,
+        schedule: Schedule,
         accelerator: Accelerator,
     ) -> None:
         self.learning_rate = 0.0
         self.clipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self._trainable, self._settings, self._phase, self._accelerator = trainable, settings, phase, accelerator
-        self._steps, self._warmup = steps, warmup_steps(phase, steps)
-        self._selected = {n for n in trainable if settings.decay == "selected" and n.startswith("pool.")}
-        self._sgd = make_sgd(trainable, phase, without_decay=self._selected)
+        self._schedule = schedule
+        self._selected = [p for n, p in trainable.items() if settings.decay == "selected" and n.startswith("pool.")]
+        self._optimizer = make_optimizer(trainable, settings, phase)
 
     def update(self, step: int, gradients: Sequence[Tensor], divergence: DivergenceFlag) -> None:
         """Update the parameters and clear their gradients; a diverged run is left unchanged.
@@ -52,68 +66,96 @@ class PhaseOptimizer:
             gradients: Gradients of the trained parameters.
             divergence: Flag of this step.
         """
-        scaler, clip_norm = self._accelerator.scaler, self._settings.clip_norm
-        factor = self._settings.half_batch / 256 * warmup_cosine(step, self._steps, self._warmup)
+        optimizer, scaler, clip_norm = self._optimizer, self._accelerator.scaler, self._settings.clip_norm
+        factor = self._settings.half_batch / 256 * self._schedule(step)
         self.learning_rate = self._phase.learning_rate * factor
-        for group in self._sgd.param_groups:
-            group["lr"] = self.learning_rate
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
         if scaler:
             divergence.invalidate_(gradients)
-            scaler.unscale_(self._sgd)
-        for name in self._selected:
-            decay_selected(self._trainable[name], self._phase.weight_decay)
+            scaler.unscale_(optimizer)
+        decoupled = []
+        if self._settings.optimizer == "adamw":
+            decoupled = self._decoupled_decay()
+        else:
+            for parameter in self._selected:
+                decay_selected(parameter, self._phase.weight_decay)
         if clip_norm is not None:
             norm = nn.utils.clip_grad_norm_(self._trainable.values(), clip_norm)
             self.clipped += (norm > clip_norm) & (divergence.found_inf == 0)
         if scaler:
-            scaler.step(self._sgd)
+            scaler.step(optimizer)
             scaler.update()
         else:
-            self._sgd.found_inf = divergence.found_inf  # type: ignore[attr-defined]
-            self._sgd.step()
+            optimizer.found_inf = divergence.found_inf  # type: ignore[attr-defined]
+            optimizer.step()
+        for parameter, decay, steps in decoupled:
+            with torch.no_grad():  # 0 times the decay, if torch skipped the step
+                parameter.sub_(decay * (optimizer.state[parameter]["step"] - steps).to(decay.dtype))
         self.clear_gradients()
+
+    def _decoupled_decay(self) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
+        """Each pool parameter, the decay of its selected groups, and the number of steps that torch has done."""
+        decay = self.learning_rate * self._phase.weight_decay
+        return [
+            (p, torch.where(selected_groups(p.grad), decay * p.detach(), 0.0), self._optimizer.state[p]["step"].clone())
+            for p in self._selected
+            if p.grad is not None
+        ]
 
     def clear_gradients(self) -> None:
         """Remove all gradients of the trained parameters."""
-        self._sgd.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
 
-    def momentum(self) -> dict[str, Tensor]:
-        """Momentum by parameter name; empty without momentum."""
-        states = {name: self._sgd.state[parameter] for name, parameter in self._trainable.items()}
-        return {name: state["momentum_buffer"] for name, state in states.items() if "momentum_buffer" in state}
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors for `load_state`, by kind and parameter name; without momentum, SGD has none."""
+        states = {name: self._optimizer.state[parameter] for name, parameter in self._trainable.items()}
+        return {
+            kind: {name: state[key] for name, state in states.items() if key in state}
+            for kind, key in _STATE[self._settings.optimizer].items()
+        }
 
-    def set_momentum(self, values: Mapping[str, Tensor]) -> None:
-        """Restore the result of `momentum`."""
-        for name, value in values.items():
-            self._sgd.state[self._trainable[name]]["momentum_buffer"] = value
+    def load_state(self, kinds: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore the result of `state`; other kinds are ignored."""
+        for kind, key in _STATE[self._settings.optimizer].items():
+            for name, value in kinds.get(kind, {}).items():
+                self._optimizer.state[self._trainable[name]][key] = value
 
 
-def warmup_steps(phase: PhaseSettings, steps: int) -> int:
-    """Steps in which the learning rate rises, of all `steps` of a phase."""
-    return round(phase.warmup * steps)
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], settings: TrainSettings, phase: PhaseSettings
+) -> torch.optim.Optimizer:
+    """Build SGD or AdamW; the caller sets `lr` of each parameter group to a multiple of its `peak` in every step.
 
-
-def make_sgd(
-    parameters: Mapping[str, nn.Parameter], phase: PhaseSettings, *, without_decay: Collection[str] = ()
-) -> torch.optim.SGD:
-    """Build SGD with the phase's momentum and weight decay; the caller sets the learning rate in each step.
-
-    This is torch's fused implementation, on CPUs too: a single kernel for all parameters, which leaves parameters and
-    momentum unchanged if the optimizer's attribute `found_inf`, a scalar tensor, is 1. Momentum starts at zero instead
-    of the first gradient: the result is the same, but torch leaves it uninitialized if the first step is skipped.
+    These are torch's fused implementations, on CPUs too: a single kernel for all parameters, which leaves parameters
+    and state unchanged if the optimizer's attribute `found_inf`, a scalar tensor, is 1. The state exists from the
+    start, at zero: the results are the same, but torch leaves momentum uninitialized if the first step is skipped.
 
     Args:
         parameters: By name, floating point.
-        phase: Momentum and weight decay.
-        without_decay: Names of parameters without weight decay.
+        settings: `optimizer` and `decay` are used.
+        phase: Learning rates, momentum and weight decay.
     """
-    groups = [
-        {"params": [p for n, p in parameters.items() if n not in without_decay], "weight_decay": phase.weight_decay},
-        {"params": [p for n, p in parameters.items() if n in without_decay], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=phase.momentum, fused=True)
+    own_rates = {"head": phase.head_learning_rate, "pool": phase.pool_learning_rate}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        part = "keys" if name == "pool.keys" else name.partition(".")[0]
+        peak = own_rates.get(part) or phase.learning_rate
+        decay = 0.0 if settings.decay == "selected" and name.startswith("pool.") else phase.weight_decay
+        group = groups.setdefault((peak, decay), {"params": [], "lr": 0.0, "peak": peak, "weight_decay": decay})
+        group["params"].append(parameter)
+    used = list(groups.values())
+    if settings.optimizer == "adamw":
+        adamw = torch.optim.AdamW(used, betas=(phase.momentum, 0.999), fused=True)
+        for parameter in parameters.values():
+            adamw.state[parameter].update(
+                step=torch.zeros((), device=parameter.device),
+                exp_avg=torch.zeros_like(parameter),
+                exp_avg_sq=torch.zeros_like(parameter),
+            )
+        return adamw
+    sgd = torch.optim.SGD(used, momentum=phase.momentum, fused=True)
     if phase.momentum:
         for parameter in parameters.values():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd

@@ -25,12 +25,14 @@ from lpt_peft.recipe.training.criteria import Criterion
 from lpt_peft.recipe.training.divergence import DivergenceFlag
 from lpt_peft.recipe.training.optimizer import PhaseOptimizer
 from lpt_peft.recipe.training.rare_predictions import RarePredictionMonitor
+from lpt_peft.recipe.training.schedule import Schedule, phase_schedule
+from lpt_peft.recipe.training.weight_noise import noisy_values
 
 _CHECK_EVERY = 16  # steps; after a host read an accelerator idles for a moment
 
 
 class PhaseRun:
-    """A phase in progress: parameters, momentum, moving average, best epoch and current step.
+    """A phase in progress: parameters, optimizer state, moving average, best epoch and current step.
 
     Args:
         model: Its parameters that require a gradient are trained.
@@ -42,6 +44,7 @@ class PhaseRun:
         accelerator: Precision, device, processes.
         check_every: Steps between calls of `check`; None: 1 on a CPU, where it costs nothing, else 16.
         monitor: Updated with the instance-balanced half of every step.
+        schedule: Factor on the peak learning rate of every step; None: warm-up and cosine decay.
 
     Attributes:
         step: Number of steps done in this phase.
@@ -62,6 +65,7 @@ class PhaseRun:
         accelerator: Accelerator,
         check_every: int | None = None,
         monitor: RarePredictionMonitor | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         self.name, self.model, self.phase, self.steps = name, model, phase, steps
         self.step = self.stale = 0
@@ -84,7 +88,9 @@ class PhaseRun:
         if self._pool is not None and bool((self._pool.usage < 0).any()):
             self._pool.reset_usage()  # unknown: the prompts come from a file without counts
         self._usage = None if self._pool is None else self._pool.usage.clone()
-        self._optimizer = PhaseOptimizer(self.trainable, settings, phase, self._total, accelerator)
+        self._optimizer = PhaseOptimizer(
+            self.trainable, settings, phase, schedule or phase_schedule(phase, self._total), accelerator
+        )
         self._average = clone_values(self.trainable) if settings.average else None
         self._best_values: Values | None = None
 
@@ -99,7 +105,7 @@ class PhaseRun:
         patience = self._settings.patience
         return self.step >= self._total or (patience is not None and self.stale >= patience)
 
-    def training_step(self, images: Tensor, target: Tensor, stop: Callable[[], bool] = lambda: False) -> None:
+    def training_step(self, images: Tensor, target: Tensor, stop: Callable[[], bool] = lambda: False) -> Tensor:
         """Do a training step without waiting for the device, which `check` reads every `check_every` steps.
 
         A step whose loss or gradient is not finite changes nothing, and neither does any later step.
@@ -109,6 +115,9 @@ class PhaseRun:
             target: Labels (batch_size / R,).
             stop: Called at the end of the step; True on any process requests all processes to stop.
 
+        Returns:
+            Loss of the step over all processes, a scalar on the device.
+
         Raises:
             StateError: A loss or a gradient is NaN or infinite, in this step or since the last check.
         """
@@ -117,7 +126,8 @@ class PhaseRun:
         usage = None if self._pool is None else self._pool.usage.clone()
         images, target = images.to(device, non_blocking=True), target.to(device, non_blocking=True)
         loss = torch.zeros((), device=device)
-        with seeded(seed, device):
+        noisy = noisy_values(self.trainable, settings, self.name, self.step)
+        with temporarily_set(self.trainable, noisy), seeded(seed, device):
             for chunk, labels in split_halves(images, target, settings.accumulate):
                 with self._accelerator.autocast():
                     output = self._forward(chunk, return_output=True)
@@ -146,6 +156,7 @@ class PhaseRun:
         self.step += 1
         if self.step % self._check_every == 0 or self.step % self.steps == 0:
             self.check()
+        return loss
 
     def check(self) -> None:
         """Read stop requests and divergence from the device.
@@ -218,8 +229,8 @@ class PhaseRun:
         """
         self.check()
         tensors: dict[str, Tensor] = {}
-        momentum = self._optimizer.momentum()
-        for kind, values in (("momentum", momentum), ("average", self._average), ("best", self._best_values)):
+        kinds = {**self._optimizer.state(), "average": self._average, "best": self._best_values}
+        for kind, values in kinds.items():
             tensors |= {f"{kind}/{name}": tensor for name, tensor in (values or {}).items()}
         if self._pool is not None:
             tensors["usage"] = self._total_usage()
@@ -242,7 +253,7 @@ class PhaseRun:
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
             kinds.setdefault(kind, {})[name] = tensor.to(device, copy=True)
-        self._optimizer.set_momentum(kinds.get("momentum", {}))
+        self._optimizer.load_state(kinds)
         self._average, self._best_values = kinds.get("average"), kinds.get("best")
         if self._pool is not None:
             self._usage = kinds["usage"][""]

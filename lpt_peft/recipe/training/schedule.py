@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+
+from lpt_peft.recipe.settings import PhaseSettings
+
+Schedule = Callable[[int], float]  # from the number of earlier steps to a factor on the peak learning rate
 
 
 def warmup_cosine(step: int, total: int, warmup: int) -> float:
@@ -22,3 +27,13 @@ def warmup_cosine(step: int, total: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def warmup_steps(phase: PhaseSettings, total: int) -> int:
+    """Steps in which the learning rate rises, of all `total` steps of a phase."""
+    return round(phase.warmup * total)
+
+
+def phase_schedule(phase: PhaseSettings, total: int) -> Schedule:
+    """Build the schedule of a phase of `total` steps; see `warmup_cosine`."""
+    return lambda step: warmup_cosine(step, total, warmup_steps(phase, total))

@@ -42,6 +42,7 @@ from tests.recipe.tiny import (
 )
 
 FULL = replace(SHORT, clip_norm=1.0, average=0.9, keep="best", decay="selected", init_groups="random")
+ADAMW = replace(FULL, optimizer="adamw", weight_noise=0.2, shared=replace(FULL.shared, head_learning_rate=3.0))
 SYNCS = 4  # of a checkpoint: two files, its folder, the folder above
 
 
@@ -137,6 +138,20 @@ def test_a_run_cut_at_every_kind_of_point(tmp_path, full_uninterrupted, point, n
     assert same(result, full_uninterrupted[0])
     assert history == full_uninterrupted[1]
     assert not list(tmp_path.glob("*.tmp")), "leftovers of the interrupted write are removed"
+
+
+@pytest.mark.parametrize("step", [5, 13])
+def test_an_interrupted_run_of_adamw_with_weight_noise(tmp_path, step):
+    validation = striped_data(1)[0]
+    expected, expected_history = run(None, ADAMW, validation=validation)
+    with pytest.raises(PowerCut):
+        run(tmp_path, ADAMW, step=step, validation=validation)
+    tensors, _ = read_checkpoint(checkpoints(tmp_path)[-1])
+    kinds = {name.partition("/")[0] for name in tensors}
+    assert kinds == {"trained", "exp_avg", "exp_avg_sq", "optimizer_step", "average", "best", "usage"}
+    result, history = run(tmp_path, ADAMW, validation=validation)
+    assert same(result, expected)
+    assert history == expected_history
 
 
 @pytest.mark.parametrize(("point", "number"), [("validation", 40), ("write", 5 * SYNCS + 1)])
@@ -343,7 +358,7 @@ def test_checkpoints_are_few_and_contain_nothing_of_the_backbone(tmp_path):
     tensors, numbers = read_checkpoint(checkpoints(tmp_path)[-1])
     names = tiny_adapter().adapter_state_dict()
     trained = {"pool.prompts", "pool.keys", "head.weight"}
-    assert set(tensors) == {f"adapter/{n}" for n in names} | {f"momentum/{n}" for n in trained} | {"usage"}
+    assert set(tensors) == {f"trained/{n}" for n in names} | {f"momentum/{n}" for n in trained} | {"usage"}
     assert numbers["about"]["settings.seed"] == 0
 
 

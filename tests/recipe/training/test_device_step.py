@@ -32,6 +32,7 @@ from tests.recipe.tiny import (
 )
 
 EVERYTHING = replace(SETTINGS, decay="selected", clip_norm=0.5, average=0.9, accumulate=2)
+ADAMW = replace(EVERYTHING, optimizer="adamw", weight_noise=0.2)
 IMAGES, LABELS = (tensor[:16] for tensor in striped_data()[0].tensors)
 PATHS = ("lpt_peft/recipe/", "lpt_peft/prompts.py", "lpt_peft/adapter.py", "lpt_peft/output.py", "lpt_peft/heads.py")
 
@@ -79,7 +80,7 @@ def complete_state(adapter, run):
 
 
 @pytest.mark.parametrize("phase", ["shared", "group", "joint"])
-@pytest.mark.parametrize("settings", [SETTINGS, EVERYTHING])
+@pytest.mark.parametrize("settings", [SETTINGS, EVERYTHING, ADAMW])
 def test_a_step_reads_nothing_from_the_device(phase, settings):
     """Forward, loss, backward, update and average; the checks of the loss itself are not counted."""
     _, run = phase_run(phase, settings)
@@ -121,13 +122,14 @@ def test_the_counter_counts_host_reads():
         ({"gradient": {4: math.inf}}, r"A gradient became infinite or NaN at a loss of \d+\.\d+ in step 2"),
     ],
 )
-def test_a_diverging_step_leaves_the_last_finite_state(criterion, words):
+@pytest.mark.parametrize("settings", [EVERYTHING, ADAMW])
+def test_a_diverging_step_leaves_the_last_finite_state(settings, criterion, words):
     """Read eleven steps later: neither the diverging step nor the finite steps after it changed anything."""
-    adapter, run = phase_run()
+    adapter, run = phase_run(settings=settings)
     for _ in range(2):
         run.training_step(IMAGES, LABELS)
     finite = complete_state(adapter, run)
-    adapter, run = phase_run(criterion=Scripted(**criterion))
+    adapter, run = phase_run(settings=settings, criterion=Scripted(**criterion))
     for _ in range(13):
         run.training_step(IMAGES, LABELS)
     with pytest.raises(StateError, match=words):
@@ -177,25 +179,27 @@ def test_a_single_process_stops_without_a_device_read():
     assert run.stopped
 
 
-def test_a_scaled_loss_trains_as_an_unscaled_loss():
+@pytest.mark.parametrize("settings", [EVERYTHING, ADAMW])
+def test_a_scaled_loss_trains_as_an_unscaled_loss(settings):
     """A scale that is a power of two changes no bit; an overflow is skipped, and the scale halves."""
     states = []
     for scaler in (None, GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)):
-        adapter, run = phase_run(scaler=scaler)
+        adapter, run = phase_run(settings=settings, scaler=scaler)
         for _ in range(3):
             run.training_step(IMAGES, LABELS)
         states.append(complete_state(adapter, run)[0])
     assert same(*states)
     scaler = GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
-    adapter, run = phase_run(settings=replace(EVERYTHING, average=None), criterion=Scripted(gradient={0: math.inf}))
+    adapter, run = phase_run(settings=replace(settings, average=None), criterion=Scripted(gradient={0: math.inf}))
     run._accelerator.scaler = scaler
     before = result_of(adapter)
     run.training_step(IMAGES, LABELS)
     run.check()
     after = result_of(adapter)
     assert all(torch.equal(after[name], before[name]) for name in adapter.adapter_state_dict())
-    momentum = run.state()[0]
-    assert all(not momentum[name].any() for name in momentum if name.startswith("momentum/"))
+    tensors = {name: tensor for name, tensor in run.state()[0].items() if name != "usage"}
+    assert tensors
+    assert not any(bool(tensor.any()) for tensor in tensors.values()), "the state of the optimizer is still zero"
     assert scaler.get_scale() == 2.0**9
     run.training_step(IMAGES, LABELS)
     run.check()

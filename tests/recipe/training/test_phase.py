@@ -1,4 +1,4 @@
-"""A run compared with an explicit loop: learning rate, momentum, decay, clipping, average, accumulation."""
+"""A run compared with an explicit loop: rates, SGD, AdamW, decay, clipping, average, accumulation, weight noise."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from lpt_peft import DualSampler
+from lpt_peft._random import derive_seed
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe import make_accelerator, run_phase, train
 from lpt_peft.recipe.parallel import check_accelerator
@@ -20,7 +21,21 @@ from tests.recipe.tiny import PHASE, SETTINGS, STEPS_PER_EPOCH, NoiseFreeLoss, s
 NOISE_FREE = {"progress": False, "criterion": NoiseFreeLoss(PHASE.epochs)}
 
 
-def explicit_loop(adapter, names, *, clip=None, decay=0.01, selected=False, average=None, momentum=0.9, warmup=0.05):
+def explicit_loop(
+    adapter,
+    names,
+    *,
+    phase,
+    clip=None,
+    decay=0.01,
+    selected=False,
+    average=None,
+    momentum=0.9,
+    warmup=0.05,
+    adamw=False,
+    own_rates=None,
+    noise=0.0,
+):
     """A phase in plain arithmetic: trained values, learning rate of every step, mean loss of every epoch."""
     dataset, labels = striped_data(dtype=torch.float64)
     images = torch.stack([image for image, _ in dataset])
@@ -28,12 +43,20 @@ def explicit_loop(adapter, names, *, clip=None, decay=0.01, selected=False, aver
     total = PHASE.epochs * STEPS_PER_EPOCH
     warmup_steps = round(warmup * total)
     values = {name: adapter.get_parameter(name) for name in names}
-    momenta, rates, losses, step = {}, [], [], 0
+    momenta, squares, rates, losses, step = {}, {}, [], [], 0
     mean = {name: value.detach().clone() for name, value in values.items()}
     for epoch in range(PHASE.epochs):
         sampler.set_epoch(epoch)
         for rows in sampler:
             target = torch.tensor([labels[row] for row in rows])
+            generator = torch.Generator().manual_seed(derive_seed(SETTINGS.seed, phase, "weight noise", step))
+            clean = {name: value.detach().clone() for name, value in values.items()}
+            with torch.no_grad():
+                for name, value in adapter.named_parameters() if noise else ():
+                    if name not in values:
+                        continue
+                    eps = (torch.randn(value.shape, generator=generator, dtype=torch.float64) / 3).clamp(-1, 1)
+                    value.add_(noise * value.norm() / math.sqrt(value.numel()) * eps)
             loss = loss_of(adapter(images[rows], return_output=True), target, epoch)
             gradients = dict(zip(names, torch.autograd.grad(loss, list(values.values())), strict=True))
             factor = (
@@ -42,7 +65,10 @@ def explicit_loop(adapter, names, *, clip=None, decay=0.01, selected=False, aver
                 else 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / (total - warmup_steps))
             )
             rates.append(PHASE.learning_rate * 8 / 256 * factor)
-            if selected:
+            with torch.no_grad():
+                for name, value in values.items():
+                    value.copy_(clean[name])
+            if selected and not adamw:
                 for name in ("pool.prompts", "pool.keys"):
                     if name in gradients:
                         gradient = gradients[name]
@@ -52,10 +78,20 @@ def explicit_loop(adapter, names, *, clip=None, decay=0.01, selected=False, aver
             with torch.no_grad():
                 for name, value in values.items():
                     gradient = shrink * gradients[name]
-                    if not (selected and "pool" in name):
-                        gradient = gradient + decay * value
-                    momenta[name] = gradient if name not in momenta else momentum * momenta[name] + gradient
-                    value.sub_(rates[-1] * momenta[name])
+                    rate = rates[-1] * (own_rates or {}).get(name, PHASE.learning_rate) / PHASE.learning_rate
+                    if adamw:
+                        first = momentum * momenta.get(name, 0) + (1 - momentum) * gradient
+                        second = 0.999 * squares.get(name, 0) + 0.001 * gradient**2
+                        momenta[name], squares[name] = first, second
+                        unbiased = (second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+                        rows_to_decay = selected_rows(gradient) if selected and "pool" in name else 1.0
+                        value.sub_(rate * decay * rows_to_decay * value)
+                        value.sub_(rate * first / (1 - momentum ** (step + 1)) / unbiased)
+                    else:
+                        if not (selected and "pool" in name):
+                            gradient = gradient + decay * value
+                        momenta[name] = gradient if name not in momenta else momentum * momenta[name] + gradient
+                        value.sub_(rate * momenta[name])
                     if average:
                         d = min(average, (1 + step) / (10 + step))
                         mean[name] = d * mean[name] + (1 - d) * value
@@ -79,6 +115,15 @@ def selected_rows(gradient):
         ({"average": 0.9}, {"average": 0.9}),
         ({"accumulate": 4}, {}),
         ({"decay": "selected", "clip_norm": 0.5}, {"selected": True, "clip": 0.5}),
+        ({"optimizer": "adamw"}, {"adamw": True}),
+        (
+            {"optimizer": "adamw", "decay": "selected", "clip_norm": 0.1, "average": 0.9, "accumulate": 2},
+            {"adamw": True, "selected": True, "clip": 0.1, "average": 0.9},
+        ),
+        ({"weight_noise": 0.3, "accumulate": 4}, {"noise": 0.3}),
+        ({"optimizer": "adamw", "weight_noise": 0.3, "head_learning_rate": 0.7}, {"adamw": True, "noise": 0.3}),
+        ({"head_learning_rate": 0.7, "pool_learning_rate": 3.0}, {}),
+        ({"pool_learning_rate": 3.0, "decay": "selected"}, {"selected": True}),
     ],
 )
 def test_a_phase_equals_the_explicit_loop(phase, settings, options):
@@ -86,10 +131,16 @@ def test_a_phase_equals_the_explicit_loop(phase, settings, options):
     adapter, reference = (tiny_adapter(torch.float64, head_dropout=0.0) for _ in range(2))
     adapter.phase = reference.phase = phase
     names = ["head.weight", *(["shared.prompts"] if phase == "shared" else ["pool.prompts", "pool.keys"])]
-    history = run_phase(adapter, dataset, labels, replace(SETTINGS, **settings), PHASE, name=phase, **NOISE_FREE)
-    final, rates, losses = explicit_loop(reference, names, **options)
+    own = {name: value for name, value in settings.items() if name.endswith("_learning_rate")}
+    settings = replace(SETTINGS, **{name: value for name, value in settings.items() if name not in own})
+    tuned = replace(PHASE, **own)
+    parameters = {"head_learning_rate": "head.weight", "pool_learning_rate": "pool.prompts"}
+    own_rates = {parameters[name]: rate for name, rate in own.items()}
+    history = run_phase(adapter, dataset, labels, settings, tuned, name=phase, **NOISE_FREE)
+    final, rates, losses = explicit_loop(reference, names, phase=phase, own_rates=own_rates, **options)
+    tolerance = 1e-7 if settings.optimizer == "adamw" else 1e-10  # AdamW divides by square roots of tiny numbers
     for name in names:
-        torch.testing.assert_close(adapter.get_parameter(name).detach(), final[name], rtol=0, atol=1e-10, msg=name)
+        torch.testing.assert_close(adapter.get_parameter(name).detach(), final[name], rtol=0, atol=tolerance, msg=name)
     assert [record["learning_rate"] for record in history] == pytest.approx(
         rates[STEPS_PER_EPOCH - 1 :: STEPS_PER_EPOCH]
     )
@@ -105,7 +156,7 @@ def test_joint_training_trains_everything_at_once():
     reference.phase = "group"
     reference.shared.requires_grad_(True)
     names = ["shared.prompts", "pool.prompts", "pool.keys", "head.weight"]
-    final, _, _ = explicit_loop(reference, names)
+    final, _, _ = explicit_loop(reference, names, phase="joint")
     for name in names:
         torch.testing.assert_close(adapter.get_parameter(name).detach(), final[name], rtol=0, atol=1e-10, msg=name)
     assert [record["phase"] for record in history] == ["joint"] * PHASE.epochs
