@@ -155,7 +155,7 @@ class PromptPool(nn.Module):
             InputError: `query` is not a floating-point tensor of shape (B, key_dim) on the device of the pool.
         """
         keys = self.keys  # read once, because a parametrized tensor is computed at every access
-        check_features("query", query, keys.shape[1], rows="B", hint="pass a query per image", device=keys.device)
+        check_features("query", query, keys.shape[1], rows="B", hint="pass one feature per image", device=keys.device)
         return self.select(cosine(query, keys), query.dtype)
 
     def select(self, similarity: Tensor, dtype: torch.dtype) -> PoolMatch:

@@ -32,6 +32,11 @@ class RouterLayout(NamedTuple):
     seed: int = 0
     """Seed of the random projection."""
 
+    def describe(self) -> str:
+        """Describe the features in a few words."""
+        tokens = "block K" if self.blocks == 1 else f"the {self.blocks} block boundaries up to K"
+        return f"tokens of {tokens}" + (f" and {self.width} random features of them" if self.width else "")
+
 
 class Router(nn.Module):
     """Linear prediction of the similarities of the final query with all keys.
