@@ -102,7 +102,8 @@ def wrap_content(
             parameter.data = parameter.data.to(content.tensors[name].dtype)
         own = adapter.adapter_state_dict()  # with the mark of the query, which is part of the configuration in a file
         adapter.load_adapter_state_dict({**own, **{name: content.tensors[name] for name in names}})
-        adapter.pool.load_usage(content.tensors.get(USAGE))
+        if adapter.pool is not None:
+            adapter.pool.load_usage(content.tensors.get(USAGE))
         adapter.phase = content.phase
         adapter.metadata = content.metadata
     except BaseException:
@@ -196,7 +197,7 @@ def warn_of(changes: LabelChanges | None, before: int = 0, after: int = 0) -> La
 
 def is_meta(adapter: PretrainedMixin) -> bool:
     """Whether prompts or head have no values."""
-    return any(parameter.is_meta for parameter in adapter.pool.parameters())
+    return any(parameter.is_meta for parameter in adapter.shared.parameters())
 
 
 def _check_wrapped(adapter: PretrainedMixin) -> None:
@@ -238,14 +239,16 @@ def _replace_all(adapter: PretrainedMixin, content: PromptContent) -> None:
             f"{config.feature_dim}; this ViT has {found[0]}, {found[1]} and {found[2]}."
         )
     modules = _modules(config)
-    for name, module in modules.items():
-        reference: nn.Module = getattr(adapter, name)
-        module.to(next(reference.parameters()).device).train(reference.training)
+    device, training = adapter.head.weight.device, adapter.head.training
+    for module in modules.values():
+        if module is not None:
+            module.to(device).train(training)
     for name in config.tensor_shapes:
         owner, _, leaf = name.partition(".")
         parameter = modules[owner].get_parameter(leaf)
         parameter.data = content.tensors[name].to(parameter.device, copy=True)
-    modules["pool"].load_usage(content.tensors.get(USAGE))
+    if modules["pool"] is not None:
+        modules["pool"].load_usage(content.tensors.get(USAGE))
     for name, module in modules.items():
         setattr(adapter, name, module)
     adapter.prompt_config = config
@@ -259,8 +262,8 @@ def _modules(config: PromptConfig) -> dict[str, Any]:
     # Constructors draw initial values; loading must not change the caller's random state.
     with torch.random.fork_rng(devices=[]):
         return {
-            "shared": SharedPrompt(config.depth, config.prompt_length, config.dim),
-            "pool": PromptPool.from_config(config),
+            "shared": SharedPrompt(*config.tensor_shapes["shared.prompts"]),
+            "pool": PromptPool.from_config(config) if config.has_groups else None,
             "head": CosineClassifier(config.feature_dim, config.num_classes, config.logit_scale),
         }
 
@@ -273,5 +276,6 @@ def _trained(adapter: PretrainedMixin) -> dict[str, torch.Tensor]:
 
 def _usage(adapter: PretrainedMixin) -> dict[str, torch.Tensor]:
     """Usage counts of the pool, if they are known."""
-    usage = adapter.pool.usage
-    return {USAGE: usage.clone()} if bool((usage >= 0).all()) else {}
+    if adapter.pool is None or bool((adapter.pool.usage < 0).any()):
+        return {}
+    return {USAGE: adapter.pool.usage.clone()}

@@ -204,8 +204,8 @@ class PromptPool(nn.Module):
         """Initialize every group with copies of trained prompts, or with different prompts.
 
         Prompts enter attention through a norm, so even small random prompts disturb a trained model at full strength.
-        Copies of the shared prompt only increase its weight; training then makes the groups diverge. Tokens of the
-        images nearest to each key (`lpt_peft.starts.nearest_images`) let the groups differ from the start.
+        Copies of the shared prompt only increase its weight; training makes the groups diverge. Tokens of the images
+        nearest to each key let them differ from the start: `lpt_peft.starts.nearest_images`.
 
         Args:
             prompts: Floating point, (m, layers, n, d); or (layers, n, d) for all groups, for example

@@ -31,7 +31,7 @@ from lpt_peft.checkpoint.description import (
     describe_content,
     plain_json,
 )
-from lpt_peft.config import PHASES, QUERIES, PromptConfig
+from lpt_peft.config import PHASES, PLACEMENTS, QUERIES, PromptConfig
 from lpt_peft.errors import ConfigError, PromptFileFormatError, PromptFileTensorError, PromptFileVersionError
 
 FORMAT = "lpt_peft-prompts"
@@ -41,7 +41,7 @@ DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 
 
 _PROMPT_SIZES = ("prompt_length", "shared_layers", "pool_size", "top_k", "dim", "depth")
-_PROMPT_CHOICES: Mapping[str, tuple[str, ...]] = {"query": QUERIES}
+_PROMPT_CHOICES: Mapping[str, tuple[str, ...]] = {"query": QUERIES, "placement": PLACEMENTS}
 """Optional keys of `prompt`; the first choice is the default and is not written."""
 _CONTENT = {
     "format": one_of(FORMAT),
@@ -163,6 +163,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
         sizes = prompt_config(config)
     except ConfigError as error:
         raise BrokenRule(f"prompt and head do not fit: {error}") from error
+    if config["prompt"]["phase"] == "group" and not sizes.has_groups:
+        raise BrokenRule('prompt.phase is "group", and prompt.placement "shallow" has no groups')
     backbone = config["backbone"]
     if (backbone["embed_dim"], backbone["depth"]) != (sizes.dim, sizes.depth):
         raise BrokenRule("prompt.dim and prompt.depth must be the backbone's embed_dim and depth")
@@ -172,7 +174,7 @@ def _check_together(config: Mapping[str, Any]) -> None:
 def _check_tensors(config: Mapping[str, Any]) -> None:
     sizes = prompt_config(config)
     needed, listed = sizes.tensor_shapes, config["tensors"]
-    shapes = {**needed, **({USAGE: (sizes.pool_size,)} if USAGE in listed else {})}
+    shapes = {**needed, **({USAGE: (sizes.pool_size,)} if USAGE in listed and sizes.has_groups else {})}
     if listed.keys() != shapes.keys():
         missing, extra = sorted(shapes.keys() - listed.keys()), sorted(listed.keys() - shapes.keys())
         raise PromptFileTensorError(

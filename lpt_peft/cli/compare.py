@@ -175,7 +175,7 @@ def run_cell(plan: Plan, cell: Cell) -> None:
 
     Raises:
         LPTError: As `lpt-peft train`.
-        KeyboardInterrupt: The process was asked to stop; the run was saved.
+        KeyboardInterrupt: The process received SIGTERM; the run was saved.
     """
     from lpt_peft.cli.common.streams import replace_unprintable
     from lpt_peft.cli.train import run_training

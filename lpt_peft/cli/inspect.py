@@ -94,9 +94,7 @@ def describe(source: str, content: PromptContent) -> str:
     ]
     lines = [
         f"{source}: prompt file, format 2, written by lpt_peft {content.library_version}",
-        f"  prompts         phase {content.phase}: {config.prompt_length} tokens in each of {config.depth} blocks; "
-        f"{config.pool_size} groups after block {config.shared_layers}, {config.top_k} for an image, "
-        f"query {config.query}",
+        f"  prompts         phase {content.phase}: {config.layout}",
         *_description(content, config.num_classes, config.logit_scale),
         *tensors,
         *_training(content.metadata.training),
