@@ -216,3 +216,14 @@ def test_a_preset_serves_every_method_and_names_what_is_unused(digits, tmp_path,
     words = ["train", str(digits), "--output", str(tmp_path), "--preset", "paper", "--method", "linear_probe"]
     assert main([*words, "--backbone", "glyph_vit", "--shared.epochs", "1", "--crop-pct", "1"]) == 0
     assert "does not use init_keys, init_groups" in " ".join(capsys.readouterr().err.split())
+
+
+def test_shallow_prompts_give_a_prompt_file(digits, tmp_path, capsys):
+    assert main(train(digits, tmp_path, "vpt_shallow", "--prompt-length", "3")) == 0
+    config = json.loads((tmp_path / "prompts" / "config.json").read_text())
+    assert (config["prompt"]["placement"], config["prompt"]["phase"]) == ("shallow", "shared")
+    results = json.loads((tmp_path / "results.json").read_text())
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == results
+    assert main(["predict", str(tmp_path), str(next((digits / "test").glob("*/*.png")))]) == 0
