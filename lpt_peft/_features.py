@@ -1,4 +1,4 @@
-"""Validation of feature tensors."""
+"""Validation of features and prompts."""
 
 from __future__ import annotations
 
@@ -37,3 +37,16 @@ def check_features(
         )
     if device is not None and features.device != device:
         raise InputError(f"{name} is on {features.device}, but must be on {device}: pass {name}.to({str(device)!r}).")
+
+
+def check_prompts(prompts: Any, *shapes: tuple[int, ...]) -> None:
+    """Check that prompts are floating point of one of the shapes (layers, n, d) and (m, layers, n, d).
+
+    Raises:
+        InputError: The type, dtype or shape is wrong.
+    """
+    if not isinstance(prompts, Tensor) or not prompts.is_floating_point() or tuple(prompts.shape) not in shapes:
+        found = f"{prompts.dtype} of shape {tuple(prompts.shape)}" if isinstance(prompts, Tensor) else type(prompts)
+        names = {3: "(layers, n, d)", 4: "(m, layers, n, d)"}
+        rule = " or ".join(f"{shape}, {names[len(shape)]}" for shape in shapes)
+        raise InputError(f"prompts must be floating point of shape {rule}, not {found}.")

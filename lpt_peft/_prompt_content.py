@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from lpt_peft._classes import integers_in_order, names_in_order
+from lpt_peft._classes import names_in_order
 from lpt_peft.backbones import find_backbone
 from lpt_peft.backbones.base import execution_device
+from lpt_peft.backbones.weights import cast_dtype
 from lpt_peft.checkpoint import USAGE, CheckBackbone, PromptContent, check_match
 from lpt_peft.checkpoint.relabel import LabelChanges, relabel
 from lpt_peft.config import PromptConfig
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 _Adapter = TypeVar("_Adapter", bound="PretrainedMixin")
 Part = Literal["all", "shared"]
-_CAST_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def content_of(
@@ -51,20 +51,16 @@ def content_of(
         raise StateError(
             "The prompts have no values: the ViT was on the meta device when it was wrapped. Wrap a ViT with weights."
         )
-    names = carried.label_names if label_names is None else names_in_order(label_names)
-    counts = None if class_counts is None else integers_in_order(class_counts, label_names=names)
     preprocessing = {**adapter.preprocess(), **(preprocess or {})}
     return PromptContent(
         config=adapter.prompt_config,
         phase=adapter.phase,
-        tensors={**adapter.adapter_state_dict(), **_usage(adapter)},
+        tensors={**_trained(adapter), **_usage(adapter)},
         metadata=replace(
-            carried,
-            class_counts=carried.class_counts if class_counts is None else counts,
-            label_names=names,
-            training=carried.training if training is None else training,
-            preprocess=preprocessing,
-            backbone_dtype=_backbone_dtype(adapter) or carried.backbone_dtype or "float32",
+            carried.updated(
+                class_counts=class_counts, label_names=label_names, training=training, preprocess=preprocessing
+            ),
+            backbone_dtype=cast_dtype(adapter.vit) or carried.backbone_dtype or "float32",
         ),
         backbone=adapter.backbone.info(),
         preprocess=preprocessing,
@@ -104,7 +100,8 @@ def wrap_content(
         for name in names:
             parameter = adapter.get_parameter(name)
             parameter.data = parameter.data.to(content.tensors[name].dtype)
-        adapter.load_adapter_state_dict({name: content.tensors[name] for name in names})
+        own = adapter.adapter_state_dict()  # with the mark of the query, which is part of the configuration in a file
+        adapter.load_adapter_state_dict({**own, **{name: content.tensors[name] for name in names}})
         adapter.pool.load_usage(content.tensors.get(USAGE))
         adapter.phase = content.phase
         adapter.metadata = content.metadata
@@ -252,6 +249,7 @@ def _replace_all(adapter: PretrainedMixin, content: PromptContent) -> None:
     for name, module in modules.items():
         setattr(adapter, name, module)
     adapter.prompt_config = config
+    adapter._mark_query()
     adapter.metadata = content.metadata
     adapter.phase = content.phase
 
@@ -267,12 +265,13 @@ def _modules(config: PromptConfig) -> dict[str, Any]:
         }
 
 
+def _trained(adapter: PretrainedMixin) -> dict[str, torch.Tensor]:
+    """Prompts, keys and head, without the mark of the query, which the configuration of a file states."""
+    tensors = adapter.adapter_state_dict()
+    return {name: tensors[name] for name in adapter.prompt_config.tensor_shapes}
+
+
 def _usage(adapter: PretrainedMixin) -> dict[str, torch.Tensor]:
     """Usage counts of the pool, if they are known."""
     usage = adapter.pool.usage
     return {USAGE: usage.clone()} if bool((usage >= 0).all()) else {}
-
-
-def _backbone_dtype(adapter: PretrainedMixin) -> str | None:
-    """Dtype of the frozen weights if they were cast; prompts loaded on float32 weights keep the record of their run."""
-    return _CAST_DTYPES.get(next(adapter.vit.parameters()).dtype)

@@ -1,8 +1,7 @@
 """The adapter: a frozen ViT with a shared prompt, a pool of group prompts and a cosine classifier.
 
-`_features` is the method from start to end: embed, blocks with the shared prompt, pool, select groups, the upper blocks
-again with both prompts, pool. Not here: losses, samplers, training loops, and how a block takes prompts
-(`lpt_peft.prompting`).
+Not here: the way from images to features (`lpt_peft.passes`), losses, samplers, training loops, and how a block takes
+prompts (`lpt_peft.prompting`).
 """
 
 from __future__ import annotations
@@ -11,26 +10,25 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lpt_peft.backbones.base import Backbone, execution_device
 from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.backbones.freezing import FrozenState
 from lpt_peft.backbones.weights import FrozenWeights
-from lpt_peft.call import CallMixin
-from lpt_peft.config import PHASES, Phase, PromptConfig, PromptMetadata
+from lpt_peft.config import PHASES, Phase, PromptConfig, PromptMetadata, Query
 from lpt_peft.delegates import DelegateMixin
-from lpt_peft.errors import ConfigError, StateError
+from lpt_peft.errors import ConfigError
 from lpt_peft.heads import CosineClassifier
-from lpt_peft.phase import in_process_group
 from lpt_peft.pretrained import PretrainedMixin
 from lpt_peft.prompting import detach_blocks, find_gradient_gap
 from lpt_peft.prompts import PromptPool, SharedPrompt
+from lpt_peft.starts import StartMixin
 
 __all__ = ["PHASES", "LongTailPromptAdapter", "Phase"]
 
 
-class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
+class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
     """A frozen Vision Transformer with trainable prompts and a cosine classifier for long-tailed data.
 
     Create an adapter with `wrap(vit, num_classes)`, or load it with `from_pretrained(folder, vit)`. Training has two
@@ -44,7 +42,7 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
     Attributes:
         vit: The wrapped model, frozen; the same object that was given to `wrap`.
         shared: `SharedPrompt`, prompts (L, n, d).
-        pool: `PromptPool`, prompts (m, L-K, n, d) and keys (m, d).
+        pool: `PromptPool`, prompts (m, L-K, n, d) and keys (m, key_dim).
         head: `CosineClassifier`, weight (C, d).
         phase: "shared" or "group"; assign it before training that phase.
         prompt_config: `PromptConfig` with all sizes.
@@ -100,8 +98,8 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
         self.frozen_weights = FrozenWeights(backbone)
         self.metadata = PromptMetadata(label_names=_label_names(self.vit, config.num_classes))
         self._init_call()
-        self._pooling = getattr(backbone, "pooling", None)
         self._init_state()
+        self._init_passes()
         self._attached = tuple(backbone.blocks)
         backbone.attach()  # the model is not changed before this line
         try:
@@ -122,6 +120,7 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
         pool_size: int = 20,
         top_k: int = 2,
         shared_layers: int | None = None,
+        query: Query = "final",
         head_dropout: float = 0.1,
         logit_scale: float = 20.0,
     ) -> LongTailPromptAdapter:
@@ -136,6 +135,8 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
             pool_size: Number of group prompts `m`.
             top_k: Group prompts `k` selected per image.
             shared_layers: Number of first blocks `K` that take the shared prompt only; None means half of the blocks.
+            query: What is compared with the keys of the groups: "final", the feature of a first pass, as in the paper;
+                or "block_k", the class token (or mean patch) that enters block `K + 1`: a single pass.
             head_dropout: Dropout probability before the classifier in training.
             logit_scale: Scale `s` of the cosine classifier.
 
@@ -158,6 +159,7 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
             pool_size=pool_size,
             top_k=top_k,
             logit_scale=logit_scale,
+            query=query,
         )
         return cls(backbone, config, head_dropout=head_dropout)
 
@@ -174,67 +176,6 @@ class LongTailPromptAdapter(CallMixin, PretrainedMixin, DelegateMixin):
         self._frozen.restore(vit)
         del self.vit
         return vit
-
-    def features(self, images: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the input of the classifier, (B, d), in the current phase, before dropout.
-
-        Arguments are those of the wrapped model's forward.
-
-        Raises:
-            InputError: The images do not fit the wrapped model.
-            StateError: As `forward`; also inside `disable_adapter()`.
-        """
-        self._check_wrapped()
-        if self._is_disabled():
-            raise StateError("features() needs the prompts: call it outside disable_adapter().")
-        return self._features(images, *args, **kwargs)[0]
-
-    def _features(self, images: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if not self.training or not in_process_group():
-            self._follow_phase_index()
-        self._check_unchanged()
-        args = () if images is None else (images, *args)
-        args, kwargs = self.frozen_weights.cast_inputs((args, kwargs))
-        features: tuple[Tensor, Tensor, Tensor, Tensor] = self._run(self._two_passes, args, kwargs)
-        return features
-
-    def _two_passes(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        backbone, shared, split = self.backbone, self.shared(), self.prompt_config.first_group_layer
-        kept = backbone.run(backbone.embed(*args, **kwargs), 0, shared[:split].unbind())
-        if self._phase == "shared":
-            features = backbone.pool(backbone.run(kept, split, shared[split:].unbind()))
-            empty = features.new_empty(features.shape[0], 0)
-            return features, features, empty, empty.long()
-        with torch.no_grad():
-            query = backbone.pool(backbone.run(kept, split, shared[split:].unbind()))
-        match = self.pool(query)
-        expanded = shared[split:].to(match.prompts.dtype).unsqueeze(1).expand(-1, query.shape[0], -1, -1)
-        both = [torch.cat(pair, dim=1) for pair in zip(expanded.unbind(), match.prompts.unbind(1), strict=True)]
-        features = backbone.pool(backbone.run(kept, split, both))
-        if self.training:
-            # Adds 0: the keys then get a gradient (0) from any loss, which DDP waits for.
-            features = features + 0 * match.similarity.sum(-1, keepdim=True).to(features.dtype)
-        return features, query, match.similarity, match.groups
-
-    def _check_unchanged(self) -> None:
-        """Raise if the wrapped model was changed in a way that prompts and classifier do not fit any more."""
-        pooling = getattr(self.backbone, "pooling", None)
-        if pooling != self._pooling:
-            raise StateError(
-                f"The wrapped model pooled by {self._pooling!r} when it was wrapped, and by {pooling!r} now, which "
-                "changes the features that prompts and head were made for. Set it back, or wrap the model again."
-            )
-        vit, model = self.vit, self.backbone.model
-        if vit is not model and not any(module is model for module in vit.modules()):
-            raise StateError(
-                f"adapter.vit was replaced by another {type(vit).__name__}, which has no prompts. Wrap that model: "
-                "LongTailPromptAdapter.wrap(vit), and load the prompts."
-            )
-        if len(self.backbone.blocks) != self.prompt_config.depth:
-            raise StateError(
-                f"The wrapped model has {len(self.backbone.blocks)} blocks, and {self.prompt_config.depth} when it was "
-                "wrapped. Put the blocks back, or unwrap(), change the blocks and wrap the model again."
-            )
 
     def train(self, mode: bool = True) -> LongTailPromptAdapter:
         """Set train or eval mode; batch norms of the ViT stay in eval mode, because their statistics are frozen."""

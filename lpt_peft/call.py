@@ -1,6 +1,6 @@
 """Calls of an adapter: images to logits, in the ways that torch, timm and transformers call a model.
 
-Not here: the two passes that compute the features (`lpt_peft.adapter`).
+Not here: the passes that compute the features (`lpt_peft.passes`).
 """
 
 from __future__ import annotations

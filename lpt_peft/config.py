@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -20,6 +20,11 @@ MAX_CLASSES = 1_000_000
 Phase = Literal["shared", "group"]
 PHASES: tuple[Phase, ...] = ("shared", "group")
 
+Query = Literal["final", "block_k"]
+QUERIES: tuple[Query, ...] = ("final", "block_k")
+BLOCK_K_MARK = "block_k_query"
+"""Name of a scalar in state dicts of adapters with the block-K query; their keys have another meaning."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
@@ -29,13 +34,16 @@ class PromptConfig:
         dim: Width `d` of the backbone's blocks.
         depth: Number of blocks `L`.
         num_classes: Classes `C` of the head, 1 to 1,000,000.
-        feature_dim: Width of the pooled feature, of keys and of class vectors; None means `dim`.
+        feature_dim: Width of the pooled feature and of class vectors; None means `dim`.
         prompt_length: Tokens `n` of a prompt in each block.
         shared_layers: Number `K` of blocks that have only the shared prompt; groups act in the `L - K` blocks after
             them. None means `depth // 2`.
         pool_size: Number of groups `m`.
         top_k: Groups `k` chosen per image.
         logit_scale: Scale `s` of the cosine classifier.
+        query: What is compared with the keys: "final", the pooled feature under the shared prompts, which takes a
+            second pass through the last `L - K` blocks; or "block_k", the class token that enters block `K + 1` (the
+            mean patch if there is none), normalized without parameters, which takes a single pass.
 
     Raises:
         ConfigError: A value is out of range.
@@ -55,13 +63,14 @@ class PromptConfig:
     pool_size: int = 20
     top_k: int = 2
     logit_scale: float = 20.0
+    query: Query = "final"
 
     def __post_init__(self) -> None:
         if self.shared_layers is None:
             object.__setattr__(self, "shared_layers", self.depth // 2 if isinstance(self.depth, int) else None)
         if self.feature_dim is None:
             object.__setattr__(self, "feature_dim", self.dim)
-        integers = [field.name for field in fields(self) if field.name != "logit_scale"]
+        integers = [field.name for field in fields(self) if str(field.type).startswith("int")]
         for name in integers:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
@@ -76,6 +85,13 @@ class PromptConfig:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale <= 0:
             raise ConfigError(f"logit_scale={scale!r} must be a finite number greater than 0; the usual value is 20.")
         object.__setattr__(self, "logit_scale", float(scale))
+        if self.query not in QUERIES:
+            raise ConfigError(f'query={self.query!r} must be "final" or "block_k".')
+        if self.query == "block_k" and self.shared_layers == 0:
+            raise ConfigError(
+                'query="block_k" needs shared_layers of at least 1, not 0: the class token that enters block 1 is the '
+                "same for all images, so they would all select the same groups."
+            )
 
     @property
     def group_layers(self) -> int:
@@ -89,13 +105,19 @@ class PromptConfig:
         return self.shared_layers
 
     @property
+    def key_dim(self) -> int:
+        """Width of queries and keys."""
+        assert self.feature_dim is not None  # noqa: S101 - set in __post_init__; narrows the type
+        return self.dim if self.query == "block_k" else self.feature_dim
+
+    @property
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every trained tensor, as in `adapter_state_dict()`."""
         assert self.feature_dim is not None  # noqa: S101 - set in __post_init__; narrows the type
         return {
             "shared.prompts": (self.depth, self.prompt_length, self.dim),
             "pool.prompts": (self.pool_size, self.group_layers, self.prompt_length, self.dim),
-            "pool.keys": (self.pool_size, self.feature_dim),
+            "pool.keys": (self.pool_size, self.key_dim),
             "head.weight": (self.num_classes, self.feature_dim),
         }
 
@@ -106,8 +128,10 @@ class PromptConfig:
             InputError: A name, a shape, a dtype or a value (NaN, infinity) is wrong.
         """
         shapes = self.tensor_shapes
-        if set(tensors) != set(shapes):
-            missing, extra = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
+        if set(shapes) <= set(tensors) and (mismatch := self.query_mismatch(BLOCK_K_MARK in tensors)):
+            raise InputError(mismatch)
+        if set(tensors) - {BLOCK_K_MARK} != set(shapes):
+            missing, extra = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes) - {BLOCK_K_MARK})
             raise InputError(f"An adapter has exactly the tensors {list(shapes)}; missing {missing}, unknown {extra}.")
         for name, shape in shapes.items():
             tensor = tensors[name]
@@ -117,6 +141,20 @@ class PromptConfig:
                 raise InputError(f"{name} has shape {tuple(tensor.shape)}, this adapter needs {shape}.")
             if not bool(tensor.isfinite().all()):
                 raise InputError(f"{name} holds NaN or infinity: the training diverged.")
+
+    def query_mismatch(self, marked: bool) -> str | None:
+        """Return why tensors of an adapter do not fit, if their keys are for the other kind of query.
+
+        Args:
+            marked: Whether `block_k_query` is among the tensors.
+        """
+        found = "block_k" if marked else "final"
+        if found == self.query:
+            return None
+        return (
+            f'The keys of these tensors are for query="{found}", and this adapter has query="{self.query}". Wrap the '
+            f'ViT with query="{found}", or load a prompt file by load_prompts, which sets the query.'
+        )
 
     @property
     def num_prompt_parameters(self) -> int:
@@ -171,3 +209,26 @@ class PromptMetadata:
         if self.class_counts is not None:
             counts = integers_in_order(self.class_counts, label_names=self.label_names)
             object.__setattr__(self, "class_counts", counts)
+
+    def updated(
+        self,
+        *,
+        class_counts: Any = None,
+        label_names: Any = None,
+        training: Mapping[str, Any] | None = None,
+        preprocess: Mapping[str, Any] | None = None,
+    ) -> PromptMetadata:
+        """Return a copy in which the arguments that are not None replace the fields.
+
+        Raises:
+            InputError: Counts or names have the wrong type or no order.
+        """
+        names = self.label_names if label_names is None else names_in_order(label_names)
+        counts = None if class_counts is None else integers_in_order(class_counts, label_names=names)
+        return replace(
+            self,
+            class_counts=self.class_counts if class_counts is None else counts,
+            label_names=names,
+            training=self.training if training is None else training,
+            preprocess=self.preprocess if preprocess is None else preprocess,
+        )

@@ -64,7 +64,15 @@ class PromptFileExistsError(PromptFileError, FileExistsError):
 
 
 class BackboneMismatchError(PromptFileError):
-    """The prompts were trained on another backbone, or on other weights of the same architecture."""
+    """Prompts or head were trained on another backbone, or on other weights of the same architecture."""
+
+
+class ModelFileError(LPTError):
+    """A model file (`model.safetensors` and `config.json`) breaks the format, is damaged, or does not fit the ViT."""
+
+
+class ModelFileNotFoundError(ModelFileError, FileNotFoundError):
+    """The folder, or a file of the model in it, is missing."""
 
 
 class HubError(LPTError):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lpt_peft._features import check_features
 from lpt_peft._numbers import checked_integer, is_finite_number
 from lpt_peft._numerics import cosine
-from lpt_peft.errors import ConfigError
+from lpt_peft._tensors import gather_full, read_value, write_value
+from lpt_peft.errors import ConfigError, InputError
 
 
 def cosine_logits(features: Tensor, weight: Tensor, scale: float = 20.0) -> Tensor:
@@ -38,6 +39,45 @@ def cosine_logits(features: Tensor, weight: Tensor, scale: float = 20.0) -> Tens
     hint = "pass pooled features of the width of the class vectors"
     check_features("features", features, weight.shape[1], rows=None, hint=hint, device=weight.device)
     return scale * cosine(features, weight)
+
+
+@torch.no_grad()
+def class_sums(features: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Sum the features of each class.
+
+    The sums of several batches add up to those of the data set, so class means need no memory for all features.
+
+    Args:
+        features: Features (B, d), floating point.
+        target: Classes (B,), an integer dtype, 0 to `num_classes - 1`, on any device.
+        num_classes: Number of classes `C`.
+
+    Returns:
+        Sums (C, d) on the device of the features: float64; float32 on MPS, which has no float64.
+
+    Raises:
+        InputError: The shapes do not match, or a class is out of range.
+
+    Example:
+        >>> class_sums(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([0, 2, 0]), 3)
+        tensor([[6., 8.],
+                [0., 0.],
+                [3., 4.]], dtype=torch.float64)
+    """
+    check_features("features", features, features.shape[-1], rows="B", hint="pass one feature per image")
+    if target.shape != features.shape[:1] or target.is_floating_point():
+        raise InputError(
+            f"target must be integers of shape ({len(features)},), a class per feature, not {target.dtype} of shape "
+            f"{tuple(target.shape)}."
+        )
+    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < num_classes:
+        raise InputError(
+            f"target has classes from {int(target.min())} to {int(target.max())}, and the classes are 0 to "
+            f"{num_classes - 1}."
+        )
+    wide = torch.float32 if features.device.type == "mps" else torch.float64
+    sums = features.new_zeros(num_classes, features.shape[1], dtype=wide)
+    return sums.index_add_(0, target.to(features.device, torch.int64), features.to(wide))
 
 
 class CosineClassifier(nn.Module):
@@ -75,6 +115,36 @@ class CosineClassifier(nn.Module):
         """Draw new class vectors from torch's default generator."""
         with torch.no_grad():
             self.weight.copy_(F.normalize(torch.randn_like(self.weight), dim=-1))
+
+    @torch.no_grad()
+    def init_class_means(self, sums: Tensor) -> list[int]:
+        """Set the class vectors to normalized class means of features, which have the direction of their sums.
+
+        The mean norm of the class vectors does not change, so the learning rate keeps its meaning.
+
+        Args:
+            sums: Sums of the features of each class (C, d), floating point: see `class_sums`.
+
+        Returns:
+            Classes whose vector did not change, because they have no image or their features cancel.
+
+        Raises:
+            InputError: The shape is wrong, or a value is not finite.
+
+        Source: LIFT, "Long-Tail Learning with Foundation Model: Heavy Fine-Tuning Hurts", Shi et al., ICML 2024.
+        """
+        weight = gather_full(read_value(self, "weight"))
+        hint = "pass the class_sums of training features"
+        check_features("sums", sums, weight.shape[1], rows="C", hint=hint)
+        if len(sums) != len(weight):
+            raise InputError(f"sums has {len(sums)} rows, and the classifier {len(weight)} classes: {hint}.")
+        if not bool(sums.isfinite().all()):
+            raise InputError(f"sums contain NaN or infinity: {hint}, computed on valid images.")
+        norms = sums.norm(dim=-1, keepdim=True).to(weight.device)
+        directions = sums.to(weight.device) / norms
+        rows = (directions * weight.norm(dim=-1).mean()).to(weight.dtype)
+        write_value(self, "weight", torch.where(norms > 0, rows, weight))
+        return [int(label) for label in (norms[:, 0] == 0).nonzero()]
 
     @property
     def bias(self) -> Tensor:

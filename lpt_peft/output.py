@@ -27,7 +27,8 @@ class AdapterOutput(NamedTuple):
     features: Tensor
     """(B, d) input of the classifier, before dropout."""
     query: Tensor
-    """(B, d) pooled feature under shared prompts alone; without a gradient in phase "group"."""
+    """(B, key_dim) pooled feature under shared prompts alone, without a gradient in phase "group"; with
+    `query="block_k"`, the normalized class token (or mean patch) that enters block `K + 1`, without a gradient."""
     similarity: Tensor
     """(B, k) cosine of query and selected keys; (B, 0) in phase "shared"."""
     groups: Tensor

@@ -1,6 +1,6 @@
 """The phase of an adapter: which parameters are trained, and a buffer that stores it in state dicts.
 
-Not here: the two passes (`lpt_peft.adapter`) and the training loop (`lpt_peft.recipe`).
+Not here: the passes (`lpt_peft.passes`) and the training loop (`lpt_peft.recipe`).
 """
 
 from __future__ import annotations

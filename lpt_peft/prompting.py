@@ -97,13 +97,15 @@ def attentions_of(block: nn.Module) -> list[nn.Module]:
     return found
 
 
-def run_block(block: nn.Module, tokens: Tensor, prompt: Tensor, *, checkpointing: bool, **context: Any) -> Tensor:
-    """Run a prompted block.
+def run_block(
+    block: nn.Module, tokens: Tensor, prompt: Tensor | None, *, checkpointing: bool, **context: Any
+) -> Tensor:
+    """Run a block.
 
     Args:
-        block: A block that takes prompts.
+        block: A block; with a prompt, a block that takes prompts.
         tokens: (B, N, d), floating point.
-        prompt: (n, d), the same for all images, or (B, n, d); cast to the tokens' dtype.
+        prompt: (n, d), the same for all images, or (B, n, d); cast to the tokens' dtype. None: no prompt.
         checkpointing: Recompute the block in the backward pass. The prompt is an argument of the recomputed call, so
             that two forwards before one backward keep separate prompts.
         **context: Further arguments of the block (mask, rotary embedding).
@@ -111,13 +113,15 @@ def run_block(block: nn.Module, tokens: Tensor, prompt: Tensor, *, checkpointing
     Returns:
         Tokens (B, N, d).
     """
-    prompt = batched(prompt).to(tokens.dtype)
-    if checkpointing and torch.is_grad_enabled():
-        if torch.compiler.is_compiling():
+    if prompt is not None:
+        prompt = batched(prompt).to(tokens.dtype)
+        if checkpointing and torch.is_grad_enabled() and torch.compiler.is_compiling():
             return checkpoint_in_graph(block, tokens, prompt, context)
-        out: Tensor = checkpoint(block, tokens, prompt=prompt, use_reentrant=False, **context)
+        context["prompt"] = prompt
+    if checkpointing and torch.is_grad_enabled():
+        out: Tensor = checkpoint(block, tokens, use_reentrant=False, **context)
         return out
-    result: Tensor = block(tokens, prompt=prompt, **context)
+    result: Tensor = block(tokens, **context)
     return result
 
 

@@ -1,6 +1,6 @@
 """Trainable prompts: a shared prompt and a pool of group prompts with top-k retrieval.
 
-Not here: how prompts enter attention (`lpt_peft.prompting`) and where queries come from (`lpt_peft.adapter`).
+Not here: how prompts enter attention (`lpt_peft.prompting`) and where queries come from (`lpt_peft.passes`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpt_peft._features import check_features
+from lpt_peft._features import check_features, check_prompts
 from lpt_peft._kmeans import spherical_kmeans
 from lpt_peft._numbers import checked_integer
 from lpt_peft._numerics import at_least_float32, cosine
+from lpt_peft._tensors import write_value
 from lpt_peft.config import PromptConfig
 from lpt_peft.errors import ConfigError, InputError, StateError
 
@@ -48,6 +49,18 @@ class SharedPrompt(nn.Module):
     def reset_parameters(self) -> None:
         """Draw new prompts from torch's default generator."""
         nn.init.trunc_normal_(self.prompts, std=_INIT_STD)
+
+    def init_prompts(self, prompts: Tensor) -> None:
+        """Set the prompts, for example to tokens of images: see `adapter.sample_tokens`.
+
+        Args:
+            prompts: (L, n, d) floating point, on any device.
+
+        Raises:
+            InputError: The shape is wrong.
+        """
+        check_prompts(prompts, tuple(self.prompts.shape))
+        write_value(self, "prompts", prompts)
 
     def forward(self) -> Tensor:
         """The prompts (L, n, d)."""
@@ -128,7 +141,7 @@ class PromptPool(nn.Module):
     def from_config(cls, config: PromptConfig) -> PromptPool:
         """Create a pool with the sizes of an adapter configuration."""
         sizes = (config.pool_size, config.group_layers, config.prompt_length, config.dim, config.top_k)
-        return cls(*sizes, key_dim=config.feature_dim)
+        return cls(*sizes, key_dim=config.key_dim)
 
     def reset_parameters(self) -> None:
         """Draw new prompts and keys from torch's default generator."""
@@ -188,22 +201,22 @@ class PromptPool(nn.Module):
 
     @torch.no_grad()
     def init_prompts(self, prompts: Tensor) -> None:
-        """Initialize every group with copies of trained prompts. Training then makes the groups diverge.
+        """Initialize every group with copies of trained prompts, or with different prompts.
 
         Prompts enter attention through a norm, so even small random prompts disturb a trained model at full strength.
-        Copies of the shared prompt only increase its weight.
+        Copies of the shared prompt only increase its weight; training then makes the groups diverge. Tokens of the
+        images nearest to each key (`lpt_peft.starts.nearest_images`) let the groups differ from the start.
 
         Args:
-            prompts: (layers, n, d) floating point, for example `adapter.shared.prompts[shared_layers:]`.
+            prompts: Floating point, (m, layers, n, d); or (layers, n, d) for all groups, for example
+                `adapter.shared.prompts[shared_layers:]`.
 
         Raises:
             InputError: The shape is wrong.
         """
-        expected = tuple(self.prompts.shape[1:])
-        if not isinstance(prompts, Tensor) or not prompts.is_floating_point() or prompts.shape != expected:
-            found = f"{prompts.dtype} of shape {tuple(prompts.shape)}" if isinstance(prompts, Tensor) else type(prompts)
-            raise InputError(f"prompts must be floating point of shape {expected}, (layers, n, d), not {found}.")
-        self.prompts.copy_(prompts.expand_as(self.prompts))
+        shape = tuple(self.prompts.shape)
+        check_prompts(prompts, shape[1:], shape)
+        write_value(self, "prompts", prompts.expand(shape))
 
     def dead_groups(self) -> list[int]:
         """Return the groups that no image has selected in training mode since `reset_usage()`.

@@ -9,10 +9,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lpt_peft._tensors import gather_full, read_value, refusal, write_value
-from lpt_peft.config import PromptConfig
+from lpt_peft.config import BLOCK_K_MARK, PromptConfig
 from lpt_peft.errors import StateError
 from lpt_peft.phase import PhaseMixin
 
@@ -36,19 +37,28 @@ class StateMixin(PhaseMixin):
     def _init_state(self) -> None:
         self.backbone_in_state_dict = True
         self._load_prefix = ""
+        self._mark_query()
         self.register_state_dict_post_hook(_leave_backbone_out)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_allow_missing_backbone)  # type: ignore[no-untyped-call]
+
+    def _mark_query(self) -> None:
+        """Add or remove the buffer that marks state dicts of the block-K query; keys of equal width look alike."""
+        self._buffers.pop(BLOCK_K_MARK, None)
+        if self.prompt_config.query == "block_k":
+            mark = torch.ones((), dtype=torch.int64, device=next(self.shared.parameters()).device)
+            self.register_buffer(BLOCK_K_MARK, mark)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Return copies of prompts, keys and head; under FSDP2 they are gathered, and all processes must call this.
 
         Returns:
-            `shared.prompts` (L, n, d), `pool.prompts` (m, L-K, n, d), `pool.keys` (m, d), `head.weight` (C, d); the
-            current values of parametrized or pruned tensors.
+            `shared.prompts` (L, n, d), `pool.prompts` (m, L-K, n, d), `pool.keys` (m, key_dim), `head.weight` (C, d);
+            the current values of parametrized or pruned tensors. With `query="block_k"` also the mark `block_k_query`.
         """
         # Copies: FSDP2 frees the buffers of parameters between passes.
         owners = {name: self._owner(name) for name in self.prompt_config.tensor_shapes}
-        return {name: gather_full(read_value(*owner).detach()).clone() for name, owner in owners.items()}
+        tensors = {name: gather_full(read_value(*owner).detach()).clone() for name, owner in owners.items()}
+        return tensors | ({BLOCK_K_MARK: torch.ones((), dtype=torch.int64)} if BLOCK_K_MARK in self._buffers else {})
 
     def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors from `adapter_state_dict` into the adapter; after an error nothing was copied.
@@ -56,7 +66,7 @@ class StateMixin(PhaseMixin):
         Under FSDP2 every process passes the same full tensors (or DTensors) and keeps its own shard.
 
         Raises:
-            InputError: A name, a shape or a value (NaN, infinity) is wrong.
+            InputError: A name, a shape or a value (NaN, infinity) is wrong, or the keys are for the other `query`.
             StateError: A tensor is parametrized or pruned and cannot take its value.
         """
         self.prompt_config.check_tensors(tensors)
@@ -83,13 +93,17 @@ class StateMixin(PhaseMixin):
     ) -> None:
         """Load this module's own buffer, then set the phase from it."""
         self._load_prefix = prefix
+        has_prompts = any(prefix + name in state_dict for name in self.prompt_config.tensor_shapes)
+        if has_prompts and (mismatch := self.prompt_config.query_mismatch(prefix + BLOCK_K_MARK in state_dict)):
+            error_msgs.append(mismatch)
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if prefix + _INDEX not in state_dict:
             if prefix + _INDEX in missing_keys:
                 missing_keys.remove(prefix + _INDEX)
-            if any(prefix + name in state_dict for name in self.prompt_config.tensor_shapes):
+            if has_prompts:
                 warnings.warn(
                     f'The state dict does not contain its phase; the adapter stays in "{self._phase}". '
                     'If the prompts were trained in the other phase, assign adapter.phase = "group" or "shared".',

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lpt_peft import CosineClassifier, cosine_logits
 from lpt_peft.errors import ConfigError, InputError
+from lpt_peft.heads import class_sums
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0])
@@ -103,3 +106,59 @@ def test_leading_dimensions(shape):
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     logits.sum().backward()
     assert head.weight.grad.isfinite().all()
+
+
+def test_class_means_against_a_loop():
+    features, target = torch.randn(40, 6), torch.arange(40) % 4
+    head = CosineClassifier(6, 5)
+    with torch.no_grad():
+        head.weight.mul_(torch.tensor([1.0, 2, 3, 4, 5])[:, None])
+    before, norm = head.weight.detach().clone(), float(head.weight.detach().norm(dim=1).mean())
+    assert head.init_class_means(class_sums(features, target, 5)) == [4]
+    for label in range(4):
+        mean = torch.stack([f for f, t in zip(features, target, strict=True) if t == label]).double().mean(0)
+        torch.testing.assert_close(head.weight[label].detach(), (norm * mean / mean.norm()).float())
+    assert torch.equal(head.weight[4], before[4])
+    assert head.weight.requires_grad
+    assert head.weight.dtype == torch.float32
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=5), st.integers(1, 4), st.integers(0, 99))
+def test_class_sums_of_batches_add_up(sizes, num_classes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(sum(sizes), 3, generator=generator)
+    target = torch.randint(num_classes, (sum(sizes),), generator=generator)
+    total = sum(class_sums(f, t, num_classes) for f, t in zip(features.split(sizes), target.split(sizes), strict=True))
+    onehot = F.one_hot(target, num_classes).double()
+    torch.testing.assert_close(total, onehot.T @ features.double(), rtol=1e-12, atol=1e-12)
+    assert total.dtype == torch.float64
+
+
+def test_class_sums_of_half_precision_are_exact():
+    features = torch.full((5000, 2), 1.0, dtype=torch.bfloat16)
+    assert class_sums(features, torch.zeros(5000, dtype=torch.int32), 1).tolist() == [[5000.0, 5000.0]]
+
+
+def test_errors_of_class_means():
+    features, target = torch.randn(4, 6), torch.tensor([0, 1, 2, 1])
+    head = CosineClassifier(6, 3)
+    before = head.weight.detach().clone()
+    with pytest.raises(InputError, match="classes from 0 to 2, and the classes are 0 to 1"):
+        class_sums(features, target, 2)
+    with pytest.raises(InputError, match="classes from -1 to 2"):
+        class_sums(features, torch.tensor([0, -1, 2, 1]), 3)
+    with pytest.raises(
+        InputError, match=r"integers of shape \(4,\), a class per feature, not torch.int64 of shape \(3,\)"
+    ):
+        class_sums(features, target[:3], 3)
+    with pytest.raises(InputError, match="not torch.float32 of shape"):
+        class_sums(features, target.float(), 3)
+    with pytest.raises(InputError, match="features must be"):
+        class_sums(features[0], target, 3)
+    with pytest.raises(InputError, match="sums has 2 rows, and the classifier 3 classes"):
+        head.init_class_means(torch.ones(2, 6))
+    with pytest.raises(InputError, match=r"sums must be .* shape \(C, 6\)"):
+        head.init_class_means(torch.ones(3, 5))
+    with pytest.raises(InputError, match="NaN or infinity"):
+        head.init_class_means(torch.full((3, 6), float("inf")))
+    assert torch.equal(head.weight, before)

@@ -75,11 +75,23 @@ class Backbone(Protocol):
     def embed(self, *args: Any, **kwargs: Any) -> Stream:
         """Compute the tokens that enter block 1 from the arguments of the model's forward."""
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run blocks `start`, `start + 1`, ..., one per prompt (n, d) or (B, n, d), floating point."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+        """Run blocks `start`, `start + 1`, ..., one per prompt (n, d) or (B, n, d), floating point; None: no prompt."""
 
     def pool(self, stream: Stream) -> Tensor:
         """Compute the pooled, normalized feature (B, feature_dim) from the tokens after the last block."""
+
+    def class_token(self, stream: Stream) -> Tensor | None:
+        """Return the class token (B, d) among tokens between blocks, or None if the model has none."""
+
+    def mean_patch(self, stream: Stream) -> Tensor:
+        """Return the mean (B, d) of the patch tokens between blocks, without padding."""
+
+    def plain_feature(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the feature of `pool` without prompts, from the arguments of the model's forward.
+
+        It does not need `attach`.
+        """
 
     def info(self) -> BackboneInfo:
         """Return the description of the model for prompt files."""
@@ -89,6 +101,21 @@ class Backbone(Protocol):
 
     def frozen_tensors(self) -> Iterable[Tensor]:
         """Return the tensors of the fingerprint: parameters and persistent buffers without the classifier."""
+
+
+def masked_mean(tokens: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the mean (B, d) of the tokens (B, N, d) for which `valid` (B, N) is True; None: of all tokens."""
+    if valid is None:
+        return tokens.mean(1)
+    weights = valid.to(tokens.dtype).unsqueeze(-1)
+    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def run_plain(backbone: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Implement `Backbone.plain_feature` by `embed`, `run` and `pool`."""
+    stream: Stream = backbone.run(backbone.embed(*args, **kwargs), 0, [None] * len(backbone.blocks))
+    feature: Tensor = backbone.pool(stream)
+    return feature
 
 
 def not_floating(images: Tensor) -> str:

@@ -1,10 +1,13 @@
-"""Freezing a wrapped ViT, parameters and batch-norm statistics, and restoring it."""
+"""Freezing a wrapped ViT, parameters and batch-norm statistics, and restoring it; the tensors behind its feature."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from lpt_peft.backbones.base import Backbone
 
 
 class FrozenState:
@@ -37,6 +40,26 @@ class FrozenState:
         if parameters.keys() == self._was_trainable.keys():
             for name, parameter in parameters.items():
                 parameter.requires_grad_(self._was_trainable[name])
+
+
+def feature_tensors(backbone: Backbone) -> dict[str, Tensor]:
+    """Return the tensors that the feature depends on, as the fingerprint covers them, by name in the model.
+
+    They share memory with the model. Its classifier, and the text tower of a CLIP, are not among them.
+    """
+    covered = {_place(tensor) for tensor in backbone.frozen_tensors()}
+    state = backbone.model.state_dict()
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor) and _place(tensor) in covered}
+
+
+def feature_parameters(backbone: Backbone) -> dict[str, nn.Parameter]:
+    """Return the parameters among `feature_tensors`, by name in the model."""
+    names = feature_tensors(backbone).keys()
+    return {name: parameter for name, parameter in backbone.model.named_parameters() if name in names}
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape
 
 
 def _batch_norm_modes(model: nn.Module) -> dict[str, bool]:

@@ -15,7 +15,12 @@ from lpt_peft.prompting import Prompted, attentions_of
 
 
 def explain_failure(
-    backbone: Backbone, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception
+    backbone: Backbone,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    error: Exception,
+    *,
+    prompted: bool = True,
 ) -> LPTError | None:
     """Return the error to raise instead of that of torch or the model's library, or None if the input looks right.
 
@@ -24,11 +29,12 @@ def explain_failure(
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
         error: The error of the library.
+        prompted: Whether the blocks should take prompts.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return None
     reported = f" The library reports: {str(error).strip().partition(chr(10))[0]:.200}"
-    if (reason := _changed_block(backbone)) is not None:
+    if prompted and (reason := _changed_block(backbone)) is not None:
         return StateError(f"{reason} Replace blocks before wrap(), or unwrap() and wrap the model again.{reported}")
     model = type(backbone.model).__name__
     if torch.is_grad_enabled() and any(parameter.is_inference() for parameter in backbone.model.parameters()):

@@ -21,7 +21,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from lpt_peft._tensors import plain_tensors
-from lpt_peft.backbones.base import BackboneInfo, Stream, refuse_offloaded, warn_of_multihead_lora
+from lpt_peft.backbones.base import BackboneInfo, Stream, refuse_offloaded, run_plain, warn_of_multihead_lora
 from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.errors import BackboneError
 from lpt_peft.prompting import attach_blocks, batched, detach_blocks, run_block
@@ -75,6 +75,10 @@ class _Tower:
             "crop_mode": _CROP_MODE[config["resize_mode"]],
         }
 
+    def plain_feature(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the feature without prompts."""
+        return run_plain(self, *args, **kwargs)
+
     def frozen_tensors(self) -> Iterable[Tensor]:
         """Return the state dict of the visual tower; the text tower does not affect the feature."""
         return list(plain_tensors(self.tower.state_dict().values()))
@@ -107,17 +111,18 @@ class NativeTower(_Tower):
         """Compute tokens from images (B, 3, H, W), with the tower's patch dropout."""
         return Stream(self.tower._embeds(image), {})
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run blocks from `start`, one per prompt (n, d) or (B, n, d); `stream` is always batch first."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d), None: no prompt; `stream` is batch first."""
         transformer = self.tower.transformer
         transposed = not getattr(transformer, "batch_first", True)
         tokens = stream.tokens.transpose(0, 1) if transposed else stream.tokens
         for layer, prompt in enumerate(prompts, start):
-            prompt = batched(prompt)  # noqa: PLW2901
+            if prompt is not None:
+                prompt = batched(prompt).transpose(0, 1) if transposed else prompt  # noqa: PLW2901
             tokens = run_block(
                 transformer.resblocks[layer],
                 tokens,
-                prompt.transpose(0, 1) if transposed else prompt,
+                prompt,
                 checkpointing=transformer.grad_checkpointing,
             )
         return Stream(tokens.transpose(0, 1) if transposed else tokens, stream.context)
@@ -128,6 +133,14 @@ class NativeTower(_Tower):
         if self.tower.proj is not None:
             pooled = pooled @ self.tower.proj
         return pooled if pooled.ndim == 2 else pooled[:, 0]
+
+    def class_token(self, stream: Stream) -> Tensor:
+        """Return the class token (B, d)."""
+        return stream.tokens[:, 0]
+
+    def mean_patch(self, stream: Stream) -> Tensor:
+        """Return the mean (B, d) of the patch tokens."""
+        return stream.tokens[:, 1:].mean(1)
 
     def info(self) -> BackboneInfo:
         """Return the sizes; open_clip records neither the name of the model nor the tag of its weights."""
@@ -189,8 +202,8 @@ class TimmTower(_Tower):
         """Compute tokens from images (B, 3, H, W)."""
         return self.trunk.embed(*args, **kwargs)
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run blocks from `start`, one per prompt (n, d) or (B, n, d)."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d); None: no prompt."""
         return self.trunk.run(stream, start, prompts)
 
     def pool(self, stream: Stream) -> Tensor:
@@ -199,6 +212,14 @@ class TimmTower(_Tower):
         for module in self._projection():
             feature = module(feature)
         return feature
+
+    def class_token(self, stream: Stream) -> Tensor | None:
+        """Return the class token (B, d), or None if the trunk has none."""
+        return self.trunk.class_token(stream)
+
+    def mean_patch(self, stream: Stream) -> Tensor:
+        """Return the mean (B, d) of the patch tokens of the trunk."""
+        return self.trunk.mean_patch(stream)
 
     def info(self) -> BackboneInfo:
         """Return what timm recorded of the trunk; the tag of the weights is not recorded."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import Encoder, VisionTransformer
 
 from lpt_peft._tensors import plain_tensors
-from lpt_peft.backbones.base import BackboneInfo, Stream, refuse_offloaded, warn_of_multihead_lora
+from lpt_peft.backbones.base import BackboneInfo, Stream, refuse_offloaded, run_plain, warn_of_multihead_lora
 from lpt_peft.errors import BackboneError
 from lpt_peft.prompting import attach_blocks, detach_blocks, run_block
 
@@ -86,8 +86,8 @@ class TorchvisionBackbone:
         tokens = torch.cat([vit.class_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         return Stream(vit.encoder.dropout(tokens + vit.encoder.pos_embedding), {})
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run blocks from `start`, one per prompt (n, d) or (B, n, d)."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d); None: no prompt."""
         tokens = stream.tokens
         for layer, prompt in enumerate(prompts, start):
             tokens = run_block(self.model.encoder.layers[layer], tokens, prompt, checkpointing=False)
@@ -97,6 +97,18 @@ class TorchvisionBackbone:
         """Return the class token after the last norm, (B, d)."""
         tokens: Tensor = self.model.encoder.ln(stream.tokens)
         return tokens[:, 0]
+
+    def class_token(self, stream: Stream) -> Tensor:
+        """Return the class token (B, d)."""
+        return stream.tokens[:, 0]
+
+    def mean_patch(self, stream: Stream) -> Tensor:
+        """Return the mean (B, d) of the patch tokens."""
+        return stream.tokens[:, 1:].mean(1)
+
+    def plain_feature(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the feature without prompts."""
+        return run_plain(self, *args, **kwargs)
 
     def info(self) -> BackboneInfo:
         """Return the sizes; torchvision does not record which weights were loaded."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lpt_peft.backbones.base import Backbone
@@ -13,6 +13,7 @@ from lpt_peft.backbones.fingerprint import fingerprint, versions
 from lpt_peft.errors import ConfigError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CAST_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 class FrozenWeights:
@@ -81,3 +82,8 @@ class FrozenWeights:
         return tree_map_only(
             Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, arguments
         )
+
+
+def cast_dtype(model: nn.Module) -> str | None:
+    """Name of the dtype of a model's weights if they are 16-bit; None otherwise."""
+    return _CAST_DTYPES.get(next(model.parameters()).dtype)

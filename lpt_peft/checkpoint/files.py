@@ -90,15 +90,19 @@ def _nearby(path: Path) -> str:
     return f" {inner} is a prompt file: give that folder." if (inner / WEIGHTS_NAME).is_file() else ""
 
 
-def write_files(folder: Path, weights: bytes, config: bytes) -> None:
-    """Write `prompts.safetensors`, then its readable copy `config.json`; files that hold the bytes are not touched.
+def write_files(
+    folder: Path, weights: bytes, config: bytes, *, weights_name: str = WEIGHTS_NAME, format: str = FORMAT
+) -> None:
+    """Write the weights, then `config.json`; files that hold the bytes are not touched.
 
     Each is replaced in one step, so a reader finds the old prompts or the new, complete, at any moment.
 
     Args:
         folder: Created if missing.
-        weights: Content of `prompts.safetensors`.
+        weights: Content of the file of weights.
         config: Content of `config.json`.
+        weights_name: Name of the file of weights.
+        format: Value of "format" in `config.json`.
 
     Raises:
         PromptFileExistsError: `config.json` is of another library; nothing was written.
@@ -114,32 +118,47 @@ def write_files(folder: Path, weights: bytes, config: bytes) -> None:
         if isinstance(error, OSError) and error.errno not in _IMPOSSIBLE_NAME:
             raise
         raise ConfigError(f"The folder {str(folder)!r:.300} cannot be created: choose another folder.") from error
-    contents = {folder / WEIGHTS_NAME: weights, folder / CONFIG_NAME: config}
+    contents = {folder / weights_name: weights, folder / CONFIG_NAME: config}
     found = {path: _read(path, MAX_COPY_BYTES if path.name == CONFIG_NAME else len(weights)) for path in contents}
-    existing = found[folder / CONFIG_NAME]
-    if existing is not None and not is_own_config(existing):
-        raise PromptFileExistsError(foreign_config(str(folder)))
+    refuse_foreign_config(folder, found[folder / CONFIG_NAME], format)
     for path, data in contents.items():
         if found[path] != data:
             write_atomic(path, data)
 
 
-def is_own_config(data: bytes) -> bool:
-    """Whether a `config.json` is the readable copy of a prompt file."""
+def refuse_foreign_config(folder: Path, existing: bytes | None, format: str = FORMAT) -> None:
+    """Refuse to replace a `config.json` of another format.
+
+    Args:
+        folder: Its folder.
+        existing: Its content, from `read_copy`; None if it is missing.
+        format: The format to write.
+
+    Raises:
+        PromptFileExistsError: It has another format.
+    """
+    if existing is not None and not is_own_config(existing, format):
+        raise PromptFileExistsError(foreign_config(str(folder), format))
+
+
+def is_own_config(data: bytes, format: str = FORMAT) -> bool:
+    """Whether a `config.json` has this format; by default, whether it is the readable copy of a prompt file."""
     if len(data) > MAX_COPY_BYTES:
         return False
     try:
-        return loads(data, CONFIG_NAME, PromptFileFormatError).get("format") == FORMAT
+        return loads(data, CONFIG_NAME, PromptFileFormatError).get("format") == format
     except PromptFileFormatError:
         return False
 
 
-def foreign_config(place: str) -> str:
+def foreign_config(place: str, format: str = FORMAT) -> str:
     """Message about another library's `config.json`."""
+    kind, cure = ("a model file of lpt_peft", "Choose another folder.")
+    if format == FORMAT:
+        kind, cure = "a prompt file", 'Choose another place, or give subfolder="prompts", here and for loading.'
     return (
-        f"{place} already holds a {CONFIG_NAME} that does not belong to a prompt file, such as that of a transformers "
-        f'model (it has no "format": "{FORMAT}"). It was not overwritten. Choose another place, or give '
-        'subfolder="prompts", here and for loading.'
+        f"{place} already holds a {CONFIG_NAME} that does not belong to {kind}, such as that of a transformers "
+        f'model (it has no "format": "{format}"). It was not overwritten. {cure}'
     )
 
 

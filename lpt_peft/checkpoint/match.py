@@ -14,6 +14,7 @@ from lpt_peft.backbones import Backbone
 from lpt_peft.backbones.fingerprint import fingerprint
 from lpt_peft.backbones.loading import NORM_EPS
 from lpt_peft.checkpoint.content import PromptContent
+from lpt_peft.checkpoint.model_file import ModelContent
 from lpt_peft.errors import BackboneMismatchError, ConfigError
 
 CheckBackbone = Literal["error", "warn", "off"]
@@ -30,12 +31,12 @@ def check_choice(check_backbone: str) -> None:
 
 
 def check_match(
-    content: PromptContent, backbone: Backbone, check_backbone: CheckBackbone, known: str | None = None
+    content: PromptContent | ModelContent, backbone: Backbone, check_backbone: CheckBackbone, known: str | None = None
 ) -> None:
     """Compare a backbone with that of the prompts.
 
     Args:
-        content: The prompts.
+        content: The prompts, or the head of a linear probe.
         backbone: The backbone to use them on.
         check_backbone: "error" raises, "warn" warns, "off" skips the comparison.
         known: Fingerprint of the backbone, if it was computed before.
@@ -51,14 +52,15 @@ def check_match(
         warnings.warn(mismatch, stacklevel=3)
 
 
-def _mismatch(content: PromptContent, backbone: Backbone, known: str | None) -> str | None:
+def _mismatch(content: PromptContent | ModelContent, backbone: Backbone, known: str | None) -> str | None:
+    trained = "These prompts were trained" if isinstance(content, PromptContent) else "This head was trained"
     expected = {**asdict(content.backbone), "fingerprint": content.fingerprint}
     found = {**asdict(backbone.info()), "fingerprint": known or fingerprint(backbone.frozen_tensors())}
     eps = expected["model_args"].get(NORM_EPS)
     other_eps = {m.eps for m in backbone.model.modules() if isinstance(m, nn.LayerNorm)} - {eps}
     if eps is not None and other_eps:
         return (
-            f"These prompts were trained on {printable(expected['architecture'], 80)} with LayerNorms of eps={eps:g}; "
+            f"{trained} on {printable(expected['architecture'], 80)} with LayerNorms of eps={eps:g}; "
             f"the ViT given has {max(other_eps):g}. Build it with norm_layer=partial(torch.nn.LayerNorm, eps={eps:g})."
         )
     # The same weights can be split into another number of heads, which the fingerprint does not show.
@@ -68,14 +70,12 @@ def _mismatch(content: PromptContent, backbone: Backbone, known: str | None) -> 
         cause = _cause(content, backbone, found["num_parameters"])
     else:
         cause = f"another architecture; build {printable(expected['architecture'], 80)} with the sizes named here."
-    return (
-        f"These prompts were trained on {_describe(expected)}; the ViT given is {_describe(found)}. Likely cause: "
-        f"{cause}"
-    )
+    return f"{trained} on {_describe(expected)}; the ViT given is {_describe(found)}. Likely cause: {cause}"
 
 
-def _cause(content: PromptContent, backbone: Backbone, num_parameters: int) -> str:
+def _cause(content: PromptContent | ModelContent, backbone: Backbone, num_parameters: int) -> str:
     """Why the fingerprints of two backbones differ that share architecture, width, depth and heads."""
+    subject = "The prompts are" if isinstance(content, PromptContent) else "The head is"
     expected, found = content.preprocess["input_size"], list(backbone.preprocess()["input_size"])
     sizes = f"the same architecture with {num_parameters:,} instead of {content.backbone.num_parameters:,} parameters"
     if num_parameters == content.backbone.num_parameters:
@@ -87,12 +87,12 @@ def _cause(content: PromptContent, backbone: Backbone, num_parameters: int) -> s
     if found[1:] != expected[1:]:
         argument = {"timm": "img_size", "open_clip": "force_image_size"}.get(backbone.info().library, "image_size")
         return (
-            f"{sizes}. The prompts are for images of {expected[1]} x {expected[2]} px and this ViT is for "
+            f"{sizes}. {subject} for images of {expected[1]} x {expected[2]} px and this ViT is for "
             f"{found[1]} x {found[2]} px, so their position embeddings differ in size. Build the ViT for "
             f"{expected[1]} x {expected[2]} px ({argument}=)."
         )
     if found[0] != expected[0]:
-        return f"{sizes}. The prompts are for images of {expected[0]} channels, this ViT is for {found[0]}."
+        return f"{sizes}. {subject} for images of {expected[0]} channels, this ViT is for {found[0]}."
     arguments = printable(dict(content.backbone.model_args), 200)
     return f"{sizes}, so it was built with other arguments, such as the patch size. The file records {arguments}."
 

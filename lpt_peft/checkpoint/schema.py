@@ -8,88 +8,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from lpt_peft._json import (
     BrokenRule,
-    boolean,
-    dumps,
     integer,
     list_of,
     mapping_of,
-    nullable,
-    number,
     object_of,
     one_of,
-    parse,
-    positive,
-    primitive,
-    require,
     sha256,
-    text,
 )
-from lpt_peft._text import control_character
 from lpt_peft._version import __version__
-from lpt_peft.backbones import BackboneInfo
-from lpt_peft.backbones.fingerprint import ALGORITHM
-from lpt_peft.backbones.loading import NORM_EPS
 from lpt_peft.checkpoint.content import USAGE, PromptContent
-from lpt_peft.checkpoint.plain_json import broken_entry
-from lpt_peft.config import MAX_CLASSES, PHASES, PromptConfig, PromptMetadata
+from lpt_peft.checkpoint.description import (
+    DESCRIPTION,
+    SIZE,
+    check_description,
+    content_fields,
+    describe_content,
+    plain_json,
+)
+from lpt_peft.config import PHASES, QUERIES, PromptConfig
 from lpt_peft.errors import ConfigError, PromptFileFormatError, PromptFileTensorError, PromptFileVersionError
 
 FORMAT = "lpt_peft-prompts"
 FORMAT_VERSION = 2
-MAX_TRAINING_BYTES = 2**16
 MAX_TENSOR_BYTES = 2**34  # 16 GiB: a million classes of width 4096 in float32
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 
 
-def _label_name(value: Any, path: str) -> None:
-    text(value, path)
-    if (found := control_character(value)) is not None:
-        raise BrokenRule(f"{path}={value!r:.80} must not contain control characters, but contains {found}")
-
-
-_SIZE = integer(1, 10**6)
-_BACKBONE = {
-    **dict.fromkeys(("library", "library_version", "architecture"), text),
-    **dict.fromkeys(("pretrained_tag", "hub_id", "hub_revision"), nullable(text)),
-    **dict.fromkeys(("embed_dim", "depth", "num_heads"), _SIZE),
-    "num_parameters": integer(0),
-    "model_args": mapping_of(primitive, most=64),
-    "fingerprint": sha256,
-    "fingerprint_algorithm": one_of(ALGORITHM),
-}
-_PREPROCESS = {
-    "input_size": list_of(_SIZE, 3, 3),
-    "mean": list_of(number, 1, 64),
-    "std": list_of(positive, 1, 64),
-    "interpolation": text,
-    "crop_pct": positive,
-    "crop_mode": text,
-}
-_PREPROCESS_OPTIONAL = {"exif": boolean, "background": list_of(integer(0, 255), 3, 3)}
 _PROMPT_SIZES = ("prompt_length", "shared_layers", "pool_size", "top_k", "dim", "depth")
-_HEAD = {
-    "num_classes": integer(1, MAX_CLASSES),
-    "logit_scale": positive,
-    "label_names": nullable(list_of(_label_name, 1, MAX_CLASSES)),
-}
+_PROMPT_CHOICES: Mapping[str, tuple[str, ...]] = {"query": QUERIES}
+"""Optional keys of `prompt`; the first choice is the default and is not written."""
 _CONTENT = {
     "format": one_of(FORMAT),
     "format_version": integer(FORMAT_VERSION, FORMAT_VERSION),
-    "library_version": text,
-    "prompt": object_of({**dict.fromkeys(_PROMPT_SIZES, integer(0, 10**6)), "phase": one_of(*PHASES)}),
-    "head": object_of(_HEAD, {"temperature": positive}),
-    "class_counts": nullable(list_of(integer(0), 1, MAX_CLASSES)),
-    "preprocess": object_of(_PREPROCESS, _PREPROCESS_OPTIONAL),
-    "backbone": object_of(_BACKBONE, {"dtype": one_of("float32", "float16", "bfloat16")}),
-    "tensors": mapping_of(object_of({"dtype": one_of(*DTYPE_BYTES), "shape": list_of(_SIZE, 1, 8)}), most=64),
-    "training": mapping_of(lambda value, path: None, most=MAX_TRAINING_BYTES),
+    **DESCRIPTION,
+    "prompt": object_of(
+        {**dict.fromkeys(_PROMPT_SIZES, integer(0, 10**6)), "phase": one_of(*PHASES)},
+        {name: one_of(*choices) for name, choices in _PROMPT_CHOICES.items()},
+    ),
+    "tensors": mapping_of(object_of({"dtype": one_of(*DTYPE_BYTES), "shape": list_of(SIZE, 1, 8)}), most=64),
 }
 _CONTENT_RULE = object_of(_CONTENT)
 _CONFIG_RULE = object_of({**_CONTENT, "data_sha256": sha256})
@@ -105,32 +67,20 @@ def content_to_config(content: PromptContent, tensors: Mapping[str, Mapping[str,
     Raises:
         BrokenRule: A value, or several values together, do not fit the format.
     """
-    sizes, metadata, backbone = content.config.to_dict(), content.metadata, asdict(content.backbone)
-    head = {name: sizes[name] for name in ("num_classes", "logit_scale")}
-    optional = {"temperature": metadata.temperature}
+    sizes = content.config.to_dict()
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "library_version": content.library_version,
-        "prompt": {**{name: sizes[name] for name in _PROMPT_SIZES}, "phase": content.phase},
-        "head": {**head, "label_names": metadata.label_names, **_given(optional)},
-        "class_counts": metadata.class_counts,
-        "preprocess": content.preprocess,
-        "backbone": {
-            **backbone,
-            "fingerprint": content.fingerprint,
-            "fingerprint_algorithm": ALGORITHM,
-            **_given({"dtype": metadata.backbone_dtype}),
+        "prompt": {
+            **{name: sizes[name] for name in _PROMPT_SIZES},
+            "phase": content.phase,
+            **{name: sizes[name] for name, choices in _PROMPT_CHOICES.items() if sizes[name] != choices[0]},
         },
+        **describe_content(content, sizes["num_classes"], sizes["logit_scale"]),
         "tensors": tensors,
-        "training": metadata.training,
     }
-    try:
-        # Through JSON and back: the rules then see what a reader sees, with lists for tuples and text for keys.
-        checked: dict[str, Any] = parse(dumps(config).encode("utf-8"))
-    except (TypeError, ValueError, RecursionError) as error:
-        found = broken_entry({key: value for key, value in config.items() if key != "tensors"})
-        raise BrokenRule(found or f"training, label_names and class_counts must be plain JSON: {error}") from error
+    checked = plain_json(config)
     _CONTENT_RULE(checked, "")
     _check_together(checked)
     if (size := tensor_bytes(checked)) > MAX_TENSOR_BYTES:
@@ -143,27 +93,11 @@ def content_to_config(content: PromptContent, tensors: Mapping[str, Mapping[str,
 
 def config_to_content(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PromptContent:
     """Convert a checked configuration and the tensors of the file to content."""
-    backbone, head = dict(config["backbone"]), config["head"]
-    fingerprint = backbone.pop("fingerprint")
-    del backbone["fingerprint_algorithm"]
-    dtype = backbone.pop("dtype", None)
-    counts, names = config["class_counts"], head["label_names"]
     return PromptContent(
         config=prompt_config(config),
         phase=config["prompt"]["phase"],
         tensors=tensors,
-        metadata=PromptMetadata(
-            class_counts=None if counts is None else tuple(counts),
-            label_names=None if names is None else tuple(names),
-            training=config["training"],
-            preprocess=config["preprocess"],
-            temperature=head.get("temperature"),
-            backbone_dtype=dtype,
-        ),
-        backbone=BackboneInfo(**backbone),
-        preprocess=config["preprocess"],
-        fingerprint=fingerprint,
-        library_version=config["library_version"],
+        **content_fields(config),
     )
 
 
@@ -209,6 +143,7 @@ def prompt_config(config: Mapping[str, Any]) -> PromptConfig:
         ConfigError: A size is out of range.
     """
     sizes = {name: config["prompt"][name] for name in _PROMPT_SIZES}
+    sizes |= {name: config["prompt"].get(name, choices[0]) for name, choices in _PROMPT_CHOICES.items()}
     head_shape = config["tensors"].get("head.weight", {}).get("shape", [None])
     return PromptConfig(
         **sizes,
@@ -223,28 +158,15 @@ def tensor_bytes(config: Mapping[str, Any]) -> int:
     return sum(DTYPE_BYTES[spec["dtype"]] * math.prod(spec["shape"]) for spec in config["tensors"].values())
 
 
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def _check_together(config: Mapping[str, Any]) -> None:
     try:
         sizes = prompt_config(config)
     except ConfigError as error:
         raise BrokenRule(f"prompt and head do not fit: {error}") from error
-    for path, values in (("class_counts", config["class_counts"]), ("head.label_names", config["head"]["label_names"])):
-        if values is not None and len(values) != sizes.num_classes:
-            raise BrokenRule(f"{path} has {len(values)} entries, the head has {sizes.num_classes} classes")
-    backbone, preprocess = config["backbone"], config["preprocess"]
+    backbone = config["backbone"]
     if (backbone["embed_dim"], backbone["depth"]) != (sizes.dim, sizes.depth):
         raise BrokenRule("prompt.dim and prompt.depth must be the backbone's embed_dim and depth")
-    if NORM_EPS in backbone["model_args"]:
-        positive(backbone["model_args"][NORM_EPS], f"backbone.model_args.{NORM_EPS}")
-    fits = len(preprocess["mean"]) == len(preprocess["std"])
-    require(fits, preprocess["std"], "preprocess.std", "of the length of preprocess.mean")
-    size = len(dumps(config["training"]).encode("utf-8"))
-    if size > MAX_TRAINING_BYTES:
-        raise BrokenRule(f"training has {size} bytes of JSON, at most {MAX_TRAINING_BYTES} are kept")
+    check_description(config)
 
 
 def _check_tensors(config: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ _DESCRIPTION = (
     "0 success; 1 an error, explained on standard error; 2 wrong arguments; 3 finished, but some images were left out "
     "or need attention; 130 interrupted."
 )
-_RESUMABLE = ("demo", "train")
+_RESUMABLE = ("compare", "demo", "train")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             finally:
                 flush_output()
         except LPTError as error:
-            return _fail(name_flags(str(error), words) if words[:1] == ["train"] else error)
+            return _fail(name_flags(str(error), words) if words[:1] in (["train"], ["compare"]) else error)
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -86,9 +86,10 @@ def _commands(words: Sequence[str]) -> dict[str, Callable[..., Any]]:
     """Name and function of each sub-command; needs tyro.
 
     Raises:
-        ConfigError: The --preset or --config of `train` cannot be used.
+        ConfigError: The --preset or --config of `train`, or the --rows of `compare`, cannot be used.
     """
     from lpt_peft.cli.check import check
+    from lpt_peft.cli.compare import compare_command
     from lpt_peft.cli.convert import convert
     from lpt_peft.cli.demo import demo
     from lpt_peft.cli.doctor import doctor
@@ -101,6 +102,7 @@ def _commands(words: Sequence[str]) -> dict[str, Callable[..., Any]]:
 
     return {
         "check": check,
+        "compare": compare_command(words),
         "convert": convert,
         "demo": demo,
         "doctor": doctor,

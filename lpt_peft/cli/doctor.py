@@ -61,7 +61,7 @@ def doctor(
     return OK
 
 
-def examine(name: str, num_classes: int, **options: int) -> dict[str, Any]:
+def examine(name: str, num_classes: int, **options: Any) -> dict[str, Any]:
     """Build the backbone without weights, wrap it, and return the report.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`lpt-peft inspect SOURCE`: check a prompt file and print its contents."""
+"""`lpt-peft inspect SOURCE`: check a prompt file or model file and print its contents."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lpt_peft.cli.common.options import Json
 
 if TYPE_CHECKING:
     from lpt_peft.checkpoint import PromptContent
+    from lpt_peft.checkpoint.model_file import ModelContent
 
 
 def inspect(
@@ -23,18 +24,22 @@ def inspect(
     subfolder: str | None = None,
     as_json: Json = False,
 ) -> None:
-    """Check a prompt file and print its contents; no backbone is needed.
+    """Check a prompt file or model file and print its contents; no backbone is needed.
 
     Args:
-        source: A prompt file or the output folder of a run, or owner/name on the Hugging Face Hub.
+        source: A prompt file, a model file or the output folder of a run, or owner/name on the Hugging Face Hub.
         revision: Branch, tag or commit of the repository.
         subfolder: Folder inside the folder or repository.
-        as_json: Print the configuration in the header of prompts.safetensors.
+        as_json: Print the configuration in the header of prompts.safetensors, or config.json of a model file.
     """
     from lpt_peft.checkpoint import encode
     from lpt_peft.checkpoint.files import compare_copy
+    from lpt_peft.cli.common.paths import model_folder
     from lpt_peft.cli.common.streams import print_json, print_text
 
+    if (model := model_folder(Path(source, subfolder or ""))) is not None:
+        _inspect_model(source, model, as_json)
+        return
     content, copy = _read(source, revision, subfolder)
     config = encode(content).config
     if as_json:
@@ -43,6 +48,25 @@ def inspect(
     print_text(describe(source, content))
     if (difference := compare_copy(copy, config)) is not None:
         print_text(printable(f"config.json {difference}; it is only a copy, and prompts.safetensors is what loads."))
+
+
+def _inspect_model(source: str, folder: Path, as_json: bool) -> None:
+    from lpt_peft.checkpoint.model_file import read_model_config, read_model_file
+    from lpt_peft.cli.common.streams import print_json, print_text
+
+    content = read_model_file(folder)  # also with --json, since it checks the weights
+    if as_json:
+        print_json(read_model_config(folder))
+        return
+    parameters = sum(tensor.numel() for tensor in content.tensors.values())
+    lines = [
+        f"{source}: model file, method {content.method}, written by lpt_peft {content.library_version}",
+        *_description(content, content.num_classes, content.logit_scale),
+        f"  weights         {len(content.tensors)} tensors, {parameters:,} values",
+        *_training(content.metadata.training),
+        "All checks passed: names, sizes, sha256, every value finite.",
+    ]
+    print_text("\n".join(printable(line, 100_000) for line in lines))
 
 
 def _read(source: str, revision: str | None, subfolder: str | None) -> tuple[PromptContent, bytes | None]:
@@ -63,7 +87,7 @@ def _read(source: str, revision: str | None, subfolder: str | None) -> tuple[Pro
 
 def describe(source: str, content: PromptContent) -> str:
     """Several lines of text about a prompt file."""
-    config, metadata, backbone, preprocess = content.config, content.metadata, content.backbone, content.preprocess
+    config = content.config
     tensors = [
         f"  {name:16}{str(tensor.dtype).removeprefix('torch.'):9}{' x '.join(map(str, tensor.shape))}"
         for name, tensor in sorted(content.tensors.items())
@@ -71,8 +95,21 @@ def describe(source: str, content: PromptContent) -> str:
     lines = [
         f"{source}: prompt file, format 2, written by lpt_peft {content.library_version}",
         f"  prompts         phase {content.phase}: {config.prompt_length} tokens in each of {config.depth} blocks; "
-        f"{config.pool_size} groups after block {config.shared_layers}, {config.top_k} for an image",
-        f"  head            {config.num_classes} classes, logit scale {config.logit_scale:g}, temperature "
+        f"{config.pool_size} groups after block {config.shared_layers}, {config.top_k} for an image, "
+        f"query {config.query}",
+        *_description(content, config.num_classes, config.logit_scale),
+        *tensors,
+        *_training(content.metadata.training),
+        "All checks passed: names, shapes, sizes, sha256, every value finite.",
+    ]
+    return "\n".join(printable(line, 100_000) for line in lines)
+
+
+def _description(content: PromptContent | ModelContent, num_classes: int, logit_scale: float) -> list[str]:
+    """Lines about what prompt files and model files share."""
+    metadata, backbone = content.metadata, content.backbone
+    return [
+        f"  head            {num_classes} classes, logit scale {logit_scale:g}, temperature "
         f"{_or_unknown(metadata.temperature)}",
         f"  classes         {_first(metadata.label_names)}",
         f"  class counts    {_first(metadata.class_counts)}",
@@ -80,12 +117,8 @@ def describe(source: str, content: PromptContent) -> str:
         f"{backbone.pretrained_tag}, {backbone.num_parameters:,} parameters, dtype "
         f"{_or_unknown(metadata.backbone_dtype)}",
         f"  fingerprint     {content.fingerprint}",
-        f"  preprocess      {', '.join(f'{name} {value}' for name, value in sorted(preprocess.items()))}",
-        *tensors,
-        *_training(metadata.training),
-        "All checks passed: names, shapes, sizes, sha256, every value finite.",
+        f"  preprocess      {', '.join(f'{name} {value}' for name, value in sorted(content.preprocess.items()))}",
     ]
-    return "\n".join(printable(line, 100_000) for line in lines)
 
 
 def _training(values: Mapping[str, Any] | None) -> list[str]:

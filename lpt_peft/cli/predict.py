@@ -38,7 +38,7 @@ def predict(
     """Print the most probable classes of images; images that cannot be read are left out and named at the end.
 
     Args:
-        folder: Output folder of `lpt-peft train`, or a prompt file.
+        folder: Output folder of `lpt-peft train`, or a prompt file or model file.
         images: Image files; - reads their paths from standard input, one per line or separated by NUL.
         show: Classes to print for each image, the most probable first; None: 3, or all of fewer.
         as_json: Print a JSON list with an object for each image: its classes, or the error of reading it.
@@ -84,13 +84,13 @@ def _predictions(run: LoadedRun, paths: Sequence[Path], show: int) -> Iterator[l
     from lpt_peft.data.transforms import transforms
 
     transform = transforms(
-        run.adapter.preprocess(),
+        run.model.preprocess(),
         train=False,
         crop_pct=run.images.crop_pct,
         exif=run.images.exif,
         background=run.images.background,
     )
-    device, temperature = run.adapter.head.weight.device, run.adapter.metadata.temperature or 1.0
+    device, temperature = run.model.head.weight.device, run.model.metadata.temperature or 1.0
     for start in range(0, len(paths), _BATCH):
         answers: list[dict[str, Any]] = []
         tensors = []
@@ -100,7 +100,7 @@ def _predictions(run: LoadedRun, paths: Sequence[Path], show: int) -> Iterator[l
             tensors += [] if tensor is None else [tensor]
         if tensors:
             with torch.no_grad():
-                found = (run.adapter(torch.stack(tensors).to(device)).float() / temperature).softmax(1).topk(show)
+                found = (run.model(torch.stack(tensors).to(device)).float() / temperature).softmax(1).topk(show)
             readable = (answer for answer in answers if "error" not in answer)
             for answer, probabilities, labels in zip(readable, *(part.tolist() for part in found), strict=True):
                 answer["classes"] = [

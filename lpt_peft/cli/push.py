@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 from lpt_peft.cli.common.options import Json
+from lpt_peft.errors import ConfigError
 
 
 def push(
@@ -38,10 +39,15 @@ def push(
         as_json: Print one JSON object.
     """
     from lpt_peft.checkpoint import read_prompt_file
-    from lpt_peft.cli.common.paths import prompt_folder
+    from lpt_peft.cli.common.paths import model_folder, prompt_folder
     from lpt_peft.cli.common.streams import print_json
     from lpt_peft.hub import push as push_content
 
+    if (model := model_folder(folder)) is not None:
+        raise ConfigError(
+            f"{folder} holds no prompts: push sends prompt files, and {model} holds the weights of a method without "
+            f"prompts. Upload that folder with the Hub's own command: hf upload {repo} {model}"
+        )
     info = push_content(
         read_prompt_file(prompt_folder(folder)),
         repo,

@@ -17,7 +17,7 @@ import tyro
 
 from lpt_peft.cli.common.exit_codes import INCOMPLETE, OK
 from lpt_peft.cli.common.extras import requires_extra
-from lpt_peft.cli.common.flags import check_phase_flags
+from lpt_peft.cli.common.flags import check_method_flags, check_phase_flags
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.options import Json
 from lpt_peft.cli.common.paths import SETTINGS, check_new_folder, home_path
@@ -36,6 +36,7 @@ def train_command(words: Sequence[str]) -> Callable[..., int]:
     """
     if words[:1] == ["train"]:
         check_phase_flags(words)
+        check_method_flags(words)
     start = _initial_settings(words if words[:1] == ["train"] else [])
 
     def train(
@@ -51,7 +52,7 @@ def train_command(words: Sequence[str]) -> Callable[..., int]:
         log_with: Log | None = None,
         as_json: Json = False,
     ) -> int:
-        """Train prompts on long-tailed images; the same command resumes an interrupted run.
+        """Train a model on long-tailed images; the same command resumes an interrupted run.
 
         DATA is a folder with a folder for each class, or with train/, val/ and test/ of such folders; a list of
         "path label" lines; a JSON of iNaturalist; cifar100-lt:ROOT; or hf:NAME. See also --root, --val and --test.
@@ -59,7 +60,8 @@ def train_command(words: Sequence[str]) -> Callable[..., int]:
 
         Args:
             data: The training images: a folder, a list, a JSON of iNaturalist, cifar100-lt:ROOT or hf:NAME.
-            output: Folder for settings.json, checkpoints/, prompts/, history.json, results.json and left_out.json.
+            output: Folder for settings.json, checkpoints/, prompts/ or model/, history.json, results.json and
+                left_out.json.
             run: Settings of the run.
             preset: Start from published settings: paper or inat2018. Flags override them.
             config: Start from the settings.json of another run. Flags override it.
@@ -82,21 +84,23 @@ def run_training(
     log_with: Log | None,
     as_json: bool,
     find_lr: bool = False,
+    with_test: bool = True,
 ) -> int:
-    """Train, save and measure a model; return the exit status; see `train`.
+    """Train, save and measure a model; return the exit status; see `train`. Without `with_test`, not on the test split.
 
     Raises:
         LPTError: Data, backbone, settings or checkpoints are not usable.
         KeyboardInterrupt: Ctrl-C was pressed; the run was saved.
     """
     with requires_extra("lpt-peft train", "train"):
-        from lpt_peft.cli.common.build_adapter import build_adapter
+        from lpt_peft.cli.common.build_adapter import build_model
         from lpt_peft.cli.common.find_rate import find_rate
         from lpt_peft.cli.common.open_data import check_output, open_splits, set_transforms
         from lpt_peft.cli.common.streams import print_text
         from lpt_peft.cli.common.tables import print_results
         from lpt_peft.recipe.experiment import LEFT_OUT, RESULTS, Splits, fit, write_json
         from lpt_peft.recipe.left_out import has_unreadable
+        from lpt_peft.recipe.methods import method_of
         from lpt_peft.recipe.train import make_accelerator
 
     run.check()
@@ -105,22 +109,24 @@ def run_training(
     check_new_folder(output)
     check_output(output, data, run.images)
     splits = open_splits(data, run.images, run.training.seed)
-    adapter = build_adapter(run, splits["train"].class_names)
-    adapter.metadata = replace(adapter.metadata, preprocess=run.images.preprocess())
-    set_transforms(splits, adapter.preprocess(), run.images)
+    if not with_test:
+        splits.pop("test", None)
+    model = build_model(run, splits["train"].class_names)
+    model.metadata = replace(model.metadata, preprocess=run.images.preprocess())
+    set_transforms(splits, model.preprocess(), run.images)
     accelerator = make_accelerator(run.training, **({"log_with": log_with, "project_dir": output} if log_with else {}))
     if find_lr:
-        find_rate(adapter, splits["train"], run.training, output, accelerator, as_json=as_json)
+        find_rate(model, splits["train"], run.training, output, accelerator, as_json=as_json)
         return INCOMPLETE if has_unreadable(splits) else OK
     if log_with:
         _start_trackers(accelerator, run)
     settings = run.to_dict()
     if accelerator.is_main_process and not (output / SETTINGS).exists():
-        # Settings of an earlier run describe its prompts, and stay until this run has finished.
+        # Settings of an earlier run describe its result, and stay until this run has finished.
         write_json(output / SETTINGS, {"data": data, **settings})
     try:
         results = fit(
-            adapter,
+            model,
             Splits(**splits),
             run.training,
             output,
@@ -138,7 +144,8 @@ def run_training(
     print_results(results, as_json=as_json)
     if not as_json:
         listed = f", {LEFT_OUT}" if (output / LEFT_OUT).exists() else ""
-        print_text(f"Written to {output}/: prompts/, {RESULTS}, history.json, {SETTINGS}{listed}, checkpoints/")
+        result = method_of(model, run.training).folder
+        print_text(f"Written to {output}/: {result}/, {RESULTS}, history.json, {SETTINGS}{listed}, checkpoints/")
     return status
 
 

@@ -10,34 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.backbones.bundled.glyph_vit import glyph_vit
-from lpt_peft.heads import CosineClassifier
-from lpt_peft.output import AdapterOutput
+from lpt_peft.recipe.methods import Model
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
+from lpt_peft.vit_classifier import ViTClassifier
 
 EPOCHS = 20
 _BASE = TrainSettings(batch_size=32, samples_per_class=1, clip_norm=5.0, num_workers=0)  # digits are in memory
-
-
-class LinearProbe(nn.Module):
-    """A cosine head on frozen features, called like an adapter."""
-
-    def __init__(self, vit: nn.Module, num_classes: int, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.vit = vit.requires_grad_(False)
-        self.head_drop = nn.Dropout(dropout)
-        self.head = CosineClassifier(vit.num_features, num_classes)  # type: ignore[arg-type]
-
-    def forward(self, images: Tensor, return_output: bool = True) -> AdapterOutput:
-        """Classify images (B, 3, 32, 32); the `AdapterOutput` has no groups."""
-        with torch.no_grad():
-            features = self.vit.forward_head(self.vit.forward_features(images), pre_logits=True)  # type: ignore[operator]
-        empty = features.new_empty(len(features), 0)
-        return AdapterOutput(self.head(self.head_drop(features)), features, features, empty, empty.long())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +26,12 @@ class Row:
 
     name: str
     settings: TrainSettings
-    build: Callable[[int], nn.Module]
+    build: Callable[[int], Model]
 
 
-def build_probe(num_classes: int) -> LinearProbe:
+def build_probe(num_classes: int) -> ViTClassifier:
     """Return a linear probe on the backbone."""
-    return LinearProbe(glyph_vit(), num_classes)
+    return ViTClassifier.wrap(glyph_vit(), num_classes, method="linear_probe")
 
 
 def build_adapter(num_classes: int) -> LongTailPromptAdapter:
@@ -62,16 +42,17 @@ def build_adapter(num_classes: int) -> LongTailPromptAdapter:
 def rows(epochs: int = EPOCHS) -> list[Row]:
     """Return the five rows; each trains for `epochs` epochs of steps of 32 images."""
     skipped = PhaseSettings(epochs=0)
-    plain: dict[str, Any] = {"sampling": "instance", "loss": "cross_entropy", "group": skipped}
+    plain: dict[str, Any] = {"sampling": "instance", "loss": "cross_entropy"}
     probe = PhaseSettings(epochs=epochs, learning_rate=2.0, weight_decay=0.01)
     prompts = PhaseSettings(epochs=epochs, learning_rate=0.4, weight_decay=0.01)
     second = max(1, epochs // 4) if epochs > 1 else 0
     first = replace(prompts, epochs=epochs - second)
     group = PhaseSettings(epochs=second, learning_rate=0.2, weight_decay=0.01)
+    head, deep = replace(_BASE, method="linear_probe", shared=probe), replace(_BASE, method="vpt_deep", shared=prompts)
     return [
-        Row(name="linear probe, cross-entropy", settings=replace(_BASE, shared=probe, **plain), build=build_probe),
-        Row(name="linear probe, A-GCL", settings=replace(_BASE, shared=probe, group=skipped), build=build_probe),
-        Row(name="VPT-Deep, cross-entropy", settings=replace(_BASE, shared=prompts, **plain), build=build_adapter),
+        Row(name="linear probe, cross-entropy", settings=replace(head, **plain), build=build_probe),
+        Row(name="linear probe, A-GCL", settings=head, build=build_probe),
+        Row(name="VPT-Deep, cross-entropy", settings=replace(deep, **plain), build=build_adapter),
         Row(name="LPT, phase 1", settings=replace(_BASE, shared=prompts, group=skipped), build=build_adapter),
         Row(name="LPT", settings=replace(_BASE, shared=first, group=group), build=build_adapter),
     ]

@@ -9,22 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from torchvision.utils import save_image
 
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.backbones.bundled.glyph_vit import glyph_config, glyph_vit
 from lpt_peft.checkpoint import read_prompt_file, write_prompt_file
-from lpt_peft.data.digits import NUM_CLASSES, DigitsLT, digits_counts
+from lpt_peft.data.digits import NUM_CLASSES, DigitsLT
 from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.demo.figure import draw
 from lpt_peft.demo.result import DemoResult, RowResult
 from lpt_peft.demo.rows import EPOCHS, Row, rows
 from lpt_peft.errors import ConfigError, LPTError
-from lpt_peft.metrics import ShotMetrics, ShotResult
-from lpt_peft.recipe import Splits, evaluate, fit, predict, run_phase
-from lpt_peft.recipe.experiment import PROMPTS, RESULTS, write_json
+from lpt_peft.metrics import ShotResult
+from lpt_peft.recipe import Splits, fit, predict
+from lpt_peft.recipe.experiment import RESULTS, write_json
+from lpt_peft.recipe.methods import PROMPTS, Model
+from lpt_peft.recipe.training.phase_init import trained_parameters
 
 RUNS, IMAGES = "runs", "test"
 SHOT_RULE = "lpt"
@@ -67,9 +68,9 @@ def run_demo(
         for seed in range(seeds):
             folder = output / RUNS / f"row{number}-seed{seed}"
             model, result = train_row(row, seed, train_set, test_set, folder, resume=resume, progress=progress)
-            trained += [folder] if folder.exists() else []
+            trained.append(folder)
             if seed == 0:
-                table.append(RowResult(row.name, _trained_parameters(model, row)))
+                table.append(RowResult(row.name, trained_parameters(model, row.settings)))
                 if isinstance(model, LongTailPromptAdapter):
                     lpt = model  # the last row's adapter is kept
                     write_prompt_file(output / PROMPTS, read_prompt_file(folder / PROMPTS))
@@ -105,19 +106,16 @@ def train_row(
     *,
     resume: bool = True,
     progress: bool = True,
-) -> tuple[nn.Module, ShotResult]:
-    """Train a row with a seed; return the model and its result on `test_set`. A row with prompts writes to `folder`."""
+) -> tuple[Model, ShotResult]:
+    """Train a row with a seed into `folder`; return the model and its result on `test_set`."""
     settings = replace(row.settings, seed=seed)
     with seeded(seed):
         model = row.build(NUM_CLASSES)
     bar = progress and f"{row.name}, seed {seed}"
-    if isinstance(model, LongTailPromptAdapter):
-        train_images = from_dataset(train_set, class_names=[str(digit) for digit in range(NUM_CLASSES)])
-        splits = Splits(train=train_images, test=test_set)
-        results = fit(model, splits, settings, folder, shot_rule=SHOT_RULE, resume=resume, progress=bar)
-        return model, results["test"]
-    run_phase(model, train_set, train_set.labels, settings, settings.shared, name="head", progress=bar)
-    return model, evaluate(model, test_set, ShotMetrics.from_rule(SHOT_RULE, digits_counts()), num_workers=0)
+    train_images = from_dataset(train_set, class_names=[str(digit) for digit in range(NUM_CLASSES)])
+    splits = Splits(train=train_images, test=test_set)
+    results = fit(model, splits, settings, folder, shot_rule=SHOT_RULE, resume=resume, progress=bar)
+    return model, results["test"]
 
 
 def save_images(folder: Path) -> None:
@@ -128,16 +126,6 @@ def save_images(folder: Path) -> None:
         file = folder / str(label) / f"{number:03}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         save_image(image, file)
-
-
-def _trained_parameters(model: nn.Module, row: Row) -> int:
-    """Count the parameters that the row's phases train, including the head."""
-    if not isinstance(model, LongTailPromptAdapter):
-        return sum(p.numel() for p in model.parameters() if p.requires_grad)
-    trained = {"head.weight"}
-    trained |= {"shared.prompts"} if row.settings.shared.epochs else set()
-    trained |= {"pool.prompts", "pool.keys"} if row.settings.group.epochs else set()
-    return sum(model.get_parameter(name).numel() for name in trained)
 
 
 def _check_prompt_file(adapter: LongTailPromptAdapter, folder: Path, test_set: DigitsLT) -> int:

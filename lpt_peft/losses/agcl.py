@@ -160,6 +160,7 @@ class AGCLLoss(ClassCountsLoss):
         self.gamma_neg = gamma_neg
         self.label_smoothing = label_smoothing
         self.reduction: Reduction = reduction
+        self._update_buffers()
 
     if TYPE_CHECKING:  # nn.Module's own __call__ returns Any
 
@@ -176,6 +177,6 @@ class AGCLLoss(ClassCountsLoss):
             self.margin,
             self.noise_scale,
             self.label_smoothing,
-            self._delta_in(loss_dtype(logits)),
+            self._class_values_in(loss_dtype(logits)),
         )
         return reduce_rows(agcl_rows(logits, target, self._noise_or_default(noise), branches), self.reduction)

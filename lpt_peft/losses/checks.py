@@ -63,22 +63,48 @@ def checked_class_counts(class_counts: Sequence[int] | Mapping[int, int] | Tenso
     return integers
 
 
-def check_batch(logits: Tensor, target: Tensor, noise: Tensor | None, class_counts: Tensor) -> None:
+def checked_class_weights(class_weights: Tensor) -> Tensor:
+    """Class weights `(C,)` as a floating-point tensor. The values are checked where reading them costs nothing."""
+    if not isinstance(class_weights, Tensor) or class_weights.ndim != 1 or not class_weights.is_floating_point():
+        found = type(class_weights).__name__
+        if isinstance(class_weights, Tensor):
+            found = f"{class_weights.dtype} of shape {tuple(class_weights.shape)}"
+        raise InputError(
+            f"class_weights must be a floating-point tensor (C,), not {found}: use class_balanced_weights(counts)."
+        )
+    if can_read_values(class_weights) and not (valid := class_weights.isfinite() & (class_weights >= 0)).all():
+        index = int((~valid).nonzero()[0])
+        raise InputError(
+            f"class_weights[{index}]={class_weights[index].item():.4g} must be a finite number of at least 0: use "
+            "class_balanced_weights(counts)."
+        )
+    return class_weights.detach()
+
+
+def check_batch(
+    logits: Tensor,
+    target: Tensor,
+    noise: Tensor | None,
+    class_counts: Tensor | None,
+    class_weights: Tensor | None = None,
+) -> None:
     """Check logits (B, C), labels (B,) from 0 to C - 1 or probabilities (B, C), and noise (B, C) or None.
 
-    Values are checked where reading them costs nothing: on a CPU, outside torch.compile and torch.func.
+    Counts and weights, if given, must have C entries. Values are checked where reading them costs nothing: on a CPU,
+    outside torch.compile and torch.func.
     """
-    num_classes = len(class_counts)
     if not isinstance(logits, Tensor):
         raise InputError(f"logits must be a tensor (B, C), not {type(logits).__name__}: pass output.logits.")
     if logits.ndim != 2 or not logits.is_floating_point() or logits.shape[0] == 0:
         raise InputError(
             f"logits must be floating point (B, C) with B > 0, not {logits.dtype} of shape {tuple(logits.shape)}."
         )
-    if logits.shape[1] != num_classes:
-        raise InputError(
-            f"logits have {logits.shape[1]} columns, but class_counts has {num_classes} entries: pass one per column."
-        )
+    num_classes = logits.shape[1]
+    for name, values in (("class_counts", class_counts), ("class_weights", class_weights)):
+        if values is not None and len(values) != num_classes:
+            raise InputError(
+                f"logits have {num_classes} columns, but {name} has {len(values)} entries: pass one per column."
+            )
     for name, tensor in (("target", target), ("noise", noise)):
         if not isinstance(tensor, Tensor) and (name == "target" or tensor is not None):
             raise InputError(f"{name} must be a tensor, not {_type(tensor)}: {_as_tensor(name, tensor)}.")
@@ -86,10 +112,11 @@ def check_batch(logits: Tensor, target: Tensor, noise: Tensor | None, class_coun
             raise InputError(
                 f"{name} is on {tensor.device}, but logits are on {logits.device}: pass {name}.to(logits.device)."
             )
-    if class_counts.device != logits.device:
-        raise InputError(
-            f"The loss is on {class_counts.device}, but logits are on {logits.device}: use criterion.to(logits.device)."
-        )
+    for values in (class_counts, class_weights):
+        if values is not None and values.device != logits.device:
+            raise InputError(
+                f"The loss is on {values.device}, but logits are on {logits.device}: use criterion.to(logits.device)."
+            )
     if noise is not None and noise.shape != logits.shape:
         raise InputError(f"noise must have the shape of logits, {tuple(logits.shape)}, not {tuple(noise.shape)}.")
     if noise is not None and noise.requires_grad:
@@ -136,8 +163,8 @@ def _check_target(target: Tensor, rows: int, num_classes: int) -> None:
         out_of_range = (labels < 0) | (labels >= num_classes)
         if out_of_range.any():
             raise InputError(
-                f"target contains the label {labels[out_of_range][0].item()}, but class_counts has the classes 0 to "
-                f"{num_classes - 1}: drop rows with ignored labels, or pass counts for all classes."
+                f"target contains the label {labels[out_of_range][0].item()}, but the classes are 0 to "
+                f"{num_classes - 1}: drop rows with ignored labels, or give the head and the loss all classes."
             )
 
 
@@ -163,7 +190,19 @@ def check_settings(reduction: str = "mean", normalize: bool = True, **numbers: f
     if not isinstance(normalize, bool):
         raise ConfigError(f"normalize={normalize!r} must be True or False.")
     for name, value in numbers.items():
-        positive, high = name in ("scale", "epochs"), 1 if name == "label_smoothing" else math.inf
-        if not is_finite_number(value) or not 0 <= value <= high or (positive and value == 0):
-            rule = "greater than 0" if positive else "from 0 to 1" if high == 1 else "of at least 0"
-            raise ConfigError(f"{name}={value!r} must be a finite number {rule}.")
+        if not is_finite_number(value) or not _in_range(name, value):
+            raise ConfigError(f"{name}={value!r} must be a finite number {_RULES.get(name, 'of at least 0')}.")
+
+
+_RULES = {
+    "scale": "greater than 0",
+    "epochs": "greater than 0",
+    "label_smoothing": "from 0 to 1",
+    "beta": "of at least 0 and below 1",
+}
+
+
+def _in_range(name: str, value: float) -> bool:
+    if name in ("scale", "epochs"):
+        return value > 0
+    return 0 <= value <= (1 if name == "label_smoothing" else math.inf) and not (name == "beta" and value >= 1)

@@ -1,4 +1,4 @@
-"""Logit-adjusted cross-entropy: `logit_adjusted_loss` and `LogitAdjustedLoss`."""
+"""Logit-adjusted cross-entropy (`logit_adjusted_loss`, `LogitAdjustedLoss`) and adjustment after training."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lpt_peft.errors import InputError
 from lpt_peft.losses.agcl_definition import LOGIT_LIMIT, is_distribution
 from lpt_peft.losses.base import ClassCountsLoss, compute_delta
 from lpt_peft.losses.checks import Reduction, check_batch, check_settings, checked_class_counts, loss_dtype, reduce_rows
@@ -34,8 +35,8 @@ def logit_adjusted_loss(
 
     Without adjustment, the logits learn the class frequencies of the training images. With `tau = 1`, the adjustment
     accounts for them, so that the logits are those of a classifier for balanced classes. The logits of any classifier
-    can be used. To adjust the predictions of a model that was trained with cross-entropy instead, subtract
-    `tau * log pi` from its logits.
+    can be used. To adjust the predictions of a model that was trained with cross-entropy instead, use `adjust_logits`.
+    For batches of `DualSampler`, `pi` is the mean of the class shares and `1 / C`: pass `dual_sampling_counts`.
 
     The loss is computed in float32 or float64, also under autocast. It is linear in `target`. Logits are clamped to
     +-1e18; NaN logits give NaN without an error.
@@ -101,10 +102,11 @@ class LogitAdjustedLoss(ClassCountsLoss):
         label_smoothing: float = 0.0,
         reduction: Reduction = "mean",
     ) -> None:
-        super().__init__(class_counts, normalize=False)
+        super().__init__(class_counts)
         self.tau = tau
         self.label_smoothing = label_smoothing
         self.reduction: Reduction = reduction
+        self._update_buffers()
 
     if TYPE_CHECKING:  # nn.Module's own __call__ returns Any
 
@@ -114,8 +116,44 @@ class LogitAdjustedLoss(ClassCountsLoss):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the loss of `logits (B, C)` for `target`; see `logit_adjusted_loss`."""
         check_batch(logits, target, None, self.class_counts)
-        offset = self.tau * self._delta_in(loss_dtype(logits))
+        offset = self.tau * self._class_values_in(loss_dtype(logits))
         return reduce_rows(_rows(logits, target, offset, self.label_smoothing), self.reduction)
+
+
+def adjust_logits(
+    logits: Tensor, class_counts: Sequence[int] | Mapping[int, int] | Tensor, *, tau: float = 1.0
+) -> Tensor:
+    """Subtract `tau * log(pi_j / pi_max)` from logits: post-hoc logit adjustment, Menon et al., arXiv 2007.07314.
+
+    It is for models trained with cross-entropy, whose logits include the class frequencies of the training images. A
+    loss that accounts for them, such as `logit_adjusted_loss` or A-GCL, needs no adjustment.
+
+    Args:
+        logits: `(..., C)`, any floating dtype.
+        class_counts: `(C,)` integers of at least 1: training images of each class; or a mapping from label to count.
+        tau: Strength of the adjustment, at least 0.
+
+    Returns:
+        Adjusted logits `(..., C)`: float64 where `logits` are, else float32. Those of the most frequent class are
+        unchanged; softmax does not depend on the common offset.
+
+    Raises:
+        InputError: Counts or shapes do not follow the rules above.
+        ConfigError: `tau` is out of its range.
+
+    Example:
+        >>> adjust_logits(torch.tensor([[1.0, 0.0]]), class_counts=[90, 10])
+        tensor([[1.0000, 2.1972]])
+    """
+    check_settings(tau=tau)
+    counts = checked_class_counts(class_counts)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.shape[-1:] != counts.shape:
+        found = (
+            f"{logits.dtype} of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        )
+        raise InputError(f"logits must be floating point (..., {len(counts)}), a column per class count, not {found}.")
+    dtype = loss_dtype(logits)
+    return logits.to(dtype) + tau * compute_delta(counts.to(logits.device), dtype, normalize=False)
 
 
 def _rows(logits: Tensor, target: Tensor, offset: Tensor, label_smoothing: float) -> Tensor:

@@ -143,7 +143,7 @@ class LPTLoss(ClassCountsLoss):
         super()._update_buffers()
         if "_beta" in self._buffers:
             with torch.inference_mode(False):  # an inference tensor could not be updated outside
-                self._beta = self._delta.new_tensor(self.instance_weight(self._epoch))
+                self._beta = self._class_values.new_tensor(self.instance_weight(self._epoch))
 
     if TYPE_CHECKING:  # nn.Module's own __call__ returns Any
 
@@ -215,7 +215,7 @@ class LPTLoss(ClassCountsLoss):
             self.margin,
             self.noise_scale,
             self.label_smoothing,
-            self._delta_in(loss_dtype(logits)),
+            self._class_values_in(loss_dtype(logits)),
         )
         losses = agcl_rows(logits, target, self._noise_or_default(noise), branches)
         agcl = losses.view(2, -1).mean(1)

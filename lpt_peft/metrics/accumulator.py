@@ -14,8 +14,8 @@ from lpt_peft.metrics.checks import Counts, as_integers, first_true
 from lpt_peft.metrics.result import Average, ShotResult, check_average, shot_metrics
 from lpt_peft.metrics.shot_rules import SHOT_RULES, ShotRule
 
-_BINS = 15
-_UNIT = 2**32  # confidences are summed as integers in units of 2^-32, so that the sum does not depend on the order
+BINS = 15
+UNIT = 2**32  # confidences are summed as integers in units of 2^-32, so that the sum does not depend on the order
 
 
 class ShotMetrics:
@@ -81,7 +81,7 @@ class ShotMetrics:
     def reset(self) -> None:
         """Reset all counters."""
         # Concatenated: correct (C), total (C), and images, correct images and summed confidences per bin.
-        self._counters = torch.zeros(2 * len(self.class_counts) + 3 * _BINS, dtype=torch.int64, device="cpu")
+        self._counters = torch.zeros(2 * len(self.class_counts) + 3 * BINS, dtype=torch.int64, device="cpu")
         self._synced = False
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -106,7 +106,7 @@ class ShotMetrics:
         truth = as_integers("target", target, size)
         confidence = None
         if isinstance(logits, Tensor) and logits.is_floating_point():
-            predicted, confidence = _predict(logits, size)
+            predicted, confidence = predict_labels(logits, size)
         else:
             predicted = as_integers("logits", logits, size)
         if len(predicted) != len(truth):
@@ -133,7 +133,7 @@ class ShotMetrics:
                 "undefined: check the model for overflow (float16?), or pass finite rows only."
             )
         hit = predicted == truth
-        bins = 0 if confidence is None else _calibration_counters(confidence, hit)
+        bins = 0 if confidence is None else calibration_counters(confidence, hit)
         self._counters[:size] += torch.bincount(truth[hit], minlength=size)
         self._counters[size : 2 * size] += torch.bincount(truth, minlength=size)
         self._counters[2 * size :] += bins
@@ -148,10 +148,10 @@ class ShotMetrics:
         size = len(self.class_counts)
         correct, total, bins = self._counters[:size], self._counters[size : 2 * size], self._counters[2 * size :]
         result = shot_metrics(correct, total, self.class_counts, self.rule, self.average)
-        images, hits, confidence = bins.view(3, _BINS)
+        images, hits, confidence = bins.view(3, BINS)
         if result.num_images == 0 or images.sum() < result.num_images:
             return result
-        gaps = (hits - confidence.double() / _UNIT).abs()
+        gaps = (hits - confidence.double() / UNIT).abs()
         return replace(result, expected_calibration_error=float(gaps.sum() / result.num_images))
 
     def merge(self, other: ShotMetrics) -> ShotMetrics:
@@ -223,8 +223,16 @@ def _on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _predict(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Predicted labels (B,) int64 and confidences (B,) on the device; NaN where the softmax is undefined."""
+def predict_labels(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return predicted labels (B,) int64 and confidences (B,) on the device; NaN where the softmax is undefined.
+
+    Args:
+        logits: (B, `size`), floating point.
+        size: Number of classes.
+
+    Raises:
+        InputError: The shape is wrong.
+    """
     if logits.ndim != 2 or logits.shape[1] != size:
         raise InputError(
             f"logits must be (B, {size}), with a column per entry of class_counts, not {tuple(logits.shape)}: "
@@ -234,11 +242,11 @@ def _predict(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return logits.argmax(dim=1), probabilities.amax(dim=1)
 
 
-def _calibration_counters(confidence: Tensor, hit: Tensor) -> Tensor:
-    """Images, correct images and summed confidence in `_UNIT` of every bin (a, b]: (3 * _BINS,) int64."""
+def calibration_counters(confidence: Tensor, hit: Tensor) -> Tensor:
+    """Images, correct images and summed confidence in `UNIT` of every bin (a, b]: (3 * BINS,) int64."""
     # Edges in the dtype of the confidences, so that 1/3 equals 5/15 and the bins are closed above exactly.
-    edges = torch.arange(1, _BINS + 1, dtype=confidence.dtype, device="cpu") / _BINS
+    edges = torch.arange(1, BINS + 1, dtype=confidence.dtype, device="cpu") / BINS
     index = torch.bucketize(confidence.clamp(max=1), edges)
-    images, hits = torch.bincount(index, minlength=_BINS), torch.bincount(index[hit], minlength=_BINS)
-    units = (confidence.double() * _UNIT).round().long()
+    images, hits = torch.bincount(index, minlength=BINS), torch.bincount(index[hit], minlength=BINS)
+    units = (confidence.double() * UNIT).round().long()
     return torch.cat([images, hits, torch.zeros_like(images).index_add_(0, index, units)])

@@ -10,7 +10,7 @@ samplers and metrics do not depend on this package. It needs the extra `lpt_peft
     loading/                  batches, worker processes, validation split
     resume/                   checkpoints, folders, Ctrl-C
     summary.py, progress.py   output on stderr
-    evaluate.py, checks.py, parallel.py
+    evaluate.py, predictions.py, checks.py, parallel.py
 
 Public names are imported on first use, so reading settings imports neither torch nor Accelerate.
 """
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lpt_peft.recipe.learning_rate.curve import LearningRateCurve
     from lpt_peft.recipe.learning_rate.find import find_learning_rate
     from lpt_peft.recipe.learning_rate.plot import draw_learning_rates
+    from lpt_peft.recipe.predictions import PredictionRecorder, Predictions, read_predictions, write_predictions
     from lpt_peft.recipe.presets import PRESETS, preset
     from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
     from lpt_peft.recipe.train import make_accelerator, run_phase, train
@@ -34,6 +35,8 @@ __all__ = [
     "PRESETS",
     "LearningRateCurve",
     "PhaseSettings",
+    "PredictionRecorder",
+    "Predictions",
     "Splits",
     "TrainSettings",
     "draw_learning_rates",
@@ -43,9 +46,11 @@ __all__ = [
     "make_accelerator",
     "predict",
     "preset",
+    "read_predictions",
     "run_phase",
     "train",
     "warmup_cosine",
+    "write_predictions",
 ]
 
 import_on_first_use(  # the imports above at run time; a test compares the two
@@ -56,6 +61,7 @@ import_on_first_use(  # the imports above at run time; a test compares the two
         "learning_rate.curve": ["LearningRateCurve"],
         "learning_rate.find": ["find_learning_rate"],
         "learning_rate.plot": ["draw_learning_rates"],
+        "predictions": ["PredictionRecorder", "Predictions", "read_predictions", "write_predictions"],
         "presets": ["PRESETS", "preset"],
         "train": ["make_accelerator", "run_phase", "train"],
         "training.schedule": ["warmup_cosine"],

@@ -22,6 +22,7 @@ from lpt_peft.recipe.loading.readable import first_readable, without_replacement
 from lpt_peft.recipe.parallel import broadcast_module, check_accelerator, check_precision
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.samplers.checks import checked_labels
+from lpt_peft.vit_classifier import ViTClassifier
 
 _TRANSFORMS = "lpt_peft.data.transforms builds them from the ViT's own data configuration"
 
@@ -63,10 +64,10 @@ def prepare(
         custom_criterion=criterion is not None,
     )
     if settings.backbone_dtype != "float32":
-        if not isinstance(model, LongTailPromptAdapter):
+        if not isinstance(model, (LongTailPromptAdapter, ViTClassifier)):
             raise ConfigError(
-                f"backbone_dtype={settings.backbone_dtype!r} casts the frozen ViT of an adapter, and a "
-                f'{type(model).__name__} has none: use "float32", and cast the model yourself.'
+                f"backbone_dtype={settings.backbone_dtype!r} casts the frozen ViT of an adapter or a linear probe, "
+                f'and a {type(model).__name__} has none: use "float32", and cast the model yourself.'
             )
         model.cast_backbone(getattr(torch, settings.backbone_dtype))
     model.to(accelerator.device)
@@ -99,7 +100,7 @@ def check_data(
 
     Raises:
         InputError: Labels are invalid or do not match the dataset in number; a label is outside the head's classes; a
-            class has no image, which every named loss except cross-entropy needs; all images have the same class.
+            class has no image, which every loss that depends on class counts needs; all images have the same class.
         ConfigError: The batch cannot be divided evenly.
     """
     size = len(dataset)  # type: ignore[arg-type]
@@ -123,12 +124,12 @@ def check_data(
             f"All {size} images have class {rows[0]}, so there is nothing to classify. Give images of at least two "
             "classes."
         )
-    if not (counts.all() or custom_criterion or settings.loss == "cross_entropy"):
+    if not (counts.all() or custom_criterion or _accepts_empty_classes(settings)):
         empty = np.flatnonzero(counts == 0)
         raise InputError(
             f"{len(empty)} of {num_classes} classes have no image among the labels; the first is class {empty[0]}. "
             f'loss="{settings.loss}" needs images of every class: number the classes without gaps, and wrap(vit, '
-            f'num_classes={np.count_nonzero(counts)}); or use loss="cross_entropy".'
+            f'num_classes={np.count_nonzero(counts)}); or use loss="cross_entropy" or "focal" without reweight_from.'
         )
     unit = 2 * num_processes * settings.accumulate
     if settings.batch_size % unit:
@@ -138,6 +139,11 @@ def check_data(
         )
     plain: list[int] = rows.tolist()
     return plain
+
+
+def _accepts_empty_classes(settings: TrainSettings) -> bool:
+    """Whether the loss does not depend on class counts."""
+    return settings.loss in ("cross_entropy", "focal") and settings.reweight_from is None
 
 
 def check_evaluation_split(model: nn.Module, dataset: Dataset[Any], name: str, accelerator: Accelerator) -> None:

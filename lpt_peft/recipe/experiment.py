@@ -1,8 +1,10 @@
 """fit: train, save and evaluate into an output folder.
 
     checkpoints/   to resume an interrupted run; can be removed afterwards
-    prompts/       the prompt file
+    prompts/       the prompt file; or, for methods without prompts,
+    model/         the model file
     history.json   a record per epoch
+    predictions.safetensors  predictions of the validation and test splits
     results.json   shot metrics of the validation and test splits
     left_out.json  files that were left out or cannot be read, if any
 
@@ -20,23 +22,24 @@ from accelerate import Accelerator
 from torch.utils.data import Dataset
 
 from lpt_peft._files import write_atomic
-from lpt_peft.adapter import LongTailPromptAdapter
-from lpt_peft.checkpoint.files import foreign_config, is_own_config, read_copy
+from lpt_peft.checkpoint.files import read_copy, refuse_foreign_config
 from lpt_peft.data.images import LabelledImages
-from lpt_peft.errors import ConfigError, PromptFileExistsError, StateError
+from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.metrics.result import SHOTS
 from lpt_peft.recipe.checks import check_evaluation_split
 from lpt_peft.recipe.evaluate import evaluate
 from lpt_peft.recipe.left_out import left_out_files
+from lpt_peft.recipe.methods import Model, method_of
 from lpt_peft.recipe.parallel import gather_numbers, on_main_process
+from lpt_peft.recipe.predictions import PREDICTIONS, PredictionRecorder, Predictions, write_predictions
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.resume.folders import check_folder, write_errors
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.summary import describe_split
 from lpt_peft.recipe.train import make_accelerator, train
 
-CHECKPOINTS, PROMPTS, HISTORY, RESULTS = "checkpoints", "prompts", "history.json", "results.json"
+CHECKPOINTS, HISTORY, RESULTS = "checkpoints", "history.json", "results.json"
 LEFT_OUT = "left_out.json"
 
 
@@ -49,7 +52,7 @@ class Splits(NamedTuple):
 
 
 def fit(
-    adapter: LongTailPromptAdapter,
+    model: Model,
     splits: Splits,
     settings: TrainSettings,
     output: Path,
@@ -60,10 +63,10 @@ def fit(
     resume: bool = True,
     progress: bool | str = True,
 ) -> dict[str, ShotResult]:
-    """Train, write the prompt file and evaluate; the test split is used once, after all choices are made.
+    """Train, write the prompt file or model file, and evaluate; the test split is used once, after all choices.
 
     Args:
-        adapter: A wrapped ViT.
+        model: A wrapped ViT, as in `train`.
         splits: Images with labels. The validation split only selects epochs; it is never trained on.
         settings: Training settings.
         output: Output folder; created if missing.
@@ -78,16 +81,17 @@ def fit(
         Results by split, "validation" and "test", if given.
 
     Raises:
-        LPTError: As `train`, and as `adapter.save_pretrained`.
+        LPTError: As `train`, and as `save_pretrained` of the model.
         KeyboardInterrupt: Ctrl-C was pressed; the run was saved, and the same call resumes it.
     """
+    method = method_of(model, settings)
     accelerator = accelerator or make_accelerator(settings)
     metrics = ShotMetrics.from_rule(shot_rule, splits.train.class_counts)
     reading = splits.train.reading
 
     def save(figures: Mapping[str, Mapping[str, float | None]], *, trial: bool = False) -> None:
-        adapter.save_pretrained(
-            output / PROMPTS,
+        model.save_pretrained(
+            output / method.folder,
             is_main_process=not trial,  # a trial raises the same errors and writes nothing
             class_counts=splits.train.class_counts,
             label_names=splits.train.class_names,
@@ -101,7 +105,8 @@ def fit(
 
     def check() -> None:
         check_folder(output)
-        _check_prompts_folder(output / PROMPTS)
+        folder = output / method.folder
+        refuse_foreign_config(folder, read_copy(folder), method.format)
         save(dict.fromkeys(("validation", "test"), dict.fromkeys(SHOTS, 1 / 3)), trial=True)
 
     on_main_process(accelerator, check)
@@ -112,14 +117,15 @@ def fit(
                 "give all transforms the same exif and background."
             )
     if splits.test is not None:
-        check_evaluation_split(adapter.to(accelerator.device), splits.test, "test", accelerator)
+        check_evaluation_split(model.to(accelerator.device), splits.test, "test", accelerator)
     reporter = Reporter(progress, accelerator.is_main_process)
     if splits.test is not None:
-        reporter.note(f"Test: {describe_split(splits.test, adapter.prompt_config.num_classes)}")
+        reporter.note(f"Test: {describe_split(splits.test, model.num_classes)}")
     results = {}
+    predictions: dict[str, Predictions] = {}
     with reporter.unreadable_images(**splits._asdict()):
         history = train(
-            adapter,
+            model,
             splits.train,
             splits.train.labels,
             settings,
@@ -137,10 +143,18 @@ def fit(
         )
         for name, split in (("validation", splits.validation), ("test", splits.test)):
             if split is not None:
-                workers = settings.num_workers
+                recorder = PredictionRecorder()
                 results[name] = evaluate(
-                    adapter, split, metrics, num_workers=workers, distributed=True, accelerator=accelerator
+                    model,
+                    split,
+                    metrics,
+                    num_workers=settings.num_workers,
+                    distributed=True,
+                    accelerator=accelerator,
+                    recorder=recorder,
                 )
+                assert recorder.result is not None  # noqa: S101 - narrows the type
+                predictions[name] = recorder.result
         for split in splits:
             if isinstance(split, LabelledImages):
                 split.unreadable_images.add(gather_numbers(accelerator, split.unreadable_images.positions()))
@@ -149,6 +163,7 @@ def fit(
         figures = {name: {shot: getattr(result, shot) for shot in SHOTS} for name, result in results.items()}
         with write_errors(output, "Training is complete and saved: fix the cause and run the same command again."):
             save(figures)
+            write_predictions(output / PREDICTIONS, predictions)
         write_json(output / HISTORY, history)
         write_json(output / RESULTS, {name: result.to_dict() for name, result in results.items()})
         if left_out := left_out_files(splits._asdict()):
@@ -159,12 +174,6 @@ def fit(
 
     on_main_process(accelerator, write)
     return results
-
-
-def _check_prompts_folder(folder: Path) -> None:
-    existing = read_copy(folder)
-    if existing is not None and not is_own_config(existing):
-        raise PromptFileExistsError(foreign_config(str(folder)))
 
 
 def write_json(path: Path, content: Any) -> None:

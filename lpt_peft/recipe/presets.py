@@ -33,7 +33,14 @@ class Preset:
 _PHASE = PhaseSettings(epochs=40, learning_rate=0.02, weight_decay=0.01, momentum=0.9)
 _PAPER = Preset(
     settings=TrainSettings(
-        shared=_PHASE, group=_PHASE, samples_per_class=4, eta=0.5, init_keys="random", init_groups="random"
+        shared=_PHASE,
+        group=_PHASE,
+        samples_per_class=4,
+        eta=0.5,
+        init_prompts="random",
+        init_head="random",
+        init_keys="random",
+        init_groups="random",
     ),
     shot_rule="lpt",
     source=(

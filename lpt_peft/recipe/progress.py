@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as terminal_bar
 
 from lpt_peft.data.images import LabelledImages
 
+T = TypeVar("T")
 _INTERVAL = 300.0  # seconds between lines within an epoch
 
 
@@ -63,6 +64,24 @@ class Reporter:
                 effects = () if name == "train" else ("they are left out of the counts",)
                 if report := split.skipped_report(*effects):
                     self.warn(f"{name}: {report}")
+
+    def track(self, batches: Iterable[T], name: str, total: int) -> Iterator[T]:
+        """Yield the batches of a pass without training steps; show a bar on a terminal, or a line every five minutes.
+
+        Args:
+            batches: Of the pass.
+            name: Of the pass.
+            total: Number of batches.
+        """
+        show_bar = self._visible and has_bar()
+        printed = time.monotonic()
+        with tqdm(total=total, desc=f"{self._label}{name}", unit="batch", leave=False, disable=not show_bar) as bar:
+            for done, batch in enumerate(batches):
+                if self._visible and not show_bar and time.monotonic() - printed >= _INTERVAL:
+                    printed = time.monotonic()
+                    self.note(f"{self._label}{name}: batch {done}/{total}")
+                yield batch
+                bar.update()
 
     def phase(self, name: str, *, steps: int, steps_per_epoch: int, start: int, images: int, later: int) -> Progress:
         """Start reporting a phase.

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from lpt_peft.recipe.settings_checks import check_phase, check_train, known
+from lpt_peft.recipe.method_settings import MethodName
+from lpt_peft.recipe.settings_checks import Loss, check_phase, check_train, known
 
 RESUME_IGNORED_FIELDS = frozenset({"num_workers", "save_every", "keep_checkpoints"})
 """Settings that may change when a run is resumed, because they do not affect its result."""
@@ -29,6 +30,10 @@ class PhaseSettings:
     """For 256 images in each half of a batch; the run uses `learning_rate * (batch_size / 2) / 256`."""
     head_learning_rate: float | None = None
     """Learning rate of the head, with the same scaling and schedule; None: `learning_rate`."""
+    pool_learning_rate: float | None = None
+    """Learning rate of the group prompts; None: `learning_rate`. A group's gradient is a mean over all images of a
+    batch, most of which select other groups: with SGD, groups train about `pool_size` times slower than a shared
+    prompt."""
     weight_decay: float = 0.01
     """L2 in SGD, decoupled in AdamW. Prompts enter only through a norm, so for them it controls the effective learning
     rate."""
@@ -45,6 +50,9 @@ class PhaseSettings:
 class TrainSettings:
     """Settings of a run: phase "shared", then phase "group", or both at once."""
 
+    method: MethodName = "lpt"
+    """What is trained: prompts in two phases; as baselines with a single phase and the settings of `shared`, the shared
+    prompt in all blocks, prompt tokens before the first block, the head alone, or all weights of the ViT."""
     shared: PhaseSettings = field(default_factory=PhaseSettings)
     group: PhaseSettings = field(default_factory=PhaseSettings)
     phases: Literal["decoupled", "joint"] = "decoupled"
@@ -57,8 +65,12 @@ class TrainSettings:
     """Instance-balanced and class-balanced halves, or instance-balanced images only."""
     samples_per_class: int = 4
     """Images that the class-balanced half draws from a class at a time."""
-    loss: Literal["lpt", "agcl", "cross_entropy"] = "lpt"
-    """A-GCL weighted per half; or A-GCL or cross-entropy on all images. Each includes the match term."""
+    loss: Loss = "lpt"
+    """A-GCL weighted per half; or a loss on all images of a step. Each includes the match term."""
+    tau: float = 1.0
+    """Strength of the adjustment in loss "logit_adjusted"."""
+    reweight_from: int | None = None
+    """Epoch of each phase, from 0, at which class-balanced weights begin; for agcl, cross_entropy, focal and ldam."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW, which needs lower learning rates; both scale them with the batch size."""
     weight_noise: float = 0.0
@@ -66,10 +78,16 @@ class TrainSettings:
     root mean square (GNM-PT, NeurIPS 2024); 0: no noise."""
     eta: float = 0.5
     """Initial weight of the instance-balanced half in loss "lpt"; falls linearly to 0."""
+    init_prompts: Literal["random", "tokens"] = "random"
+    """Initial shared prompt: that of the adapter, or tokens of training images in the plain ViT (SPT, ICML 2024)."""
+    init_head: Literal["random", "class_mean"] = "random"
+    """Initial head of the first phase: that of the adapter, or class means of its features (LIFT, ICML 2024)."""
     init_keys: Literal["kmeans", "random"] = "kmeans"
     """Initial keys of phase "group": k-means centers of the training queries, or random."""
-    init_groups: Literal["shared", "random"] = "shared"
-    """Initial group prompts: copies of the trained shared prompt, or random as in the paper."""
+    init_groups: Literal["shared", "random", "tokens"] = "shared"
+    """Initial group prompts: the trained shared prompt, random, or tokens of the images nearest to each key."""
+    query_regularizer: float = 0.0
+    """Weight of the regularizer of OS-Prompt++ in phase "group", for query "block_k"; its paper uses 1e-4; 0: off."""
     decay: Literal["all", "selected"] = "all"
     """Weight decay on all groups, or only on the groups that a step selects."""
     clip_norm: float | None = None
@@ -107,8 +125,10 @@ class TrainSettings:
 
     @property
     def plan(self) -> dict[str, PhaseSettings]:
-        """Phases to train, by name, in order."""
+        """Phases to train, by name, in order; those of other methods than "lpt" are called "shared" as well."""
         phases = {"shared": self.shared, "group": self.group} if self.phases == "decoupled" else {"joint": self.group}
+        if self.method != "lpt":
+            phases = {"shared": self.shared}  # the name is part of the seeds: all methods see the same crops
         return {name: phase for name, phase in phases.items() if phase.epochs}
 
     def to_dict(self) -> dict[str, Any]:

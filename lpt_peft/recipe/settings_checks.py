@@ -10,9 +10,20 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from lpt_peft.errors import ConfigError
+from lpt_peft.recipe.method_settings import check_method
 
 if TYPE_CHECKING:
     from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
+
+Loss = Literal["lpt", "agcl", "cross_entropy", "logit_adjusted", "balanced_softmax", "focal", "class_balanced", "ldam"]
+
+_NOT_REWEIGHTED = {
+    "lpt": "already trains on class-balanced images in the last epochs",
+    "logit_adjusted": "already corrects for class frequencies",
+    "balanced_softmax": "already corrects for class frequencies",
+    "class_balanced": "has these weights from the start",
+}
+"""Losses that deferred reweighting would correct for class frequencies twice, with the reason."""
 
 _BACKBONE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -44,6 +55,10 @@ def check_phase(phase: PhaseSettings) -> None:
                 phase.head_learning_rate is None or 0 < phase.head_learning_rate < float("inf"),
                 "None, or above 0 and finite",
             ),
+            "pool_learning_rate": (
+                phase.pool_learning_rate is None or 0 < phase.pool_learning_rate < float("inf"),
+                "None, or above 0 and finite",
+            ),
             "weight_decay": (0 <= phase.weight_decay < float("inf"), "at least 0 and finite"),
             "momentum": (0 <= phase.momentum < 1, "at least 0 and below 1"),
             "warmup": (0 <= phase.warmup <= 1, "a fraction from 0 to 1"),
@@ -69,12 +84,20 @@ def check_train(settings: TrainSettings) -> None:
             "accumulate": (settings.accumulate >= 1, positive),
             "sampling": (settings.sampling in ("dual", "instance"), '"dual" or "instance"'),
             "samples_per_class": (settings.samples_per_class >= 1, positive),
-            "loss": (settings.loss in ("lpt", "agcl", "cross_entropy"), '"lpt", "agcl" or "cross_entropy"'),
             "optimizer": (settings.optimizer in ("sgd", "adamw"), '"sgd" or "adamw"'),
             "weight_noise": (0 <= settings.weight_noise < float("inf"), "at least 0 and finite"),
+            "loss": (settings.loss in get_args(Loss), " or ".join(f'"{name}"' for name in get_args(Loss))),
+            "tau": (0 <= settings.tau < float("inf"), "at least 0 and finite"),
+            "reweight_from": (settings.reweight_from is None or settings.reweight_from >= 0, "None or at least 0"),
             "eta": (settings.eta >= 0, "at least 0"),
             "init_keys": (settings.init_keys in ("kmeans", "random"), '"kmeans" or "random"'),
-            "init_groups": (settings.init_groups in ("shared", "random"), '"shared" or "random"'),
+            "init_prompts": (settings.init_prompts in ("random", "tokens"), '"random" or "tokens"'),
+            "init_head": (settings.init_head in ("random", "class_mean"), '"random" or "class_mean"'),
+            "init_groups": (
+                settings.init_groups in ("shared", "random", "tokens"),
+                '"shared", "random" or "tokens"',
+            ),
+            "query_regularizer": (0 <= settings.query_regularizer < float("inf"), "at least 0 and finite"),
             "decay": (settings.decay in ("all", "selected"), '"all" or "selected"'),
             "clip_norm": (settings.clip_norm is None or settings.clip_norm > 0, "None or above 0"),
             "mixed_precision": (
@@ -92,8 +115,26 @@ def check_train(settings: TrainSettings) -> None:
             "seed": (0 <= settings.seed < 2**63, "from 0 to 2**63 - 1"),
         },
     )
+    check_method(settings)
     if settings.loss == "lpt" and settings.sampling != "dual":
         raise ConfigError('loss="lpt" weights the two halves of a dual batch, so it needs sampling="dual".')
+    if settings.tau != 1 and settings.loss != "logit_adjusted":
+        raise ConfigError(f'tau={settings.tau:g} needs loss="logit_adjusted"; loss="{settings.loss}" does not use it.')
+    if settings.reweight_from is not None:
+        _check_reweighting(settings, settings.reweight_from)
+
+
+def _check_reweighting(settings: TrainSettings, start: int) -> None:
+    if reason := _NOT_REWEIGHTED.get(settings.loss):
+        raise ConfigError(
+            f'reweight_from={start} cannot be used with loss="{settings.loss}", which {reason}: leave it out, or use '
+            'loss="cross_entropy", "focal", "ldam" or "agcl".'
+        )
+    if start >= (longest := max((phase.epochs for phase in settings.plan.values()), default=0)):
+        raise ConfigError(
+            f"reweight_from={start} is never reached: epochs are counted from 0 in each phase, and the longest has "
+            f"{longest}."
+        )
 
 
 def known(kind: type, values: Any) -> Mapping[str, Any]:

@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 from lpt_peft._text import number
 from lpt_peft.recipe.loading.batches import steps_per_epoch
 from lpt_peft.recipe.loading.loader import resolve_workers
+from lpt_peft.recipe.method_settings import MODEL_METHODS, unused_settings
 from lpt_peft.recipe.settings import TrainSettings
-from lpt_peft.recipe.training.phase_init import MAX_QUERIES
+from lpt_peft.recipe.training.image_passes import MAX_QUERIES
 from lpt_peft.recipe.training.schedule import warmup_steps
 
 
@@ -25,6 +26,7 @@ def run_summary(
     accelerator: Accelerator,
     *,
     num_classes: int,
+    query: str = "final",
     validation: Dataset[Any] | None = None,
     criterion: Any = None,
 ) -> str:
@@ -36,6 +38,7 @@ def run_summary(
         settings: Training settings.
         accelerator: Device, precision, processes.
         num_classes: Of the head.
+        query: How groups are selected, see `PromptConfig.query`.
         validation: Validation images.
         criterion: The caller's criterion, if any.
     """
@@ -50,6 +53,11 @@ def run_summary(
         f"Phases: {phases}; {number(steps, 'step')} per epoch, {number(total, 'step')} of {settings.batch_size} images "
         f"({_sampling(settings)})"
     )
+    if settings.plan:
+        lines.append(f"Starts: {_starts(settings)}")
+    if set(settings.plan) - {"shared"}:
+        passes = "a second pass" if query == "final" else "a single pass"
+        lines.append(f"Groups: selected by query {query}, in {passes}")
     lines.append(_device(dataset, settings, accelerator))
     return "\n".join([*lines, *(f"note: {note}" for note in _notes(labels, settings, steps, criterion))])
 
@@ -89,6 +97,25 @@ def _sampling(settings: TrainSettings) -> str:
     return "instance-balanced"
 
 
+def _starts(settings: TrainSettings) -> str:
+    """The initial values of everything that is trained."""
+    starts = {
+        "head": {"random": "as given", "class_mean": "class means of the features"}[settings.init_head],
+        "shared prompt": {"random": "as given", "tokens": "tokens of training images"}[settings.init_prompts],
+        "keys": {"kmeans": "k-means centers of the queries", "random": "as given"}[settings.init_keys],
+        "groups": {
+            "shared": "copies of the shared prompt",
+            "random": "as given",
+            "tokens": "tokens of the images nearest to their keys",
+        }[settings.init_groups],
+    }
+    if set(settings.plan) == {"group"} or settings.method in MODEL_METHODS:
+        del starts["shared prompt"]
+    if set(settings.plan) == {"shared"}:
+        del starts["keys"], starts["groups"]
+    return "; ".join(f"{name} {start}" for name, start in starts.items())
+
+
 def _device(dataset: Dataset[Any], settings: TrainSettings, accelerator: Accelerator) -> str:
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -104,6 +131,9 @@ def _device(dataset: Dataset[Any], settings: TrainSettings, accelerator: Acceler
     )
 
 
+_FREQUENCY_LOSSES = ("logit_adjusted", "balanced_softmax", "class_balanced")
+
+
 def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion: Any) -> Iterator[str]:
     """Everything that the settings do not do literally."""
     if settings.half_batch > len(labels):
@@ -114,7 +144,21 @@ def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion
     for name, phase in settings.plan.items():
         if phase.warmup and not warmup_steps(phase, phase.epochs * steps):
             yield f"phase {name} has no warm-up: {100 * phase.warmup:g} % of its steps is less than a step"
+    if unused := list(unused_settings(settings)):
+        yield f"method {settings.method} trains with the settings of shared and does not use {', '.join(unused)}"
     if criterion is not None:
         yield f'the given criterion replaces loss="{settings.loss}"'
-    if settings.init_keys == "kmeans" and len(labels) > MAX_QUERIES and set(settings.plan) - {"shared"}:
-        yield f"k-means of the keys uses at most {MAX_QUERIES} evenly spaced images"
+    elif settings.sampling == "dual" and (settings.loss in _FREQUENCY_LOSSES or settings.reweight_from is not None):
+        yield (
+            "the correction for class frequencies is for those of a dual batch (half of it class-balanced), not those "
+            "of the training images"
+        )
+    start = settings.reweight_from
+    if criterion is None and start is not None:
+        for name in (name for name, phase in settings.plan.items() if phase.epochs <= start):
+            yield f"phase {name} ends before epoch {start}, from which class weights apply"
+    if settings.init_prompts == "tokens" and set(settings.plan) == {"group"}:
+        yield 'init_prompts="tokens" has no effect, because no phase trains the shared prompt'
+    queries = settings.init_keys == "kmeans" or settings.init_groups == "tokens"
+    if queries and len(labels) > MAX_QUERIES and set(settings.plan) - {"shared"}:
+        yield f"keys and groups start from the queries of at most {MAX_QUERIES} evenly spaced images"

@@ -1,4 +1,4 @@
-"""Complete runs on Accelerate: all phases of LPT, or a single phase of any model.
+"""Complete runs on Accelerate: all phases of a method, or a single phase of any model.
 
 Runs on a CPU, a GPU or several processes, from the start or from a checkpoint. Random numbers depend on seed, phase and
 step, and the caller's generators are restored. Not here: the loop (`training/loop.py`), and output folders
@@ -22,6 +22,7 @@ from lpt_peft.errors import ConfigError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.recipe.checks import check_evaluation_split, prepare
 from lpt_peft.recipe.evaluate import Evaluation
+from lpt_peft.recipe.methods import Model, method_of
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.resume.checkpointing import Checkpoints, run_identity
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
@@ -29,11 +30,10 @@ from lpt_peft.recipe.summary import run_summary
 from lpt_peft.recipe.training.criteria import Criterion
 from lpt_peft.recipe.training.loop import History, Loop
 from lpt_peft.recipe.training.phase import PhaseRun
-from lpt_peft.recipe.training.phase_init import begin_phase
 
 
 def train(
-    adapter: LongTailPromptAdapter,
+    model: Model,
     dataset: Dataset[Any],
     labels: Sequence[int],
     settings: TrainSettings | None = None,
@@ -47,13 +47,13 @@ def train(
     resume: bool = True,
     progress: bool | str = True,
 ) -> History:
-    """Train the phases of the settings; leave the adapter in the last phase, in eval mode.
+    """Train the phases of the settings; leave the model in eval mode, and an adapter in its last phase.
 
     With several processes, all call this with the same arguments. The images of a step are shared among them, so their
     number affects only speed and rounding.
 
     Args:
-        adapter: A wrapped ViT.
+        model: A wrapped ViT: an adapter for `method` "lpt", "vpt_deep" and "vpt_shallow", or a `ViTClassifier`.
         dataset: Map-style, yields (image, label), `len(labels)` items.
         labels: Class of every item, 0 to `C - 1`; every class at least once.
         settings: Training settings; None uses the defaults: the paper's recipe, except that keys start at k-means
@@ -63,7 +63,8 @@ def train(
             `settings.loss`.
         accelerator: An existing accelerator, for example with trackers; None creates one from
             `settings.mixed_precision`.
-        checkpoints: Folder for checkpoints of a few megabytes each; None saves nothing. Ctrl-C and SIGTERM save before
+        checkpoints: Folder for checkpoints; None saves nothing. Each takes a few megabytes, with `method="full"` two to
+            four times the weights of the ViT (weights, momentum, average, best epoch). Ctrl-C and SIGTERM save before
             the run stops.
         about: Further properties that identify this run, plain JSON, such as the cropping of images. A run is resumed
             only if they, the settings, labels, backbone and number of processes equal the checkpoint's.
@@ -79,25 +80,27 @@ def train(
 
     Raises:
         InputError: Labels do not fit the dataset or the head, or a class has no image.
-        ConfigError: The settings need a validation split, or the batch cannot be divided evenly.
+        ConfigError: The settings need a validation split, the batch cannot be divided evenly, or the model does not fit
+            the method.
         StateError: The loss became NaN or infinite, or a checkpoint belongs to a different run or cannot be written.
         KeyboardInterrupt: Ctrl-C was pressed; with `checkpoints`, after saving.
     """
     settings = settings or TrainSettings()
+    method = method_of(model, settings)
     accelerator = accelerator or make_accelerator(settings)
     if validation is None and (settings.keep == "best" or settings.patience is not None):
         raise ConfigError(
             f"keep={settings.keep!r} and patience={settings.patience} need validation images: pass validation=, with "
             "images that are neither trained on nor tested on."
         )
-    labels = prepare(adapter, dataset, labels, settings, criterion=criterion, accelerator=accelerator)
+    labels = prepare(model, dataset, labels, settings, criterion=criterion, accelerator=accelerator)
     if validation is not None:
-        check_evaluation_split(adapter, validation, "validation", accelerator)
+        check_evaluation_split(model, validation, "validation", accelerator)
     store, saved = None, None
     if checkpoints is not None:
         processes = accelerator.num_processes
         identity = run_identity(
-            adapter, labels, settings, criterion=criterion, validation=validation, processes=processes
+            method.identity(), labels, settings, criterion=criterion, validation=validation, processes=processes
         )
         store = Checkpoints(checkpoints, {**identity, **(about or {})}, settings, accelerator)
         saved = store.load(resume)
@@ -108,7 +111,8 @@ def train(
             labels,
             settings,
             accelerator,
-            num_classes=adapter.prompt_config.num_classes,
+            num_classes=model.num_classes,
+            query=model.prompt_config.query if isinstance(model, LongTailPromptAdapter) else "final",
             validation=validation,
             criterion=criterion,
         )
@@ -119,13 +123,13 @@ def train(
         reporter.note(f"Removed {store.removed} checkpoints of an earlier run in {store.folder}")
     history: History = list(saved.history) if saved else []
     names = list(settings.plan)
-    counts = torch.bincount(torch.as_tensor(labels), minlength=adapter.prompt_config.num_classes)
+    counts = torch.bincount(torch.as_tensor(labels), minlength=model.num_classes)
 
     evaluation = None
     if validation is not None:
         workers = settings.num_workers
         evaluation = Evaluation(
-            adapter, validation, num_workers=workers, distributed=True, accelerator=accelerator, persistent=True
+            model, validation, num_workers=workers, distributed=True, accelerator=accelerator, persistent=True
         )
 
     def validate() -> ShotResult:
@@ -134,7 +138,7 @@ def train(
 
     def save(run: PhaseRun) -> Path:
         assert store is not None  # noqa: S101 - narrows the type
-        return store.save(adapter, run, history)
+        return store.save(method.state(), run, history)
 
     loop = Loop(
         dataset=dataset,
@@ -150,9 +154,9 @@ def train(
     try:
         with reporter.unreadable_images(train=dataset, validation=validation), preserve_random_state():
             for name in names[names.index(saved.phase) if saved else 0 :]:
-                trained = saved.adapter if saved else None
-                begin_phase(adapter, name, dataset, settings, accelerator=accelerator, reporter=reporter, saved=trained)
-                run = loop.start_phase(adapter, name, settings.plan[name])
+                trained = saved.trained if saved else None
+                method.begin(name, dataset, settings, accelerator=accelerator, reporter=reporter, saved=trained)
+                run = loop.start_phase(model, name, settings.plan[name])
                 if saved:
                     run.restore(saved.tensors, saved.numbers)
                     saved = None
@@ -160,9 +164,8 @@ def train(
     finally:
         if evaluation is not None:
             evaluation.close()
-    if names:
-        adapter.phase = "shared" if names[-1] == "shared" else "group"  # "joint" also trained the shared prompt
-    adapter.eval()
+    method.end(names)
+    model.eval()
     return history
 
 

@@ -104,22 +104,22 @@ def make(row: str) -> nn.Module:
     return model.eval()
 
 
-def wrap(model: nn.Module) -> LongTailPromptAdapter:
-    """An adapter with prompts that differ strongly; the same in every call."""
+def wrap(model: nn.Module, phase: str = "shared") -> LongTailPromptAdapter:
+    """An adapter with prompts that differ strongly, the same in every call; "block_k" is phase "group" in one pass."""
+    query: Any = "block_k" if phase == "block_k" else "final"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(4)
-        adapter = LongTailPromptAdapter.wrap(model, 5, prompt_length=3, pool_size=4, head_dropout=0.0)
+        adapter = LongTailPromptAdapter.wrap(model, 5, prompt_length=3, pool_size=4, query=query, head_dropout=0.0)
         with torch.no_grad():
             for parameter in (adapter.shared.prompts, adapter.pool.prompts, adapter.pool.keys):
                 parameter.mul_(20)
+    adapter.phase = "shared" if phase == "shared" else "group"
     return adapter
 
 
 def build(row: str, phase: str = "shared") -> LongTailPromptAdapter:
     """The row's adapter, in eval mode."""
-    adapter = wrap(make(row))
-    adapter.phase = phase
-    return adapter
+    return wrap(make(row), phase)
 
 
 def images(batch: int = 2, seed: int = 0) -> Tensor:
@@ -127,6 +127,9 @@ def images(batch: int = 2, seed: int = 0) -> Tensor:
 
 
 rows = pytest.mark.parametrize("row", ROWS)
-phases = pytest.mark.parametrize("phase", ["shared", "group"])
+PHASES = ("shared", "group", "block_k")
+phases = pytest.mark.parametrize("phase", PHASES)
 # Phase "group" contains the pass of phase "shared", so that phase alone is nightly where a test compiles.
-compiled_phases = pytest.mark.parametrize("phase", [pytest.param("shared", marks=pytest.mark.nightly), "group"])
+compiled_phases = pytest.mark.parametrize(
+    "phase", [pytest.param("shared", marks=pytest.mark.nightly), "group", "block_k"]
+)

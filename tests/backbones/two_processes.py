@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lpt_peft import LongTailPromptAdapter
 from lpt_peft._prompt_content import content_of
 from lpt_peft.checkpoint import encode
-from tests.backbones.models import ROWS, build, images
+from tests.backbones.models import PHASES, ROWS, build, images
 
 TARGET = torch.tensor([0, 3, 1, 4])
 
@@ -77,7 +77,7 @@ def everything() -> dict[tuple[str, ...], Any]:
     """Results of every row on this rank: by row, phase and kind the gradients or an error, by row what was saved."""
     found: dict[tuple[str, ...], Any] = {}
     for row in ROWS:
-        for phase in ("shared", "group"):
+        for phase in PHASES:
             for kind in ("DDP", "FSDP2"):
                 found[row, phase, kind] = gradients_or_error(row, phase, kind)
         found[row,] = saved(row, "group", "FSDP2")

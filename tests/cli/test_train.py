@@ -23,6 +23,7 @@ def test_train_writes_its_documented_files(run):
     assert {path.name for path in run.iterdir()} == {
         "settings.json",
         "checkpoints",
+        "predictions.safetensors",
         "prompts",
         "history.json",
         "results.json",
@@ -82,6 +83,26 @@ def test_two_runs_of_one_phase_equal_a_run_of_both(run, data, tmp_path, capsys):
     assert main([*words, "--output", str(tmp_path / "no"), *wrong]) == 1
     assert "(12, 2, 192) (blocks, tokens, width), the adapter's (12, 3, 192)" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_starts_by_flags(data, tmp_path, capsys):
+    words = ["train", str(data), *BACKBONE, *SMALL, "--init-prompts", "tokens", "--init-groups", "tokens"]
+    assert main([*words, "--output", str(tmp_path / "run"), "--init-head", "class_mean"]) == 0
+    found = capsys.readouterr().err
+    assert (
+        "Starts: head class means of the features; shared prompt tokens of training images; keys k-means centers of "
+        "the queries; groups tokens of the images nearest to their keys\n" in found
+    )
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())["training"]
+    assert [settings[f"init_{name}"] for name in ("prompts", "head", "groups")] == ["tokens", "class_mean", "tokens"]
+    first = ["--start-from", str(tmp_path / "run" / "prompts"), "--output", str(tmp_path / "second")]
+    assert main([*words, *first]) == 1
+    message = 'head rows, which --init-prompts "tokens" would replace: give --init-prompts "random", or leave'
+    assert message in capsys.readouterr().err
+    assert main([*words, *first, "--shared.epochs", "0", "--init-head", "class_mean"]) == 1
+    assert 'head rows, which --init-head "class_mean" would replace: give --init-head' in capsys.readouterr().err
+    assert main([*words, *first, "--shared.epochs", "0"]) == 0
+    assert 'note: init_prompts="tokens" has no effect, because no phase trains the' in capsys.readouterr().err
 
 
 def test_no_resume_replaces_the_old_run_when_the_new_one_is_complete(data, tmp_path, capsys):

@@ -112,7 +112,7 @@ def test_invalid_class_counts(counts, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"target": torch.tensor([0, 1, 6, 0])}, "label 6, but class_counts has the classes 0 to 5"),
+        ({"target": torch.tensor([0, 1, 6, 0])}, "label 6, but the classes are 0 to 5: drop rows"),
         ({"target": torch.tensor([0, -100, 2, 0])}, "label -100.*drop rows"),
         ({"target": torch.zeros(4)}, r"not torch.float32 of shape \(4,\): pass target\.long\(\) if"),
         ({"target": torch.full((4, 5), 0.2)}, r"not torch.float32 of shape \(4, 5\): create Mixup.* num_classes=6"),

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lpt_peft.errors import ConfigError, InputError
-from lpt_peft.losses import LogitAdjustedLoss, logit_adjusted_loss
+from lpt_peft.losses import LogitAdjustedLoss, adjust_logits, logit_adjusted_loss
 from tests.host_reads import count_host_reads
 from tests.losses.oracle import COUNTS, batch, with_gradient
 
@@ -182,3 +182,28 @@ def test_invalid_batches(logits, target, words):
         LogitAdjustedLoss([5, 4, 3])(logits, target)
     with pytest.raises(InputError, match=words):
         logit_adjusted_loss(logits, target, [5, 4, 3])
+
+
+def test_adjust_logits_subtracts_the_log_shares():
+    logits, _, _ = batch()
+    shares = torch.tensor([count / sum(COUNTS) for count in COUNTS], dtype=torch.float64)
+    for tau in (0.0, 0.5, 1.0):
+        actual = adjust_logits(logits, COUNTS, tau=tau).softmax(1)
+        torch.testing.assert_close(actual, (logits - tau * shares.log()).softmax(1), rtol=1e-12, atol=0)
+    assert adjust_logits(logits.half(), COUNTS).dtype == torch.float32
+    assert torch.equal(adjust_logits(logits, COUNTS)[:, 0], logits[:, 0]), "class 0 is the most frequent class"
+    assert adjust_logits(logits[0], COUNTS).shape == (CLASSES,)
+
+
+@pytest.mark.parametrize(
+    ("logits", "options", "error", "words"),
+    [
+        (torch.zeros(2, 3), {}, InputError, r"floating point \(\.\.\., 6\).* not torch.float32 of shape \(2, 3\)"),
+        (torch.zeros(2, 6).long(), {}, InputError, "not torch.int64"),
+        ([[0.0] * 6], {}, InputError, "not list"),
+        (torch.zeros(2, 6), {"tau": -1}, ConfigError, "tau=-1 must be"),
+    ],
+)
+def test_invalid_inputs_of_adjust_logits(logits, options, error, words):
+    with pytest.raises(error, match=words):
+        adjust_logits(logits, COUNTS, **options)

@@ -28,10 +28,13 @@ def run(settings=SHARED_ONLY, **options):
 def test_the_summary_of_a_run(capsys):
     run(replace(SETTINGS, shared=PHASE, group=replace(PHASE, epochs=2)))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[:3] == [
+    assert lines[:5] == [
         "Training: 31 images of 3 classes; largest class 0 (20), smallest class 2 (3)",
         "Phases: shared 4 epochs, group 2 epochs; 4 steps per epoch, 24 steps of 16 images (8 instance-balanced, 8 "
         "class-balanced)",
+        "Starts: head as given; shared prompt as given; keys k-means centers of the queries; groups copies of the "
+        "shared prompt",
+        "Groups: selected by query final, in a second pass",
         "Device: cpu, float32; 1 process, 0 loading workers (automatic)",
     ]
 
@@ -53,6 +56,11 @@ def test_the_summary_names_classes_without_validation_images():
     assert "1 class without an image" in summary(num_classes=4)
 
 
+def test_the_summary_names_the_query():
+    assert "Groups: selected by query block_k, in a single pass\n" in summary(query="block_k")
+    assert "Groups" not in summary(SHARED_ONLY)
+
+
 def test_the_summary_notes_what_settings_do_not_do_literally(monkeypatch):
     text = summary(replace(SETTINGS, batch_size=128, shared=replace(PHASE, epochs=3), num_workers=3))
     assert "note: half a batch (64) is larger than the training set (31 images)" in text
@@ -61,7 +69,7 @@ def test_the_summary_notes_what_settings_do_not_do_literally(monkeypatch):
     assert "note" not in summary(replace(SETTINGS, shared=replace(PHASE, warmup=0.1), group=replace(PHASE, warmup=0)))
     assert 'note: the given criterion replaces loss="lpt"' in summary(criterion=len)
     monkeypatch.setattr("lpt_peft.recipe.summary.MAX_QUERIES", 30)
-    assert "k-means of the keys uses at most 30 evenly spaced images" in summary()
+    assert "keys and groups start from the queries of at most 30 evenly spaced images" in summary()
     assert "k-means" not in summary(replace(SETTINGS, group=replace(PHASE, epochs=0)))
     assert "instance-balanced)" in summary(replace(SETTINGS, sampling="instance", loss="agcl"))
     assert "backbone cast to bfloat16" in summary(replace(SETTINGS, backbone_dtype="bfloat16"))

@@ -179,6 +179,10 @@ class NaFlexViT(TimmBackbone):
         vit = self.vit
         return vit.fc_norm(vit._pool(vit.norm(stream.tokens), patch_valid=stream.context["patch_valid"]))
 
+    def valid_patches(self, stream: Stream) -> Tensor | None:
+        """Return which patches (B, N) are not padding; None if all are."""
+        return stream.context["patch_valid"]
+
 
 class _EncoderViT(TimmBackbone):
     """Vision encoders of language models: a classifier around an encoder, or the encoder alone."""
@@ -248,6 +252,11 @@ class Gemma4ViT(_EncoderViT):
         else:
             mean = tokens.mean(1)
         return mean if vit is model else model.norm(mean)
+
+    def valid_patches(self, stream: Stream) -> Tensor | None:
+        """Return which patches (B, N) are not padding; None if all are."""
+        padding = stream.context["padding"]
+        return None if padding is None else ~padding
 
 
 def _same_for_all(backbone: TimmBackbone, tokens: Tensor, arguments: dict[str, Any]) -> Stream:

@@ -14,7 +14,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from lpt_peft._tensors import plain_tensors
-from lpt_peft.backbones.base import BackboneInfo, Stream
+from lpt_peft.backbones.base import BackboneInfo, Stream, masked_mean, run_plain
 from lpt_peft.prompting import attach_blocks, attentions_of, detach_blocks, run_block
 
 # Arguments that a prompt file records: sizes and switches that determine what the weights mean.
@@ -72,8 +72,8 @@ class TimmBackbone:
         """Compute tokens from the forward arguments; `context["blocks"]` holds the keyword arguments of each block."""
         raise NotImplementedError
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run blocks from `start`, one per prompt (n, d) or (B, n, d)."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+        """Run blocks from `start`, one per prompt (n, d) or (B, n, d); None: no prompt."""
         _warn_of_ignored_lora(self.vit.blocks[0])
         tokens = stream.tokens
         for layer, prompt in enumerate(prompts, start):
@@ -88,9 +88,26 @@ class TimmBackbone:
         feature = self.feature(stream)
         if feature.ndim == 2:
             return feature
-        if getattr(getattr(self.vit, "embeds", self.vit), "cls_token", None) is not None:
-            return feature[:, 0]
-        return feature.flatten(1, -2)[:, self.vit.num_prefix_tokens :].mean(1)
+        tokens = Stream(feature.flatten(1, -2), stream.context)
+        first = self.class_token(tokens)
+        return self.mean_patch(tokens) if first is None else first
+
+    def class_token(self, stream: Stream) -> Tensor | None:
+        """Return the class token (B, d), or None if the model has none."""
+        embedding = getattr(self.vit, "embeds", self.vit)
+        return None if getattr(embedding, "cls_token", None) is None else stream.tokens[:, 0]
+
+    def mean_patch(self, stream: Stream) -> Tensor:
+        """Return the mean (B, d) of the patch tokens, without padding."""
+        return masked_mean(stream.tokens[:, self.vit.num_prefix_tokens :], self.valid_patches(stream))
+
+    def valid_patches(self, stream: Stream) -> Tensor | None:
+        """Return which patches (B, N) are not padding; None if all are."""
+        return None
+
+    def plain_feature(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the feature without prompts."""
+        return run_plain(self, *args, **kwargs)
 
     def feature(self, stream: Stream) -> Tensor:
         """Compute `forward_head(norm(tokens), pre_logits=True)` without dropout: (B, d), or tokens if not pooled."""

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lpt_peft._tensors import plain_tensors
-from lpt_peft.backbones.base import BackboneInfo, Stream, not_floating
+from lpt_peft.backbones.base import BackboneInfo, Stream, masked_mean, not_floating
 from lpt_peft.backbones.transformers.detect import SUPPORTED, Parts, attention_config, find_parts, linear_within
 from lpt_peft.backbones.transformers.info import info, preprocess
 from lpt_peft.errors import BackboneError, InputError
@@ -93,15 +93,14 @@ class TransformersViT:
                 "labels= is for the loss of the model's own classifier, which the adapter does not use: leave it out "
                 "and call your criterion on the adapter's logits."
             )
-        if "return_dict" in kwargs or not getattr(self._parts.driven.config, "return_dict", True):
-            kwargs["return_dict"] = True  # for `pool`; the adapter returns a tensor in any case
+        kwargs = self._with_outputs(kwargs)
         calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
         def record(tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             calls.append((tokens, args, kwargs))
             return tokens
 
-        self._drive(record, *args, **kwargs)
+        self._drive(self.blocks, record, *args, **kwargs)
         tokens: Any = calls[0][0] if calls else None
         if len(calls) != len(self.blocks) or any(call[0] is not tokens for call in calls):
             raise BackboneError(
@@ -119,13 +118,14 @@ class TransformersViT:
             )
         return Stream(tokens, {"layers": [call[1:] for call in calls], "call": (args, kwargs)})
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor]) -> Stream:
-        """Run layers from `start`, one per prompt (n, d) or (B, n, d), cast to the tokens' dtype."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+        """Run layers from `start`, one per prompt (n, d) or (B, n, d), cast to the tokens' dtype; None: no prompt."""
         tokens = stream.tokens
         stop = start + len(prompts)
-        given = stream.context["layers"][start:stop]
-        for layer, (args, kwargs), prompt in zip(self.blocks[start:stop], given, prompts, strict=True):
-            tokens = layer(tokens, *args, prompt=batched(prompt).to(tokens.dtype), **kwargs)
+        calls = stream.context["layers"][start:stop]
+        for layer, (args, kwargs), prompt in zip(self.blocks[start:stop], calls, prompts, strict=True):
+            given = {} if prompt is None else {"prompt": batched(prompt).to(tokens.dtype)}
+            tokens = layer(tokens, *args, **given, **kwargs)
         return Stream(tokens, stream.context)
 
     def pool(self, stream: Stream) -> Tensor:
@@ -135,9 +135,24 @@ class TransformersViT:
         (masking, dropout) draw again; only the number of their tokens matters.
         """
         args, kwargs = stream.context["call"]
-        out = self._drive(lambda *_: stream.tokens, *args, **kwargs)
-        feature: Tensor = out.logits if self._parts.heads else self._pooled(out)
-        return feature
+        return self._feature(self._drive(self.blocks, lambda *_: stream.tokens, *args, **kwargs))
+
+    def plain_feature(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the feature without prompts, in a single run of the model's own forward."""
+        return self._feature(self._drive((), lambda tokens, *_: tokens, *args, **self._with_outputs(kwargs)))
+
+    def class_token(self, stream: Stream) -> Tensor | None:
+        """Return the class token (B, d), or None if the model has none."""
+        return stream.tokens[:, 0] if _has_cls(self._parts.tower) else None
+
+    def mean_patch(self, stream: Stream) -> Tensor:
+        """Return the mean (B, d) of all tokens but the class token, without those that a mask in the call excludes."""
+        _, kwargs = stream.context["call"]
+        if _has_cls(self._parts.tower):
+            return stream.tokens[:, 1:].mean(1)
+        masks = [v.flatten(1) for name, v in kwargs.items() if name.endswith("attention_mask") and v is not None]
+        fitting = [mask for mask in masks if mask.shape[1] == stream.tokens.shape[1]]
+        return masked_mean(stream.tokens, fitting[0] if fitting else None)
 
     def info(self) -> BackboneInfo:
         """Return what the model's config records."""
@@ -152,6 +167,16 @@ class TransformersViT:
         state = self._parts.driven.state_dict()
         return list(plain_tensors(v for name, v in state.items() if name.partition(".")[0] not in self._parts.heads))
 
+    def _with_outputs(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a forward that returns named outputs, which the feature is read from."""
+        if "return_dict" in kwargs or not getattr(self._parts.driven.config, "return_dict", True):
+            return {**kwargs, "return_dict": True}
+        return kwargs
+
+    def _feature(self, out: Any) -> Tensor:
+        feature: Tensor = out.logits if self._parts.heads else self._pooled(out)
+        return feature
+
     def _pooled(self, out: Any) -> Tensor:
         tower, tokens = self._parts.tower, out.last_hidden_state
         if _pools_summary(tower):
@@ -165,13 +190,13 @@ class TransformersViT:
             return pooled
         return tokens.mean(1)
 
-    def _drive(self, record: Recorder, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward with `record` in place of layers; classifiers return their input.
+    def _drive(self, blocks: Sequence[nn.Module], record: Recorder, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's forward with `record` in place of `blocks`; classifiers return their input.
 
         The inputs of two classifiers (CLS and distillation token) are averaged by the model.
         """
         self._pass_through_heads()  # PEFT may have wrapped a classifier since attach()
-        with recording([*self.blocks, *self._heads()], record):
+        with recording([*blocks, *self._heads()], record):
             return self._parts.driven(*args, **kwargs)
 
     def _pass_through_heads(self) -> None:

@@ -1,9 +1,10 @@
-"""The backbone and the adapter of a run."""
+"""The backbone of a run, and the model that is trained on it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 
 from torch import nn
@@ -12,11 +13,15 @@ from lpt_peft._prompt_content import replace_prompts
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.backbones.loading import build_backbone
+from lpt_peft.checkpoint.model_file import MODEL_METHODS
 from lpt_peft.cli.common.backbone_names import check_backbone_name
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.paths import prompt_folder
 from lpt_peft.cli.common.run_settings import RunSettings
+from lpt_peft.errors import ConfigError
 from lpt_peft.hub import read_prompts
+from lpt_peft.recipe.methods import Model
+from lpt_peft.vit_classifier import ViTClassifier
 
 
 def build_run_backbone(run: RunSettings) -> nn.Module:
@@ -34,15 +39,40 @@ def build_run_backbone(run: RunSettings) -> nn.Module:
         )
 
 
+def build_model(run: RunSettings, class_names: Sequence[str]) -> Model:
+    """Build the model of the run's method; its initial prompts and head are the same for the same seed.
+
+    Raises:
+        ConfigError: The method does not take a setting.
+        LPTError: As `build_adapter`.
+    """
+    method = run.training.method
+    if method not in MODEL_METHODS:
+        return build_adapter(run, class_names)
+    if run.start_from is not None:
+        raise ConfigError(f"--start-from copies prompts, which method {method} does not have: leave it out.")
+    vit = build_run_backbone(run)
+    prompts = run.prompts
+    with seeded(run.training.seed):
+        return ViTClassifier.wrap(
+            vit, len(class_names), method=method, head_dropout=prompts.head_dropout, logit_scale=prompts.logit_scale
+        )
+
+
 def build_adapter(run: RunSettings, class_names: Sequence[str]) -> LongTailPromptAdapter:
     """Wrap the backbone with new prompts, the same for the same seed, or with those that the run starts from.
 
     Raises:
         LPTError: The backbone, the sizes or the prompt file are not usable.
     """
+    sizes = asdict(run.prompts)
+    if run.training.method == "vpt_shallow":
+        if "placement" not in signature(LongTailPromptAdapter.wrap).parameters:
+            raise ConfigError("method vpt_shallow needs an adapter with placement=, which this version does not have.")
+        sizes["placement"] = "shallow"
     vit = build_run_backbone(run)
     with seeded(run.training.seed):
-        adapter = LongTailPromptAdapter.wrap(vit, len(class_names), **asdict(run.prompts))
+        adapter = LongTailPromptAdapter.wrap(vit, len(class_names), **sizes)
     if run.start_from is not None:
         _start_from(run.start_from, adapter, class_names)
     return adapter

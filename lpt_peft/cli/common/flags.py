@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 from lpt_peft.errors import ConfigError
+from lpt_peft.recipe.method_settings import METHODS, MODEL_METHODS, unused_fields
 from lpt_peft.recipe.settings import PhaseSettings
 
 _PHASE_FLAG = re.compile(r"--((?:shared|group)\.([\w-]+))(?:=(.*))?", re.DOTALL)
+_GROUP_SIZES = {"--pool-size", "--top-k", "--shared-layers"}
+_PROMPT_FLAGS = {"--prompt-length", "--query", "--start-from"}
 _SETTINGS = re.compile(r"\b(?:Phase|Train|Image|Prompt|Run)Settings: ")
 
 
@@ -34,6 +38,27 @@ def check_phase_flags(words: Sequence[str]) -> None:
         except ConfigError as error:
             rule = str(error).partition(" must be ")[2]
             raise ConfigError(f"--{flag} {text} must be {rule}") from error
+
+
+def check_method_flags(words: Sequence[str]) -> None:
+    """Refuse flags that the method of --method does not use.
+
+    Those of --group.*, a file or a preset are only reported, by the summary of the run.
+
+    Raises:
+        ConfigError: Such a flag is given.
+    """
+    flags = [word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method")
+    method = parser.parse_known_args(list(words))[0].method
+    if method not in METHODS:
+        return  # the default, or tyro refuses it
+    unused = {f"--{name.replace('_', '-')}" for name in unused_fields(method)}
+    unused |= _GROUP_SIZES if method != "lpt" else set()
+    unused |= _PROMPT_FLAGS if method in MODEL_METHODS else set()
+    if found := [flag for flag in flags if flag in unused]:
+        raise ConfigError(f"{found[0]} has no effect with --method {method}: leave it out.")
 
 
 def name_flags(message: str, words: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """Saves and restores runs, and refuses to resume a different run.
 
-A run is identified by everything that determines its result: settings, images and labels, backbone, prompt sizes,
-number of processes. Not here: how files are written (`checkpoint_io.py`).
+A run is identified by everything that determines its result: settings, images and labels, backbone, sizes of prompts
+and head, number of processes. Not here: how files are written (`checkpoint_io.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
-from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.errors import StateError
 from lpt_peft.recipe.parallel import on_main_process
 from lpt_peft.recipe.resume.checkpoint_io import checkpoints, read_checkpoint, remove_checkpoints, write_checkpoint
@@ -32,7 +31,7 @@ class SavedRun:
     path: Path
     phase: str
     history: list[dict[str, Any]]
-    adapter: Mapping[str, Tensor]
+    trained: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, Any]
 
@@ -75,14 +74,18 @@ class Checkpoints:
 
         return on_main_process(self._accelerator, read)
 
-    def save(self, adapter: LongTailPromptAdapter, run: PhaseRun, history: list[dict[str, Any]]) -> Path:
+    def save(self, trained: Mapping[str, Tensor], run: PhaseRun, history: list[dict[str, Any]]) -> Path:
         """Write the state after the last step; return the checkpoint's path.
+
+        Args:
+            trained: All tensors that the run trains, from `Method.state`.
+            run: The current phase.
+            history: Records of the completed epochs.
 
         Raises:
             StateError: The disk is full, or trained parameters are no longer finite.
         """
         tensors, numbers = run.state()
-        trained = adapter.adapter_state_dict()
         if broken := [name for name, tensor in trained.items() if not bool(tensor.isfinite().all())]:
             raise StateError(
                 f"After step {run.step} of phase {run.name}, {', '.join(broken)} contain NaN or infinity and are not "
@@ -91,7 +94,7 @@ class Checkpoints:
         number = list(self._settings.plan).index(run.name) + 1
         name = f"{number}-{run.name}-{run.step:08}"
         content = {"format_version": 1, "about": self._identity, "phase": run.name, "run": numbers, "history": history}
-        tensors |= {f"adapter/{key}": tensor for key, tensor in trained.items()}
+        tensors |= {f"trained/{key}": tensor for key, tensor in trained.items()}
         keep = self._settings.keep_checkpoints
         on_main_process(self._accelerator, lambda: write_checkpoint(self.folder, name, tensors, content, keep))
         return self.folder / name
@@ -108,13 +111,13 @@ class Checkpoints:
                 f"{found[-1]} belongs to a different run: {'; '.join(differences)}. Use the settings of that run, or "
                 "choose another folder; resume=False (--no-resume) removes its checkpoints."
             )
-        trained = {key.removeprefix("adapter/"): t for key, t in tensors.items() if key.startswith("adapter/")}
-        remaining = {key: tensor for key, tensor in tensors.items() if not key.startswith("adapter/")}
+        trained = {key.removeprefix("trained/"): t for key, t in tensors.items() if key.startswith("trained/")}
+        remaining = {key: tensor for key, tensor in tensors.items() if not key.startswith("trained/")}
         return SavedRun(found[-1], numbers["phase"], numbers["history"], trained, remaining, numbers["run"])
 
 
 def run_identity(
-    adapter: LongTailPromptAdapter,
+    model: Mapping[str, Any],
     labels: Sequence[int],
     settings: TrainSettings,
     *,
@@ -122,21 +125,28 @@ def run_identity(
     validation: Any,
     processes: int,
 ) -> dict[str, Any]:
-    """What determines the result of a run, as plain JSON."""
+    """What determines the result of a run, as plain JSON.
+
+    Args:
+        model: From `Method.identity`.
+        labels: Class of every training image.
+        settings: Training settings.
+        criterion: The caller's criterion, if any.
+        validation: Validation images, if any.
+        processes: Number of processes.
+    """
     values = settings.to_dict()
     shared, group = (values.pop(name) for name in ("shared", "group"))
     return {
         **{f"settings.{name}": value for name, value in values.items() if name not in RESUME_IGNORED_FIELDS},
         **{f"settings.shared.{name}": value for name, value in shared.items()},
         **{f"settings.group.{name}": value for name, value in group.items()},
-        **{f"prompts.{name}": value for name, value in adapter.prompt_config.to_dict().items()},
-        "prompts.head_dropout": adapter.head_drop.p,
+        **model,
         "images": len(labels),
         "labels_crc32": _crc32(labels),
         "validation images": 0 if validation is None else len(validation),
         "validation labels_crc32": _crc32(getattr(validation, "labels", ())),
         "criterion": None if criterion is None else getattr(criterion, "__qualname__", type(criterion).__qualname__),
-        "backbone fingerprint": adapter.fingerprint,
         "processes": processes,
     }
 

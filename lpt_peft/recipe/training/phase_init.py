@@ -1,6 +1,6 @@
-"""Initializes a phase: trainable parameters, keys and group prompts.
+"""Initializes a phase: trainable parameters, and the start of prompts, keys, groups and head.
 
-Not here: the phase itself (`phase.py`).
+Not here: the phase itself (`phase.py`), and the passes over images that the starts need (`image_passes.py`).
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lpt_peft._random import seeded
+from lpt_peft._random import derive_seed
+from lpt_peft._text import number
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.prompts import PromptPool
-from lpt_peft.recipe.loading.batches import SeededDataset
-from lpt_peft.recipe.loading.loader import image_loader, open_batches, resolve_workers
-from lpt_peft.recipe.parallel import broadcast_module, gather_strided
+from lpt_peft.recipe.parallel import broadcast_module
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.settings import TrainSettings
-
-MAX_QUERIES = 50_000  # for k-means
+from lpt_peft.recipe.training.image_passes import ImagePasses, query_indices
+from lpt_peft.starts import nearest_images
 
 
 def begin_phase(
@@ -38,26 +37,95 @@ def begin_phase(
     """Initialize phase `name` and enable gradients of its parameters.
 
     Args:
-        adapter: On its device.
+        adapter: On its device, the same on all processes, which must all call this.
         name: "shared", "group" or "joint".
-        dataset: Yields (image, label); its queries initialize the keys by k-means.
-        settings: `init_groups`, `init_keys` and `seed` are used.
-        accelerator: Provides the mixed precision of the queries.
-        reporter: Receives a warning if k-means is not possible.
-        saved: Tensors of a checkpoint to resume from; None initializes the pool as the settings specify.
+        dataset: Yields (image, label); the starts that need training images read them.
+        settings: `init_prompts`, `init_head`, `init_groups`, `init_keys` and `seed` are used.
+        accelerator: Provides the mixed precision of the passes over images.
+        reporter: Receives a warning if k-means is not possible, and the classes without a class mean.
+        saved: Tensors of a checkpoint to resume from; None initializes the parameters as the settings specify.
     """
+    passes = ImagePasses(dataset, settings, accelerator, reporter)
     if saved is not None:
         adapter.load_adapter_state_dict(saved)
-    elif name != "shared":
-        if settings.init_groups == "shared":
-            adapter.pool.init_prompts(adapter.shared.prompts[adapter.prompt_config.first_group_layer :])
-        if settings.init_keys == "kmeans":
-            adapter.phase = "shared"
-            _init_keys(adapter.pool, _queries(adapter, dataset, settings, accelerator), settings.seed, reporter)
-        broadcast_module(adapter.pool)
+    else:
+        if name != "group" and settings.init_prompts == "tokens":
+            _init_prompts(adapter, passes, settings.seed)
+            broadcast_module(adapter.shared)
+        if name != "shared":
+            _init_pool(adapter, passes, settings, reporter)
+            broadcast_module(adapter.pool)
     adapter.phase = "shared" if name == "shared" else "group"
+    if saved is None and name == next(iter(settings.plan), name) and settings.init_head == "class_mean":
+        init_head(adapter, passes, reporter)
     if name == "joint":
         adapter.shared.requires_grad_(True)
+
+
+def init_head(model: nn.Module, passes: ImagePasses, reporter: Reporter) -> None:
+    """Set the class vectors of a model to normalized class means of its features, without global random state.
+
+    Args:
+        model: Has a `CosineClassifier` named `head`, and `features(images)` returns its inputs (B, d).
+        passes: The training images.
+        reporter: Receives the classes whose vector did not change.
+    """
+    head: Any = model.get_submodule("head")
+    kept = head.init_class_means(passes.class_sums(model))
+    if kept:
+        listed = ", ".join(map(str, kept[:10])) + (", ..." if len(kept) > 10 else "")
+        reporter.warn(
+            f"{len(kept)} of {number(len(head.weight), 'class')} have no training image and keep their class vectors "
+            f"instead of class means: {listed}"
+        )
+    broadcast_module(head)
+
+
+def _init_prompts(adapter: LongTailPromptAdapter, passes: ImagePasses, seed: int) -> None:
+    """Set the shared prompt to tokens of `n` random training images; with fewer images, they repeat."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "token images"))
+    order = torch.randperm(passes.size, generator=generator).tolist()
+    length = adapter.prompt_config.prompt_length
+    chosen = (order * -(-length // len(order)))[:length]
+    with passes.batches(chosen, "prompts") as batches:
+        adapter.init_prompts(batches, seed=derive_seed(seed, "prompts"))
+
+
+def _init_pool(
+    adapter: LongTailPromptAdapter, passes: ImagePasses, settings: TrainSettings, reporter: Reporter
+) -> None:
+    """Set keys and group prompts; one pass over the images gives the queries that both need."""
+    pool, config = adapter.pool, adapter.prompt_config
+    if settings.init_groups == "shared":
+        pool.init_prompts(adapter.shared.prompts[config.first_group_layer :])
+    if settings.init_keys == "random" and settings.init_groups != "tokens":
+        return
+    queries = passes.queries(adapter)
+    if settings.init_keys == "kmeans":
+        _init_keys(pool, queries, settings.seed, reporter)
+    if settings.init_groups == "tokens":
+        indices = torch.tensor(query_indices(passes.size), device=queries.device)
+        nearest = indices[nearest_images(queries, pool.keys, config.prompt_length).flatten()].tolist()
+        # The same purpose: the crops are those of the queries.
+        with passes.batches(nearest, "queries") as batches:
+            seed = derive_seed(settings.seed, "groups")
+            tokens = adapter.sample_tokens(batches, len(nearest), seed=seed)[config.first_group_layer :]
+        pool.init_prompts(tokens.unflatten(1, (config.pool_size, config.prompt_length)).transpose(0, 1))
+
+
+def trained_parameters(model: nn.Module, settings: TrainSettings) -> int:
+    """Count the parameters that the phases of a run train, including the head.
+
+    Args:
+        model: An adapter; or any module, whose parameters that require a gradient are trained.
+        settings: Phases of the run.
+    """
+    if not isinstance(model, LongTailPromptAdapter):
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    modules: set[nn.Module] = {model.head}
+    modules |= {model.shared} if {"shared", "joint"} & settings.plan.keys() else set()
+    modules |= {model.pool} if {"group", "joint"} & settings.plan.keys() else set()
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def _init_keys(pool: PromptPool, queries: Tensor, seed: int, reporter: Reporter) -> None:
@@ -70,29 +138,3 @@ def _init_keys(pool: PromptPool, queries: Tensor, seed: int, reporter: Reporter)
         )
     else:
         pool.init_keys(queries, seed=seed)
-
-
-@torch.no_grad()
-def _queries(
-    adapter: LongTailPromptAdapter, dataset: Dataset[Any], settings: TrainSettings, accelerator: Accelerator
-) -> Tensor:
-    """Queries (N, d) of evenly spaced images, at most 50,000; float32 or wider."""
-    size = len(dataset)  # type: ignore[arg-type]
-    indices = list(range(0, size, -(-size // MAX_QUERIES)))
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    share = indices[rank::processes]
-    share += share[-1:] * (-(-len(indices) // processes) - len(share))  # equally many on every process
-    device, training = adapter.head.weight.device, adapter.training
-    loader = image_loader(
-        SeededDataset(dataset, (settings.seed, "queries")),
-        batch_size=settings.batch_size,
-        sampler=[(index, index) for index in share],  # rows whose position is the image's index
-        num_workers=resolve_workers(settings.num_workers, dataset, settings.batch_size),
-        pin_memory=device.type == "cuda",
-    )
-    adapter.eval()
-    with seeded(settings.seed, device), accelerator.autocast(), open_batches(loader) as batches:
-        queries = torch.cat([adapter.features(images.to(device, non_blocking=True)) for images, _ in batches])
-    adapter.train(training)
-    queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
-    return gather_strided(accelerator, queries, len(indices))

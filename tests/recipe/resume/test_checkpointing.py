@@ -358,7 +358,7 @@ def test_checkpoints_are_few_and_contain_nothing_of_the_backbone(tmp_path):
     tensors, numbers = read_checkpoint(checkpoints(tmp_path)[-1])
     names = tiny_adapter().adapter_state_dict()
     trained = {"pool.prompts", "pool.keys", "head.weight"}
-    assert set(tensors) == {f"adapter/{n}" for n in names} | {f"momentum/{n}" for n in trained} | {"usage"}
+    assert set(tensors) == {f"trained/{n}" for n in names} | {f"momentum/{n}" for n in trained} | {"usage"}
     assert numbers["about"]["settings.seed"] == 0
 
 

@@ -33,7 +33,7 @@ def explicit_loop(
     momentum=0.9,
     warmup=0.05,
     adamw=False,
-    head_rate=None,
+    own_rates=None,
     noise=0.0,
 ):
     """A phase in plain arithmetic: trained values, learning rate of every step, mean loss of every epoch."""
@@ -78,7 +78,7 @@ def explicit_loop(
             with torch.no_grad():
                 for name, value in values.items():
                     gradient = shrink * gradients[name]
-                    rate = rates[-1] * (head_rate / PHASE.learning_rate if head_rate and name == "head.weight" else 1)
+                    rate = rates[-1] * (own_rates or {}).get(name, PHASE.learning_rate) / PHASE.learning_rate
                     if adamw:
                         first = momentum * momenta.get(name, 0) + (1 - momentum) * gradient
                         second = 0.999 * squares.get(name, 0) + 0.001 * gradient**2
@@ -121,8 +121,13 @@ def selected_rows(gradient):
             {"adamw": True, "selected": True, "clip": 0.1, "average": 0.9},
         ),
         ({"weight_noise": 0.3, "accumulate": 4}, {"noise": 0.3}),
-        ({"optimizer": "adamw", "weight_noise": 0.3, "head_rate": 0.7}, {"adamw": True, "noise": 0.3}),
-        ({"head_rate": 0.7}, {}),
+        ({"optimizer": "adamw", "weight_noise": 0.3, "head_learning_rate": 0.7}, {"adamw": True, "noise": 0.3}),
+        ({"head_learning_rate": 0.7, "pool_learning_rate": 3.0}, {}),
+        ({"pool_learning_rate": 3.0, "decay": "selected"}, {"selected": True}),
+        (
+            {"pool_learning_rate": 3.0, "decay": "selected", "optimizer": "adamw"},
+            {"adamw": True, "selected": True},
+        ),
     ],
 )
 def test_a_phase_equals_the_explicit_loop(phase, settings, options):
@@ -130,11 +135,13 @@ def test_a_phase_equals_the_explicit_loop(phase, settings, options):
     adapter, reference = (tiny_adapter(torch.float64, head_dropout=0.0) for _ in range(2))
     adapter.phase = reference.phase = phase
     names = ["head.weight", *(["shared.prompts"] if phase == "shared" else ["pool.prompts", "pool.keys"])]
-    rate = settings.get("head_rate")
-    settings = replace(SETTINGS, **{name: value for name, value in settings.items() if name != "head_rate"})
-    tuned = replace(PHASE, head_learning_rate=rate)
+    own = {name: value for name, value in settings.items() if name.endswith("_learning_rate")}
+    settings = replace(SETTINGS, **{name: value for name, value in settings.items() if name not in own})
+    tuned = replace(PHASE, **own)
+    parameters = {"head_learning_rate": "head.weight", "pool_learning_rate": "pool.prompts"}
+    own_rates = {parameters[name]: rate for name, rate in own.items()}
     history = run_phase(adapter, dataset, labels, settings, tuned, name=phase, **NOISE_FREE)
-    final, rates, losses = explicit_loop(reference, names, phase=phase, head_rate=rate, **options)
+    final, rates, losses = explicit_loop(reference, names, phase=phase, own_rates=own_rates, **options)
     tolerance = 1e-7 if settings.optimizer == "adamw" else 1e-10  # AdamW divides by square roots of tiny numbers
     for name in names:
         torch.testing.assert_close(adapter.get_parameter(name).detach(), final[name], rtol=0, atol=tolerance, msg=name)

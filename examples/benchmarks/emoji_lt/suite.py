@@ -1,0 +1,145 @@
+"""Emoji-LT on one GPU: tune on validation emoji, then train the rows with several seeds, in parts that resume.
+
+    python suite.py emoji_lt --weights vit.safetensors --output results.jsonl --minutes 7.5     # until it exits with 0
+
+A run is a row of a TOML file with a seed. Several processes share the GPU and keep the images in memory. Runs are in
+the order of importance, and `results.jsonl` gets a line as soon as a run has finished: the next call skips it.
+
+1. `tune.toml`, on validation images only, seed 100. The text before the first dot of a row is its family; the row with
+   the best balanced accuracy passes its rates on to the rows below of the same family (`family_of`).
+2. `rows.toml`, with seeds 0 to `--seeds - 1`, seed by seed.
+3. `ablations.toml`, with seed 0.
+
+All three are in the format of `lpt-peft compare`, which trains one of them without tuning. `chosen.json` beside the
+results has the settings after step 1, `python table.py results.jsonl` prints the tables. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from _cell import SPLITS, run_cell
+from _plan import ABLATIONS, ROWS, TUNE, Cell, cells, epochs, read_rows, tuned
+
+HERE = Path(__file__).parent
+TUNING_SEED = 100
+
+
+class Results:
+    """The file of results: a JSON object per line and run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def of(self, cell: Cell) -> dict[str, Any] | None:
+        """Return the line of a finished run with the same settings; a run that failed is tried again."""
+        for line in self.lines:
+            if all(line[key] == value for key, value in cell.items()) and ("error" not in line or line["diverged"]):
+                return line
+        return None
+
+    def add(self, cell: Cell, found: Mapping[str, Any]) -> None:
+        """Append a line."""
+        self.lines.append({**cell, **found})
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.lines[-1]) + "\n")
+
+
+class Runner:
+    """Runs cells side by side until the deadline."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.results = options, Results(options.output)
+        self.start = time.perf_counter()
+        self.seconds_per_epoch = 0.0  # of the slowest run
+        self.pool = None
+        if options.jobs > 1:
+            self.pool = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"))
+
+    def run(self, cells: Sequence[Cell]) -> bool:
+        """Run the cells that have no result; return whether all have one."""
+        pending = iter([cell for cell in cells if self.results.of(cell) is None])
+        running: dict[Future[dict[str, Any]], Cell] = {}
+        while True:
+            while len(running) < self.options.jobs and (cell := self._next(pending)) is not None:
+                running[self._submit(cell)] = cell
+            if not running:
+                return all(self.results.of(cell) is not None for cell in cells)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                self._record(running.pop(future), future.result())
+
+    def close(self) -> None:
+        """Stop the processes."""
+        if self.pool is not None:
+            self.pool.shutdown()
+
+    def _next(self, pending: Iterator[Cell]) -> Cell | None:
+        """Return the next cell, if it would end before the deadline at the pace of the slowest run."""
+        left = 60 * self.options.minutes - (time.perf_counter() - self.start)
+        cell = next(pending, None)
+        return None if cell is None or left < self.seconds_per_epoch * epochs(cell) else cell
+
+    def _submit(self, cell: Cell) -> Future[dict[str, Any]]:
+        arguments = (cell, self.options.data, self.options.weights)
+        if self.pool is not None:
+            return self.pool.submit(run_cell, *arguments)
+        future: Future[dict[str, Any]] = Future()
+        future.set_result(run_cell(*arguments))
+        return future
+
+    def _record(self, cell: Cell, found: dict[str, Any]) -> None:
+        self.results.add(cell, found)
+        seconds = found.get("seconds", 0.0)
+        self.seconds_per_epoch = max(self.seconds_per_epoch, seconds / epochs(cell))
+        accuracies = "  ".join(
+            f"{name} {100 * found[name]['overall']:.1f} ({100 * (found[name]['few'] or 0):.0f})"
+            for name in SPLITS
+            if name in found
+        )
+        elapsed = time.perf_counter() - self.start
+        text = found.get("error") or f"{accuracies}  {seconds:.0f} s"
+        print(f"[{elapsed:4.0f} s] {cell['stage']} {cell['row']} seed {cell['seed']}: {text}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a part; return 0 if all runs have finished, otherwise 3."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of build.py")
+    parser.add_argument("--weights", type=Path, help="safetensors file of the ViT")
+    parser.add_argument("--output", type=Path, default=Path("results.jsonl"))
+    for name in (TUNE, ROWS, ABLATIONS):
+        parser.add_argument(f"--{name}", type=Path, default=HERE / f"{name}.toml")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=7.5, help="no run starts that would end later")
+    parser.add_argument("--jobs", type=int, default=6, help="processes on the GPU; 1: this process")
+    options = parser.parse_args(arguments)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    tune = read_rows(options.tune)
+    runner = Runner(options)
+    try:
+        complete = runner.run(cells(TUNE, tune, [TUNING_SEED]))
+        if complete:
+            lines = [runner.results.of(cell) or {} for cell in cells(TUNE, tune, [TUNING_SEED])]
+            scores = {line["row"]: line["validation"]["overall"] for line in lines if "validation" in line}
+            rows, ablations = (tuned(read_rows(path), tune, scores) for path in (options.rows, options.ablations))
+            (options.output.parent / "chosen.json").write_text(
+                json.dumps({ROWS: rows, ABLATIONS: ablations}, indent=1) + "\n"
+            )
+            complete = runner.run(cells(ROWS, rows, range(options.seeds)) + cells(ABLATIONS, ablations, [0]))
+    finally:
+        runner.close()
+    print("Complete." if complete else "Runs are left: run the same command again.")
+    return 0 if complete else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

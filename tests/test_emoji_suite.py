@@ -1,0 +1,191 @@
+"""examples/benchmarks/emoji_lt: packing, rows, and the suite on a tiny data set."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("tomllib", reason="Python 3.11 or later reads the rows")
+
+FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks" / "emoji_lt"
+DEFAULTS = """
+[defaults]
+backbone = "glyph_vit"
+batch_size = 8
+samples_per_class = 1
+num_workers = 0
+prompt_length = 2
+pool_size = 2
+top_k = 1
+query = "block_k"
+shared = { epochs = 1, learning_rate = 0.1 }
+group = { epochs = 0, learning_rate = 0.1 }
+"""
+TUNE = """
+[rows."phase1_random.slow"]
+init_prompts = "random"
+shared = { epochs = 1, learning_rate = 0.001 }
+[rows."phase1_random.diverges"]
+init_prompts = "random"
+shared = { epochs = 1, learning_rate = 1e30 }
+[rows."probe_ce.sgd"]
+method = "linear_probe"
+sampling = "instance"
+loss = "cross_entropy"
+shared = { epochs = 1, learning_rate = 2.0 }
+"""
+ROWS = """
+[rows.lpt]
+shared.epochs = 1
+group.epochs = 1
+[rows.probe]
+method = "linear_probe"
+sampling = "instance"
+loss = "cross_entropy"
+"""
+ABLATIONS = """
+[rows.invalid]
+prompt_length = 0
+"""
+COUNTS = {"a": 8, "b": 4, "c": 2}
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+@pytest.fixture
+def data(tmp_path):
+    generator = np.random.default_rng(0)
+    for split, share in (("train", 1), ("validation", 2), ("test", 2), ("shift", 2)):
+        for number, (name, count) in enumerate(COUNTS.items()):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count // share):
+                pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                pixels[..., number] //= 4
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    for name, rows in (("tune", TUNE), ("rows", ROWS), ("ablations", ABLATIONS)):
+        (tmp_path / f"{name}.toml").write_text(DEFAULTS + rows)
+    return tmp_path / "data"
+
+
+def test_packed_tensors_are_close(module):
+    pack = module("pack")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "weight": torch.randn(5, 40, generator=generator) * torch.tensor([[1e-6], [1.0], [0.0], [3.0], [2000.0]]),
+        "bias": torch.randn(7, generator=generator),
+    }
+    packed = pack.quantize(tensors)
+    assert packed["weight"].dtype == torch.int8
+    found = pack.dequantize(packed)
+    assert set(found) == set(tensors)
+    torch.testing.assert_close(found["bias"], tensors["bias"], rtol=1e-3, atol=0)
+    largest = tensors["weight"].abs().amax(1, keepdim=True)
+    step = largest / 127 + 2**-24  # a float16 cannot be smaller
+    assert ((found["weight"] - tensors["weight"]).abs() <= 0.51 * step + 1e-3 * largest).all()
+
+
+def test_unpacks_the_files_that_were_packed(module, data, tmp_path):
+    pack = module("pack")
+    save_file({"weight": torch.ones(2, 3)}, tmp_path / "vit.safetensors")
+    pack.main(["pack", str(data), str(tmp_path / "vit.safetensors"), str(tmp_path / "packed")])
+    pack.main(["unpack", str(tmp_path / "packed"), str(tmp_path / "out")])
+    original = {path.relative_to(data): path.read_bytes() for path in data.rglob("*.png")}
+    copies = (tmp_path / "out" / "emoji_lt").rglob("*.png")
+    assert {path.relative_to(tmp_path / "out" / "emoji_lt"): path.read_bytes() for path in copies} == original
+    torch.testing.assert_close(
+        load_file(tmp_path / "out" / "vit.safetensors")["weight"], torch.ones(2, 3), rtol=1e-3, atol=0
+    )
+
+
+def test_rows_take_the_settings_that_won(module):
+    plan = module("_plan")
+    tune = {
+        "phase1_random.a": {"init_prompts": "random", "shared": {"epochs": 6, "learning_rate": 1}},
+        "phase1_tokens.a": {"init_prompts": "tokens", "shared": {"epochs": 6, "learning_rate": 2}},
+        "phase1_tokens.b": {
+            "init_prompts": "tokens",
+            "optimizer": "adamw",
+            "shared": {"epochs": 6, "learning_rate": 3},
+        },
+        "full.a": {"optimizer": "adamw", "shared": {"epochs": 6, "learning_rate": 4, "head_learning_rate": 5}},
+    }
+    scores = {"phase1_random.a": 0.3, "phase1_tokens.a": 0.2, "phase1_tokens.b": 0.4, "full.a": 0.1}
+    rows = {
+        "lpt": {"shared": {"epochs": 10, "learning_rate": 9}, "group": {"epochs": 6}},
+        "random": {"init_prompts": "random", "shared": {"epochs": 16}, "group": {"epochs": 0}},
+        "full": {"method": "full", "shared": {"epochs": 16}, "group": {"epochs": 0}},
+        "probe": {"method": "linear_probe", "shared": {"epochs": 16, "learning_rate": 7}},
+    }
+    found = plan.tuned(rows, tune, scores)
+    phase = {"learning_rate": 3, "head_learning_rate": "None"}
+    assert found["lpt"] == {
+        "init_prompts": "tokens",
+        "optimizer": "adamw",
+        "shared": {"epochs": 10, **phase},
+        "group": {"epochs": 6, **phase},
+    }
+    assert (found["random"]["init_prompts"], found["random"]["shared"]["learning_rate"]) == ("random", 1)
+    assert found["full"]["shared"] == {"epochs": 16, "learning_rate": 4, "head_learning_rate": 5}
+    assert found["probe"] == rows["probe"]  # nothing was tuned for it
+
+
+def test_all_rows_are_valid_and_have_a_tuned_family(module):
+    plan, cell = module("_plan"), module("_cell")
+    tune = plan.read_rows(FOLDER / "tune.toml")
+    scores = dict.fromkeys(tune, 0.5)
+    for name in ("tune", "rows", "ablations"):
+        rows = plan.read_rows(FOLDER / f"{name}.toml")
+        for settings in plan.tuned(rows, tune, scores).values():
+            cell.run_settings(settings, 0).check()
+        families = {plan.family_of(row, "phase1_random") for row in rows.values()}
+        assert families <= {name.partition(".")[0] for name in tune}
+
+
+def test_parts_resume_and_tables_follow(module, data, tmp_path, capsys):
+    output = tmp_path / "out" / "results.jsonl"
+    arguments = [str(data), "--output", str(output), "--seeds", "2", "--jobs", "1"]
+    for name in ("tune", "rows", "ablations"):
+        arguments += [f"--{name}", str(tmp_path / f"{name}.toml")]
+    suite, table = module("suite"), module("table")
+    assert suite.main([*arguments, "--minutes", "0"]) == 3
+    assert not output.exists()
+    assert suite.main(arguments) == 3  # the invalid row is tried again by the next part
+    first = [json.loads(line) for line in output.read_text().splitlines()]
+    runs = [(line["stage"], line["row"], line["seed"]) for line in first]
+    assert runs == [
+        ("tune", "phase1_random.slow", 100), ("tune", "phase1_random.diverges", 100), ("tune", "probe_ce.sgd", 100),
+        ("rows", "lpt", 0), ("rows", "probe", 0), ("rows", "lpt", 1), ("rows", "probe", 1), ("ablations", "invalid", 0),
+    ]  # fmt: skip
+    assert first[1]["diverged"]
+    assert "prompt_length" in first[-1]["error"]
+    assert not any({"test", "shift"} & set(line) for line in first[:3])
+    assert first[3]["settings"]["shared"]["learning_rate"] == 0.001
+    assert first[3]["settings"]["shared"]["epochs"] == 1
+    for line in first[3:-1]:
+        for split in ("validation", "test", "shift"):
+            pairs = list(zip(line[split]["prediction"], line[split]["target"], strict=True))
+            assert [target for _, target in pairs] == [0] * 4 + [1] * 2 + [2]
+            accuracies = [np.mean([p == t for p, t in pairs if t == label]) for label in range(3)]
+            assert line[split]["overall"] == pytest.approx(np.mean(accuracies))
+    assert suite.main(arguments) == 3
+    assert [json.loads(line)["row"] for line in output.read_text().splitlines()[len(first) :]] == ["invalid"]
+    capsys.readouterr()
+    table.main([str(output), "--baseline", "probe", "--output", str(tmp_path / "emoji.png")])
+    lines = capsys.readouterr().out.splitlines()
+    (probe,) = (line.split("|") for line in lines if line.startswith("| probe "))
+    means = [100 * line["test"]["overall"] for line in first if line["row"] == "probe"]
+    assert probe[2].split()[0] == f"{np.mean(means):.1f}"
+    with Image.open(tmp_path / "emoji.png") as picture:
+        assert picture.width > 500
