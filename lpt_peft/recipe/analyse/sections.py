@@ -193,7 +193,7 @@ def pool_section(measured: Measured, class_counts: Sequence[int], groups: int) -
 def calibration_section(
     measured: Measured, class_counts: Sequence[int], shot_rule: str, temperature: Any
 ) -> dict[str, Any]:
-    """Calibration by shot group, before and after the temperature, if there is one."""
+    """Calibration by shot group, before and after the temperature, if it is given."""
     correct, rule = measured.prediction == measured.target, SHOT_RULES[shot_rule]
     before = reliability_by_shots(measured.probability, correct, measured.target, class_counts, rule)
     after = None
