@@ -64,8 +64,8 @@ def analyse(
     counts = loaded.model.metadata.class_counts
     if counts is None:
         raise ConfigError(
-            f"The prompt file in {run} has no class counts, which decide the many-, medium- and few-shot classes. "
-            "Save it with class_counts."
+            f"The model in {run} has no class counts, which decide the many-, medium- and few-shot classes. Save it "
+            "with class_counts."
         )
     images, splits = _open(loaded, run, data, sources, pretraining)
     training = available_precision(loaded.training)

@@ -80,7 +80,9 @@ def test_built_in_rows_by_name():
     assert list(rows.rows) == ["vpt_deep", "lpt"]
     settings = read_rows(",".join(BUILT_IN)).settings(RunSettings(backbone="glyph_vit"))
     assert settings["lpt"].training == TrainSettings()
-    assert set(settings["vpt_deep"].training.plan) == {"shared"}
+    assert {name: run.training.method for name, run in settings.items()} == {
+        name: name.removesuffix("_phase1") for name in BUILT_IN
+    }
 
 
 def test_flags_without_effect_on_a_row(write):

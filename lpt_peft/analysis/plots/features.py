@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lpt_peft.analysis.plots.style import BLUE, ORANGE, PALETTE, STATES, annotate_bars, legend, new_figure, short, tidy
+from lpt_peft.analysis.plots.style import BLUE, ORANGE, PALETTE, STATES, annotate_bars, new_figure, short, tidy
 
 _MARKERS = "os^Dv"
 
@@ -48,21 +48,26 @@ def plot_projection(analysis: Mapping[str, Any]) -> Any:
     """
     projection, classes = analysis["projection"], analysis["classes"]
     states = projection["states"]
-    figure = new_figure(4.6, width=max(8.0, 4.0 * len(states)))
+    figure = new_figure(4.2)
     for axes, (state, row) in zip(np.atleast_1d(figure.subplots(1, len(states))), states.items(), strict=True):
         points, labels = np.array(row["points"]), np.array(row["label"])
         for number, label in enumerate(projection["classes"]):
             own = points[labels == label]
             axes.scatter(
                 *own.T,
-                s=16,
+                s=10,
                 color=PALETTE[number % len(PALETTE)],
                 marker=_MARKERS[number // 2 % len(_MARKERS)],
                 label=f"{short(classes['name'][label], 16)} ({classes['train_images'][label]:,})",
                 alpha=0.75,
                 linewidths=0,
             )
-        tidy(axes, title=STATES[state][0], x="first discriminant", y="second discriminant")
+        tidy(
+            axes,
+            title=STATES[state][0],
+            x="first discriminant",
+            y="second discriminant" if state == next(iter(states)) else "",
+        )
     handles, texts = axes.get_legend_handles_labels()
     figure.legend(
         handles,
@@ -84,11 +89,14 @@ def plot_pretraining(analysis: Mapping[str, Any]) -> Any:
         analysis: With the section "pretraining".
     """
     states = analysis["pretraining"]["states"]
-    figure = new_figure(4.2, width=max(8.0, 4.0 * len(states)))
+    figure = new_figure(3.8)
     for axes, (state, row) in zip(np.atleast_1d(figure.subplots(1, len(states))), states.items(), strict=True):
         for name, label, colour in (("first", "like pretraining", BLUE), ("second", "test images", ORANGE)):
             axes.scatter(*np.array(row[name]).T, s=10, color=colour, label=label, alpha=0.6, linewidths=0)
-        title = f"{STATES[state][0]}\na line separates {100 * row['separation']:.0f} %"
+        title = f"{STATES[state][0]}: {100 * row['separation']:.0f} %"
         tidy(axes, title=title, x="discriminant of the sets", y="main variation")
-        legend(axes)
+    handles, texts = axes.get_legend_handles_labels()
+    text = "Images on the right side of the line between the sets; 50 % if the sets are aligned"
+    figure.suptitle(text, x=0.01, ha="left", fontsize=12)
+    figure.legend(handles, texts, loc="outside lower center", ncols=2, fontsize=10, markerscale=2.0, frameon=False)
     return figure

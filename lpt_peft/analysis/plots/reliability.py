@@ -52,14 +52,19 @@ def plot_shift(analysis: Mapping[str, Any]) -> Any:
         axes.scatter([before], [place], color=SKY, edgecolors=BLACK, s=70, label=first, zorder=2)
         axes.scatter([after], [place], color=VERMILION, edgecolors=BLACK, marker="D", s=60, label=second, zorder=2)
         middle = ((before + after) / 2, place)
-        axes.annotate(f"{after - before:+.1f}", middle, (0, 6), textcoords="offset points", ha="center")
-    axes.set_yticks(range(len(rows)), [f"{short(row['name'])} ({row['images']:,} images)" for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.7)
+        axes.annotate(f"{after - before:+.1f}", middle, (0, 9), textcoords="offset points", ha="center")
+    axes.set_yticks(range(len(rows)), [f"{_name(row)} ({row['images']:,} images)" for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.8)
     axes.set_xlim(-2, 102)
     tidy(axes, title="Accuracy on shifted images, classes of both sets", x="balanced accuracy in %")
     if rows:
         legend(axes, loc="best")
     return figure
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    units = {"noise": "", "blur": " px"}
+    return short(row["name"]) + (f" {row['strength']:g}{units[row['kind']]}" if row["kind"] in units else "")
 
 
 def _curve(axes: Any, row: Mapping[str, Any], name: str, colour: str, marker: str) -> None:
@@ -69,6 +74,6 @@ def _curve(axes: Any, row: Mapping[str, Any], name: str, colour: str, marker: st
     confidence, accuracy = 100 * numbers(row["confidence"]), 100 * numbers(row["accuracy"])
     filled = images > 0
     sizes = 20 + 150 * images[filled] / images.sum()
-    axes.plot(confidence[filled], accuracy[filled], color=colour, linewidth=1.5)
+    axes.plot(confidence[filled], accuracy[filled], color=colour, linewidth=1, alpha=0.6)
     label = f"{name}: {100 * row['error']:.1f} %"
     axes.scatter(confidence[filled], accuracy[filled], s=sizes, color=colour, marker=marker, label=label)

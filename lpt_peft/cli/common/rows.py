@@ -30,8 +30,12 @@ from lpt_peft.recipe.presets import preset
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 from lpt_peft.recipe.settings_checks import known
 
+_PLAIN: Mapping[str, Any] = {"sampling": "instance", "loss": "cross_entropy"}
 BUILT_IN: Mapping[str, Mapping[str, Any]] = {
-    "vpt_deep": {"sampling": "instance", "loss": "cross_entropy", "group": {"epochs": 0}},
+    "linear_probe": {"method": "linear_probe", **_PLAIN},
+    "full": {"method": "full", **_PLAIN},
+    "vpt_shallow": {"method": "vpt_shallow", **_PLAIN},
+    "vpt_deep": {"method": "vpt_deep", **_PLAIN},
     "lpt_phase1": {"group": {"epochs": 0}},
     "lpt": {},
 }

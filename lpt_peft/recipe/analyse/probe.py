@@ -147,9 +147,8 @@ def _features(model: Any, state: str, images: Tensor, output: Any) -> Tensor:
 
 def plain_features(model: Any, images: Tensor) -> Tensor:
     """Features (B, d) of the ViT without prompts."""
-    (images,), _ = model.frozen_weights.cast_inputs(((images,), {}))
-    backbone = model.backbone
-    features: Tensor = backbone.pool(backbone.run(backbone.embed(images), 0, [None] * len(backbone.blocks)))
+    args, kwargs = model.frozen_weights.cast_inputs(((images,), {}))
+    features: Tensor = model.backbone.plain_feature(*args, **kwargs)
     return features
 
 

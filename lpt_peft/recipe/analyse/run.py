@@ -170,7 +170,7 @@ def analyse(
         "lpt_peft": __version__,
         "seconds": round(time.perf_counter() - start, 1),
         "model": {
-            "method": getattr(settings, "method", "lpt"),
+            "method": settings.method,
             "phase": getattr(model, "phase", None),
             "classes": size,
             "groups": groups if has_groups else None,
