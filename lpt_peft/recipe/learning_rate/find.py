@@ -23,12 +23,13 @@ from lpt_peft.recipe.checks import prepare
 from lpt_peft.recipe.learning_rate.curve import LearningRateCurve, has_risen
 from lpt_peft.recipe.loading.batches import batches, steps_per_epoch
 from lpt_peft.recipe.loading.loader import open_batches
+from lpt_peft.recipe.methods import method_of
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.train import make_accelerator
 from lpt_peft.recipe.training.criteria import Criterion, build_criterion
 from lpt_peft.recipe.training.phase import PhaseRun
-from lpt_peft.recipe.training.phase_init import begin_phase
+from lpt_peft.vit_classifier import ViTClassifier
 
 LOWEST, HIGHEST = 1e-4, 100.0
 _MIN_STEPS = 20
@@ -97,8 +98,9 @@ def find_learning_rate(
     rates = [lowest * (highest / lowest) ** (step / (steps - 1)) for step in range(steps)]
     with reporter.unreadable_images(train=dataset), preserve_random_state(), _restored(model, accelerator):
         plain = prepare(model, dataset, labels, settings, criterion=criterion, accelerator=accelerator)
-        if isinstance(model, LongTailPromptAdapter):
-            begin_phase(model, phase, dataset, settings, accelerator=accelerator, reporter=reporter)
+        if isinstance(model, (LongTailPromptAdapter, ViTClassifier)):
+            method = method_of(model, settings)
+            method.begin(phase, dataset, settings, accelerator=accelerator, reporter=reporter, saved=None)
         run = _phase_run(model, phase, plain, settings, rates, criterion=criterion, accelerator=accelerator)
         losses = _losses(run, dataset, plain, settings, len(rates), accelerator=accelerator, reporter=reporter)
     return LearningRateCurve(phase=phase, rates=tuple(rates[: len(losses)]), losses=tuple(losses))
