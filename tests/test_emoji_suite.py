@@ -142,6 +142,15 @@ def test_rows_take_the_settings_that_won(module):
     assert found["probe"] == rows["probe"]  # nothing was tuned for it
 
 
+@pytest.mark.parametrize(("optimizer", "multiple"), [("sgd", 20), ("adamw", 3)])
+def test_the_rate_of_the_groups_stays_a_multiple_of_the_tuned_rate(module, optimizer, multiple):
+    plan = module("_plan")
+    tune = Rows(source="tune", rows={"phase1_random.a": {"optimizer": optimizer, "shared": {"learning_rate": 3}}})
+    row = {"group": {"epochs": 6, "learning_rate": 0.1, "pool_learning_rate": 2}}
+    group = plan.tuned(Rows(source="rows", rows={"lpt": row}), tune, {"phase1_random.a": 0.3}).rows["lpt"]["group"]
+    assert (group["learning_rate"], group["pool_learning_rate"]) == (3, pytest.approx(3 * multiple))
+
+
 @pytest.mark.parametrize("name", ["tune", "rows", "ablations"])
 def test_rows_are_valid_and_have_a_tuned_family(module, name, tmp_path):
     plan = module("_plan")

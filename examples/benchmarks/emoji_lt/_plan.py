@@ -91,8 +91,19 @@ def tuned(rows: Rows, tune: Rows, scores: Mapping[str, float]) -> Rows:
     for name, row in rows.rows.items():
         family = family_of({**rows.defaults, **row}, winner)
         chosen = rates(merged(tune.defaults, tune.rows[best[family]])) if family in best else {}
-        changed[name] = merged(row, chosen)
+        changed[name] = merged(row, merged(chosen, _pool_rate(row, chosen)))
     return replace(rows, rows=changed)
+
+
+def _pool_rate(row: Mapping[str, Any], chosen: Mapping[str, Any]) -> Settings:
+    """Rate of the group prompts after tuning: the row's multiple of the learning rate; with AdamW at most thrice it."""
+    group = row.get("group", {})
+    if "pool_learning_rate" not in group or "group" not in chosen:
+        return {}
+    multiple = group["pool_learning_rate"] / group["learning_rate"]
+    if chosen["optimizer"] == "adamw":  # it divides each gradient by its size: groups are not slower
+        multiple = min(multiple, 3.0)
+    return {"group": {"pool_learning_rate": multiple * chosen["group"]["learning_rate"]}}
 
 
 def to_toml(rows: Rows) -> str:
