@@ -139,7 +139,8 @@ class StartMixin(PassesMixin):
             >>> adapter = LongTailPromptAdapter.wrap(vit, num_classes=5, prompt_length=4)
             >>> adapter.init_prompts(torch.randn(4, 3, 32, 32))
         """
-        self.shared.init_prompts(self.sample_tokens(batches, self.prompt_config.prompt_length, seed=seed))
+        tokens = self.sample_tokens(batches, self.prompt_config.prompt_length, seed=seed)
+        self.shared.init_prompts(tokens[: len(self.shared.prompts)])  # block 1 alone with placement="shallow"
 
     def _draw(self, tokens: Tensor, draws: Tensor, images: Any) -> int:
         """Fill tokens (L, T, d) from a batch, at the positions of draws (T, L) in [0, 1); return how many are new."""

@@ -48,6 +48,7 @@ def train_command(words: Sequence[str]) -> Callable[..., int]:
         preset: str | None = None,
         config: Path | None = None,
         resume: bool = True,
+        find_lr: bool = False,
         log_with: Log | None = None,
         as_json: Json = False,
     ) -> int:
@@ -65,10 +66,11 @@ def train_command(words: Sequence[str]) -> Callable[..., int]:
             preset: Start from published settings: paper or inat2018. Flags override them.
             config: Start from the settings.json of another run. Flags override it.
             resume: Resume from the checkpoints in the output folder; --no-resume deletes them.
+            find_lr: Instead of training, find a learning rate for the first phase; writes find_lr.json and find_lr.png.
             log_with: Log metrics to this tracker as well.
             as_json: Print the content of results.json instead of the table.
         """
-        return run_training(data, output, run, resume=resume, log_with=log_with, as_json=as_json)
+        return run_training(data, output, run, resume=resume, find_lr=find_lr, log_with=log_with, as_json=as_json)
 
     return train
 
@@ -81,6 +83,7 @@ def run_training(
     resume: bool,
     log_with: Log | None,
     as_json: bool,
+    find_lr: bool = False,
     with_test: bool = True,
 ) -> int:
     """Train, save and measure a model; return the exit status; see `train`. Without `with_test`, not on the test split.
@@ -91,6 +94,7 @@ def run_training(
     """
     with requires_extra("lpt-peft train", "train"):
         from lpt_peft.cli.common.build_adapter import build_model
+        from lpt_peft.cli.common.find_rate import find_rate
         from lpt_peft.cli.common.open_data import check_output, open_splits, set_transforms
         from lpt_peft.cli.common.streams import print_text
         from lpt_peft.cli.common.tables import print_results
@@ -111,6 +115,9 @@ def run_training(
     model.metadata = replace(model.metadata, preprocess=run.images.preprocess())
     set_transforms(splits, model.preprocess(), run.images)
     accelerator = make_accelerator(run.training, **({"log_with": log_with, "project_dir": output} if log_with else {}))
+    if find_lr:
+        find_rate(model, splits["train"], run.training, output, accelerator, as_json=as_json)
+        return INCOMPLETE if has_unreadable(splits) else OK
     if log_with:
         _start_trackers(accelerator, run)
     settings = run.to_dict()

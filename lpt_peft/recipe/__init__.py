@@ -6,6 +6,7 @@ samplers and metrics do not depend on this package. It needs the extra `lpt_peft
     train.py, experiment.py   run phases; run, save and evaluate into an output folder
     settings.py, presets.py   configuration; settings_checks.py has its rules
     training/                 one phase: initialization, loop, step, optimizer, schedule
+    learning_rate/            range test that suggests a learning rate
     loading/                  batches, worker processes, validation split
     resume/                   checkpoints, folders, Ctrl-C
     summary.py, progress.py   output on stderr
@@ -21,6 +22,9 @@ from lpt_peft._lazy import import_on_first_use
 if TYPE_CHECKING:
     from lpt_peft.recipe.evaluate import evaluate, predict
     from lpt_peft.recipe.experiment import Splits, fit
+    from lpt_peft.recipe.learning_rate.curve import LearningRateCurve
+    from lpt_peft.recipe.learning_rate.find import find_learning_rate
+    from lpt_peft.recipe.learning_rate.plot import draw_learning_rates
     from lpt_peft.recipe.predictions import PredictionRecorder, Predictions, read_predictions, write_predictions
     from lpt_peft.recipe.presets import PRESETS, preset
     from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
@@ -29,12 +33,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "LearningRateCurve",
     "PhaseSettings",
     "PredictionRecorder",
     "Predictions",
     "Splits",
     "TrainSettings",
+    "draw_learning_rates",
     "evaluate",
+    "find_learning_rate",
     "fit",
     "make_accelerator",
     "predict",
@@ -51,6 +58,9 @@ import_on_first_use(  # the imports above at run time; a test compares the two
     {
         "evaluate": ["evaluate", "predict"],
         "experiment": ["Splits", "fit"],
+        "learning_rate.curve": ["LearningRateCurve"],
+        "learning_rate.find": ["find_learning_rate"],
+        "learning_rate.plot": ["draw_learning_rates"],
         "predictions": ["PredictionRecorder", "Predictions", "read_predictions", "write_predictions"],
         "presets": ["PRESETS", "preset"],
         "train": ["make_accelerator", "run_phase", "train"],

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from lpt_peft import ShotMetrics
 from lpt_peft.errors import ConfigError, StateError
-from lpt_peft.recipe import evaluate, make_accelerator, train
+from lpt_peft.recipe import evaluate, find_learning_rate, make_accelerator, train
 from lpt_peft.recipe.loading.batches import batches
 from lpt_peft.recipe.parallel import average_gradients, gather_strided
 from tests.processes import run_ranks
@@ -101,6 +101,14 @@ def evaluations():
     return results
 
 
+def learning_rates():
+    """Losses of a learning-rate range test."""
+    dataset, labels = striped_data(dtype=torch.float64)
+    adapter = tiny_adapter(torch.float64, head_dropout=0.0)
+    criterion = NoiseFreeLoss(PHASE.epochs)
+    return find_learning_rate(adapter, dataset, labels, SETTINGS, steps=20, criterion=criterion, progress=False).losses
+
+
 def refusals():
     dataset, labels = striped_data()
     with pytest.raises(ConfigError) as uneven:
@@ -167,6 +175,7 @@ def all_scenarios(folder):
         "different": run_from_different_parameters(),
         "evaluations": evaluations(),
         "refusals": refusals(),
+        "rates": learning_rates(),
         "random": [random_numbers_of_steps() for _ in range(2)],
         "communication": communication(),
         "error": error_of_the_first_rank(folder),
@@ -192,6 +201,12 @@ def test_two_processes_equal_a_single_process(ranks, change):
     for record, expected_record in zip(history, expected_history, strict=True):
         assert record["loss"] == pytest.approx(expected_record["loss"], abs=tolerance)
         assert record["validation"] == expected_record["validation"]
+
+
+def test_two_processes_find_the_same_learning_rate(ranks):
+    first, second = (rank["rates"] for rank in ranks)
+    assert first == second
+    assert first == pytest.approx(learning_rates(), abs=1e-9)
 
 
 def test_only_trained_parameters_are_communicated(ranks):

@@ -129,6 +129,10 @@ class RunSettings:
                 "prompt_length": (prompts.prompt_length >= 1, positive),
                 "pool_size": (prompts.pool_size >= 1, positive),
                 "top_k": (1 <= prompts.top_k <= prompts.pool_size, f"from 1 to pool_size={prompts.pool_size}"),
+                "query": (
+                    prompts.query == "block_k" or not self.training.query_regularizer,
+                    '"block_k" with a query_regularizer',
+                ),
                 "shared_layers": (
                     prompts.shared_layers is None or prompts.shared_layers >= (prompts.query == "block_k"),
                     'at least 0, or at least 1 with query="block_k"',

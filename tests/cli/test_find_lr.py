@@ -1,0 +1,39 @@
+"""lpt-peft train --find-lr."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from lpt_peft.cli import main
+from tests.cli.runs import SMALL, write_images
+
+GLYPH = ["--backbone", "glyph_vit", *SMALL]
+
+
+def test_find_lr_writes_its_files_and_trains_nothing(tmp_path, capsys):
+    data = write_images(tmp_path / "data", [20, 8, 3])
+    words = ["train", str(data), "--output", str(tmp_path / "run"), *GLYPH, "--find-lr"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"find_lr.json", "find_lr.png"}
+    content = json.loads((tmp_path / "run" / "find_lr.json").read_text())
+    assert (content["phase"], content["batch_size"], content["optimizer"]) == ("shared", 16, "sgd")
+    assert f"Suggestion: --shared.learning-rate {content['suggestion']:g}" in out
+    assert f"Written to {tmp_path / 'run'}/: find_lr.json, find_lr.png" in out
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == content, "the same result again"
+
+
+def test_the_group_phase_is_tested_from_trained_prompts(tmp_path, capsys, monkeypatch):
+    data = write_images(tmp_path / "data", [20, 8, 3])
+    words = ["train", str(data), *GLYPH]
+    assert main([*words, "--output", str(tmp_path / "first"), "--group.epochs", "0"]) == 0
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    words += ["--shared.epochs", "0", "--start-from", str(tmp_path / "first" / "prompts"), "--find-lr"]
+    assert main([*words, "--output", str(tmp_path / "second")]) == 0
+    captured = capsys.readouterr()
+    assert "Suggestion: --group.learning-rate" in captured.out or "no suggestion" in captured.out
+    assert "find_lr.png needs matplotlib: pip install matplotlib" in captured.err
+    assert {path.name for path in (tmp_path / "second").iterdir()} == {"find_lr.json"}
+    assert json.loads((tmp_path / "second" / "find_lr.json").read_text())["phase"] == "group"
