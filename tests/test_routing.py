@@ -156,7 +156,7 @@ REFUSALS = {
     "none": ({"images": []}, InputError, "got 0 images"),
     "features": ({"features": "cubic"}, ConfigError, "features='cubic'"),
     "ridge": ({"ridge": 0}, ConfigError, "ridge=0 must be above 0, or None"),
-    "width": ({"features": "random", "width": 0}, ConfigError, "width=0 must be an integer of at least 1"),
+    "width": ({"features": "random", "width": 0}, ConfigError, "width=0 must be an integer from 1 to 16384"),
     "blocks": ({"blocks": 3}, ConfigError, "blocks=3 must be an integer from 1 to 2"),
     "seed": ({"seed": -1}, ConfigError, "seed=-1"),
     "batch_size": ({"batch_size": 0}, ConfigError, "batch_size=0"),

@@ -29,8 +29,8 @@ def test_a_run_in_a_single_pass(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--query", "block_k", "--shared-layers", "0"], 'at least 1 with query="block_k"'),
-        (["--query-regularizer", "0.1"], '--query final must be "block_k" with a query_regularizer'),
+        (["--query", "block_k", "--shared-layers", "0"], 'at least 1 with --query "block_k"'),
+        (["--query-regularizer", "0.1"], '--query-regularizer 0.1 must be 0, or used with query="block_k"'),
         (["--query", "last"], "invalid choice"),
     ],
 )

@@ -39,7 +39,9 @@ def plot_classes(analysis: Mapping[str, Any]) -> Any:
         upper.plot(place, _moving_mean(accuracy), color=BLACK, linewidth=1.8, label="mean of neighbouring classes")
     upper.set_ylim(-3, 103)
     tidy(upper, title=f"Accuracy of the {len(order):,} classes, frequent to rare", y="accuracy in %")
-    legend(upper, loc="lower left", markerscale=1.0 if size > 3 else 3.0)
+    handles, texts = upper.get_legend_handles_labels()
+    scale = 1.0 if size > 3 else 3.0
+    figure.legend(handles, texts, loc="outside lower center", ncols=4, fontsize=10, frameon=False, markerscale=scale)
     lower.set_yscale("log")
     if len(order) <= 20:
         names = [short(classes["name"][label], 12) for label in order]

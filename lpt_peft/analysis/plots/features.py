@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lpt_peft.analysis.plots.style import BLUE, ORANGE, PALETTE, STATES, annotate_bars, legend, new_figure, short, tidy
+from lpt_peft.analysis.plots.style import BLUE, ORANGE, PALETTE, STATES, annotate_bars, new_figure, short, tidy
 
 _MARKERS = "os^Dv"
 
@@ -93,7 +93,10 @@ def plot_pretraining(analysis: Mapping[str, Any]) -> Any:
     for axes, (state, row) in zip(np.atleast_1d(figure.subplots(1, len(states))), states.items(), strict=True):
         for name, label, colour in (("first", "like pretraining", BLUE), ("second", "test images", ORANGE)):
             axes.scatter(*np.array(row[name]).T, s=10, color=colour, label=label, alpha=0.6, linewidths=0)
-        title = f"{STATES[state][0]}: {100 * row['separation']:.0f} % apart"
+        title = f"{STATES[state][0]}: {100 * row['separation']:.0f} %"
         tidy(axes, title=title, x="discriminant of the sets", y="main variation")
-        legend(axes)
+    handles, texts = axes.get_legend_handles_labels()
+    text = "Images on the correct side of a line between the sets: 50 % if the sets are aligned"
+    figure.suptitle(text, x=0.01, ha="left", fontsize=12)
+    figure.legend(handles, texts, loc="outside lower center", ncols=2, fontsize=10, markerscale=2.0, frameon=False)
     return figure

@@ -35,7 +35,7 @@ def plot_matching(analysis: Mapping[str, Any]) -> Any:
     order = order[images[order] > 0]
     rows = order[np.linspace(0, len(order) - 1, min(_MOST_ROWS, len(order))).round().astype(int)]
     shares = histogram[rows] / images[rows][:, None]
-    figure = new_figure(2.6 + 0.26 * len(rows))
+    figure = new_figure(3.0 + 0.26 * len(rows))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1.3, max(1.6, 0.26 * len(rows))))
     groups = np.arange(histogram.shape[1])
     usage = np.array(matching["usage"]) / max(1, images.sum())
@@ -50,10 +50,11 @@ def plot_matching(analysis: Mapping[str, Any]) -> Any:
     step = max(1, len(groups) // 20)
     lower.set_xticks(groups[::step])
     information, chance = matching["mutual_information"], matching["chance"]
-    title = f"Groups of each class: {information:.2f} bits of mutual information ({chance:.2f} by chance)"
-    tidy(lower, title=title, x="group", y="class (training images)")
+    text = f"Class and group: {information:.2f} bits of mutual information, {chance:.2f} by chance"
+    figure.suptitle(text, x=0.01, ha="left", fontsize=12)
+    tidy(lower, title="Groups of each class", x="group", y="class (training images)")
     lower.grid(visible=False)
-    bar = figure.colorbar(image, ax=lower, pad=0.01)
+    bar = figure.colorbar(image, ax=lower, pad=0.01, aspect=40)
     bar.set_label("share of the class's images", fontsize=11)
     return figure
 

@@ -52,7 +52,7 @@ def plot_shift(analysis: Mapping[str, Any]) -> Any:
         axes.scatter([before], [place], color=SKY, edgecolors=BLACK, s=70, label=first, zorder=2)
         axes.scatter([after], [place], color=VERMILION, edgecolors=BLACK, marker="D", s=60, label=second, zorder=2)
         middle = ((before + after) / 2, place)
-        axes.annotate(f"{after - before:+.1f}", middle, (0, 6), textcoords="offset points", ha="center")
+        axes.annotate(f"{after - before:+.1f}", middle, (0, 9), textcoords="offset points", ha="center")
     axes.set_yticks(range(len(rows)), [f"{_name(row)} ({row['images']:,} images)" for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.8)
     axes.set_xlim(-2, 102)

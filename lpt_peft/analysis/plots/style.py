@@ -14,7 +14,7 @@ from lpt_peft.errors import MissingExtraError
 BLACK, ORANGE, SKY, GREEN, YELLOW = "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 PALETTE = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, BLACK, YELLOW)
-"""Colours that people with any colour vision can tell apart: Okabe & Ito, "Color Universal Design", 2008."""
+"""Colours that people with any colour vision can distinguish: Okabe & Ito, "Color Universal Design", 2008."""
 SHOTS = {"many": BLUE, "medium": ORANGE, "few": VERMILION}
 STATES = {
     "plain": ("plain ViT", SKY),

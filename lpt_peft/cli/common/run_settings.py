@@ -129,10 +129,6 @@ class RunSettings:
                 "prompt_length": (prompts.prompt_length >= 1, positive),
                 "pool_size": (prompts.pool_size >= 1, positive),
                 "top_k": (1 <= prompts.top_k <= prompts.pool_size, f"from 1 to pool_size={prompts.pool_size}"),
-                "query": (
-                    prompts.query == "block_k" or not self.training.query_regularizer,
-                    '"block_k" with a query_regularizer',
-                ),
                 "shared_layers": (
                     prompts.shared_layers is None or prompts.shared_layers >= (prompts.query == "block_k"),
                     'at least 0, or at least 1 with query="block_k"',
@@ -141,6 +137,8 @@ class RunSettings:
                 "logit_scale": (0 < prompts.logit_scale < float("inf"), "above 0 and finite"),
             },
         )
+        one_pass = prompts.query == "block_k" or not self.training.query_regularizer
+        refuse_invalid(self.training, {"query_regularizer": (one_pass, '0, or used with query="block_k"')})
         if self.start_from is not None:
             _check_starts(self.start_from, self.training)
         share = images.validation_share

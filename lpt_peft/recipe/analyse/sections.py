@@ -125,8 +125,8 @@ def projection_section(test: Measured, train: Measured, class_counts: Sequence[i
     chosen = torch.tensor(classes)
     own, shown = torch.isin(train.target, chosen), torch.isin(test.target, chosen).nonzero().flatten()
     shown = shown[stratified_indices(test.target[shown].tolist(), _MOST_POINTS)]
-    if len(train.target[own]) <= len(classes):
-        return "a discriminant plane needs more than one training image per class"
+    if len(train.target[own]) <= len(classes) or len(shown) < 3 * len(classes):
+        return "a discriminant plane needs several training and test images per class: raise --max-images"
     states = {}
     for state, features in test.features.items():
         plane = linear_discriminant(train.features[state][own], train.target[own])
@@ -193,7 +193,7 @@ def pool_section(measured: Measured, class_counts: Sequence[int], groups: int) -
 def calibration_section(
     measured: Measured, class_counts: Sequence[int], shot_rule: str, temperature: Any
 ) -> dict[str, Any]:
-    """Calibration by shot group, before and after the temperature, if there is one."""
+    """Calibration by shot group, before and after the temperature, if it is given."""
     correct, rule = measured.prediction == measured.target, SHOT_RULES[shot_rule]
     before = reliability_by_shots(measured.probability, correct, measured.target, class_counts, rule)
     after = None
