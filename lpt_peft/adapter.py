@@ -185,6 +185,8 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
     def train(self, mode: bool = True) -> LongTailPromptAdapter:
         """Set train or eval mode; batch norms of the ViT stay in eval mode, because their statistics are frozen."""
         self._follow_phase_index()
+        if self.training and not mode:
+            self._drop_stale_router()
         super().train(mode)
         if (vit := self._modules.get("vit")) is not None:
             self._frozen.sync_mode(vit)

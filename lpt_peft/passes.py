@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpt_peft.backbones.base import Stream
-from lpt_peft.call import CallMixin
 from lpt_peft.errors import InputError, StateError
 from lpt_peft.phase import in_process_group
 from lpt_peft.prompts import PoolMatch
+from lpt_peft.routing import RoutingMixin
 
 
-class PassesMixin(CallMixin):
+class PassesMixin(RoutingMixin):
     """The part of an adapter that computes features and queries."""
 
     def _init_passes(self) -> None:
@@ -127,14 +127,22 @@ class PassesMixin(CallMixin):
             features = self._shallow_features(shared, args, kwargs)
             empty = features.new_empty(features.shape[0], 0)
             return features, features, empty, empty.long()
-        kept = self._first_blocks(shared, args, kwargs)
+        router = None if self._phase == "shared" or self.training or self.route == "exact" else self.router
+        if router is None:
+            kept = self._first_blocks(shared, args, kwargs)
+        else:
+            kept, tokens = self._blocks_and_tokens(shared, args, kwargs, router.layout.blocks)
         if self._phase == "shared":
             features = self._shared_features(kept, shared)
             empty = features.new_empty(features.shape[0], 0)
             query = features if self.prompt_config.query == "final" else self._query(kept, shared)
             return features, query, empty, empty.long()
-        query = self._query(kept, shared)
-        match = self.pool(query)
+        if router is None:
+            query = self._query(kept, shared)
+            match = self.pool(query)
+        else:
+            query = kept.tokens.new_empty(kept.tokens.shape[0], 0)
+            match = self.pool.select(self._routed_similarity(kept, tokens, shared, args, kwargs), kept.tokens.dtype)
         features = self._group_features(kept, shared, match)
         if self.training:
             # Adds 0: the keys then get a gradient (0) from any loss, which DDP waits for.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    folder: tyro.conf.Positional[Path], data: tyro.conf.Positional[str | None] = None, /, as_json: Json = False
+    folder: tyro.conf.Positional[Path],
+    data: tyro.conf.Positional[str | None] = None,
+    /,
+    crops: Literal[1, 5] = 1,
+    post_hoc_tau: float = 0.0,
+    as_json: Json = False,
 ) -> int:
     """Measure a trained model on the validation and test splits of its data, or on other images.
 
@@ -30,6 +35,8 @@ def evaluate(
     Args:
         folder: Output folder of `lpt-peft train`, or a prompt file or model file.
         data: Images, as for `lpt-peft train`; a folder of class folders, or a list, is a test split.
+        crops: 5 averages log p over the centre and the corners of each image, as LIFT does, in five times the time.
+        post_hoc_tau: Subtract this times the log shares of the training images; 1 for training with cross-entropy.
         as_json: Print one JSON object instead of the table.
     """
     with requires_extra("lpt-peft evaluate", "train"):
@@ -43,6 +50,8 @@ def evaluate(
         from lpt_peft.recipe.progress import Reporter
         from lpt_peft.recipe.train import make_accelerator
 
+    if not 0 <= post_hoc_tau < float("inf"):
+        raise ConfigError(f"--post-hoc-tau {post_hoc_tau} must be at least 0 and finite.")
     run = load_run(folder)
     counts = run.model.metadata.class_counts
     if counts is None:
@@ -62,7 +71,7 @@ def evaluate(
             f"{data or run.data} has neither a validation nor a test split, so there is nothing to evaluate. Name the "
             "images: lpt-peft evaluate DIR DATA."
         )
-    set_transforms(splits, run.model.preprocess(), run.images)
+    set_transforms(splits, run.model.preprocess(), run.images, crops=crops)
     metrics = ShotMetrics.from_rule(run.shot_rule, counts)
     accelerator = make_accelerator(available_precision(run.training))
     print_summaries(splits)
@@ -72,7 +81,15 @@ def evaluate(
     with Reporter(True, accelerator.is_main_process).unreadable_images(**splits):
         for name in ("validation", "test"):
             if name in splits:
-                results[name] = measure(run.model, splits[name], metrics, num_workers=workers, accelerator=accelerator)
+                results[name] = measure(
+                    run.model,
+                    splits[name],
+                    metrics,
+                    num_workers=workers,
+                    accelerator=accelerator,
+                    crops=crops,
+                    post_hoc_tau=post_hoc_tau,
+                )
     print_results(results, as_json=as_json)
     return INCOMPLETE if has_unreadable(splits) else OK
 

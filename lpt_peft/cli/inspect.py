@@ -95,6 +95,7 @@ def describe(source: str, content: PromptContent) -> str:
     lines = [
         f"{source}: prompt file, format 2, written by lpt_peft {content.library_version}",
         f"  prompts         phase {content.phase}: {config.layout}",
+        *([] if content.router is None else [f"  router          {content.router.describe()}"]),
         *_description(content, config.num_classes, config.logit_scale),
         *tensors,
         *_training(content.metadata.training),

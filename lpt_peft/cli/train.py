@@ -83,8 +83,8 @@ def run_training(
     resume: bool,
     log_with: Log | None,
     as_json: bool,
-    with_test: bool = True,
     find_lr: bool = False,
+    with_test: bool = True,
 ) -> int:
     """Train, save and measure a model; return the exit status; see `train`. Without `with_test`, not on the test split.
 

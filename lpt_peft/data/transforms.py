@@ -17,6 +17,11 @@ RECIPE_CROP_PCT = 224 / 256
 """The evaluation of the LPT paper: resize the shorter side to 256 and crop the central 224."""
 
 
+CROPS = 5
+"""Crops of an image in an evaluation with several crops."""
+_EXPANSION = 24 / 224
+
+
 class ImageTransform:
     """Transform from an image to a tensor; starts with the conversion to RGB.
 
@@ -54,12 +59,15 @@ def transforms(
     crop_pct: float | None = None,
     exif: bool | None = None,
     background: Color | None = None,
+    crops: int = 1,
 ) -> ImageTransform:
-    """Build a transform from a PIL image of any mode to a tensor (C, H, W) float32.
+    """Build a transform from a PIL image of any mode to a tensor (C, H, W) float32, or (5, C, H, W) for five crops.
 
     Training applies torchvision's RandomResizedCrop and a random horizontal flip, which draw from torch's default
     generator, so that seeded and resumed runs repeat; the crop of timm draws from Python's `random`. Evaluation is
-    `timm.data.create_transform`: by default resize to `floor(size / crop_pct)`, then a centre crop.
+    `timm.data.create_transform`: by default resize to `floor(size / crop_pct)`, then a centre crop. Five crops are the
+    centre and the corners of the image resized to `size + round(size * 24 / 224)`, the test-time ensemble of LIFT (Shi
+    et al., ICML 2024): 24 pixels are not a multiple of the patch size, so that patches differ between the crops.
 
     Args:
         preprocess: `adapter.preprocess()`, or `preprocess` of a prompt file.
@@ -71,6 +79,8 @@ def transforms(
             paper, 1 to keep the border.
         exif: Follow the EXIF orientation; None uses `exif` of `preprocess`, or True if it is missing.
         background: RGB colour behind transparent pixels; None uses `background` of `preprocess`, or white.
+        crops: Crops of an image in the evaluation: 1, or 5, for which `crop_pct` is not used; see
+            `lpt_peft.recipe.evaluate`.
 
     Raises:
         ConfigError: The configuration has a missing key or is not for RGB images, or a setting is out of range.
@@ -94,12 +104,50 @@ def transforms(
     )
     config = _checked(preprocess, scale, ratio, flip, crop_pct)
     evaluation = create_transform(**config, is_training=False)
+    if crops != 1:
+        return ImageTransform(reading, _five_crops(config, crops, train))
     if not train:
         return ImageTransform(reading, evaluation.transforms)
     interpolation = str_to_interp_mode(config["interpolation"])
     crop = RandomResizedCrop(config["input_size"][1:], scale, ratio, interpolation, antialias=True)
     to_tensor, normalize = evaluation.transforms[-2:]
     return ImageTransform(reading, [crop, RandomHorizontalFlip(flip), to_tensor, normalize])
+
+
+class _Stack:
+    """Converts the crops of `FiveCrop` to a tensor (5, C, H, W) that begins with the centre; picklable for workers."""
+
+    def __init__(self, *steps: Callable[[Any], Any]) -> None:
+        self._steps = steps
+
+    def __call__(self, images: Sequence[Any]) -> Any:
+        import torch  # noqa: PLC0415 - imported on use
+
+        *corners, centre = images
+        tensors = []
+        for image in (centre, *corners):
+            for step in self._steps:
+                image = step(image)  # noqa: PLW2901
+            tensors.append(image)
+        return torch.stack(tensors)
+
+
+def _five_crops(config: dict[str, Any], crops: int, train: bool) -> list[Callable[[Any], Any]]:
+    """Resize, crop, convert and stack; the centre is the first crop."""
+    from timm.data import create_transform  # noqa: PLC0415 - imported on use
+    from torchvision.transforms import FiveCrop  # noqa: PLC0415
+
+    if crops != CROPS or train or config["crop_mode"] == "border":
+        raise ConfigError(
+            f"crops={crops} must be 1 or {CROPS}, and {CROPS} only for an evaluation (train=False) with crop_mode "
+            f'"center" or "squash", not "{config["crop_mode"]}".'
+        )
+    size = config["input_size"][1:]
+    larger = size[0] + max(1, round(size[0] * _EXPANSION))
+    crop_pct = size[0] / (larger + 0.5)  # timm rounds size / crop_pct down
+    evaluation = create_transform(**{**config, "crop_pct": crop_pct}, is_training=False)
+    *resize, _, to_tensor, normalize = evaluation.transforms
+    return [*resize, FiveCrop(size), _Stack(to_tensor, normalize)]
 
 
 def _checked(

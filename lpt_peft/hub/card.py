@@ -168,6 +168,7 @@ def _sections(content: PromptContent, repo_id: str, subfolder: str | None, revis
             f"- prompts and keys: {sum(sizes.values()) - head:,} parameters; head: {head:,}; "
             f"{sum(tensor.nbytes for tensor in content.tensors.values()):,} bytes in all",
             f"- phase: {content.phase}; {config.layout}",
+            *([] if content.router is None else [f"- router: {content.router.describe()}; `adapter.route` enables it"]),
             f"- backbone: {_code(backbone.architecture)} of {_code(backbone.library)}, tag "
             f"{_code(str(backbone.pretrained_tag))}, {backbone.num_parameters:,} parameters, fingerprint "
             f"`{content.fingerprint[:16]}`",

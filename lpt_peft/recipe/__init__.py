@@ -58,10 +58,10 @@ import_on_first_use(  # the imports above at run time; a test compares the two
     {
         "evaluate": ["evaluate", "predict"],
         "experiment": ["Splits", "fit"],
-        "predictions": ["PredictionRecorder", "Predictions", "read_predictions", "write_predictions"],
         "learning_rate.curve": ["LearningRateCurve"],
         "learning_rate.find": ["find_learning_rate"],
         "learning_rate.plot": ["draw_learning_rates"],
+        "predictions": ["PredictionRecorder", "Predictions", "read_predictions", "write_predictions"],
         "presets": ["PRESETS", "preset"],
         "train": ["make_accelerator", "run_phase", "train"],
         "training.schedule": ["warmup_cosine"],

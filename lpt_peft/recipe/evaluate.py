@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from lpt_peft._numbers import checked_integer
+from lpt_peft._numerics import at_least_float32
 from lpt_peft.errors import InputError
+from lpt_peft.losses import adjust_logits
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.recipe.loading.loader import image_loader, open_batches, resolve_workers, stop_workers
 from lpt_peft.recipe.loading.readable import without_replacements
@@ -34,6 +38,11 @@ class Evaluation:
             get the result for the complete dataset. False: this process evaluates all images.
         accelerator: Provides mixed precision; None computes in the model's own dtypes.
         persistent: Keep the workers between calls, until `close`.
+        crops: Crops of each image. For more than 1, the dataset yields images (crops, C, H, W), as
+            `lpt_peft.data.transforms.transforms(..., crops=5)` makes them, and the logits are the mean of log p over
+            the crops (test-time ensemble of LIFT, Shi et al., ICML 2024). Groups are those of the first crop.
+        post_hoc_tau: Post-hoc logit adjustment with the class counts of the metrics, for a model trained with
+            cross-entropy: `logits - tau * log pi`, see `lpt_peft.losses.adjust_logits`; 0: off.
     """
 
     def __init__(
@@ -46,6 +55,8 @@ class Evaluation:
         distributed: bool = False,
         accelerator: Accelerator | None = None,
         persistent: bool = False,
+        crops: int = 1,
+        post_hoc_tau: float = 0.0,
     ) -> None:
         self._size = len(dataset)  # type: ignore[arg-type]
         self._dataset, dataset = dataset, without_replacements(dataset)
@@ -55,6 +66,7 @@ class Evaluation:
             self._share = range(rank, self._size, processes)
             dataset = Subset(dataset, self._share)
         self._model, self._distributed, self._accelerator = model, distributed, accelerator
+        self._crops, self._tau = checked_integer("crops", crops, 1), post_hoc_tau
         self._loader = _loader(model, dataset, batch_size, num_workers, persistent)
 
     def __call__(self, metrics: ShotMetrics, recorder: PredictionRecorder | None = None) -> ShotResult:
@@ -64,14 +76,23 @@ class Evaluation:
             metrics: Has the class counts of training and the shot rule.
             recorder: Its `result` is set to the predictions of all images.
 
+        Returns:
+            The result; its `rule` names crops and adjustment.
+
         Raises:
-            InputError: No image can be read.
+            InputError: No image can be read, the images are not `crops` crops each, or a class that the logits are
+                adjusted for has no training image.
+            ConfigError: `post_hoc_tau` is out of range.
         """
         metrics.reset()
         evaluated = 0
         report = Reporter(False, True).unreadable_images(dataset=self._dataset)  # nothing inside that of a run
-        with report, closing(_outputs(self._model, self._loader, self._accelerator)) as outputs:
+        outputs = _outputs(self._model, self._loader, self._accelerator, self._crops)
+        with report, closing(outputs):
             for output, labels in outputs:
+                if self._tau:
+                    logits = adjust_logits(output[0], metrics.class_counts, tau=self._tau)
+                    output = type(output)(logits, *output[1:])  # noqa: PLW2901
                 metrics.update(output[0], labels)
                 if recorder is not None:
                     recorder.update(output, labels)
@@ -85,7 +106,10 @@ class Evaluation:
             unreadable = getattr(self._dataset, "unreadable_images", ())
             positions = [position for position in self._share if position not in unreadable]
             recorder.gather(positions, self._size, images=image_names(self._dataset), distributed=self._distributed)
-        return (metrics.sync() if self._distributed else metrics).compute()
+        result = (metrics.sync() if self._distributed else metrics).compute()
+        notes = [f"mean of log p over {self._crops} crops"] if self._crops > 1 else []
+        notes += [f"post-hoc logit adjustment, tau {self._tau:g}"] if self._tau else []
+        return replace(result, rule="; ".join([result.rule, *notes]))
 
     def close(self) -> None:
         """Stop persistent workers."""
@@ -102,6 +126,8 @@ def evaluate(
     distributed: bool = False,
     accelerator: Accelerator | None = None,
     recorder: PredictionRecorder | None = None,
+    crops: int = 1,
+    post_hoc_tau: float = 0.0,
 ) -> ShotResult:
     """Reset `metrics`, update them with a dataset and compute.
 
@@ -117,6 +143,8 @@ def evaluate(
         distributed: Share the images among the processes.
         accelerator: Provides mixed precision.
         recorder: Its `result` is set to the predictions.
+        crops: Crops of each image, of which log p is averaged.
+        post_hoc_tau: Strength of the logit adjustment after training.
     """
     evaluation = Evaluation(
         model,
@@ -125,6 +153,8 @@ def evaluate(
         num_workers=num_workers,
         distributed=distributed,
         accelerator=accelerator,
+        crops=crops,
+        post_hoc_tau=post_hoc_tau,
     )
     return evaluation(metrics, recorder)
 
@@ -175,7 +205,7 @@ def _loader(
 
 @torch.no_grad()
 def _outputs(
-    model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator | None
+    model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator | None, crops: int = 1
 ) -> Generator[tuple[Any, Tensor], None, None]:
     """Outputs on the model's device and labels on the CPU, batch by batch."""
     device, training = next(model.parameters()).device, model.training
@@ -186,8 +216,25 @@ def _outputs(
                 if batch is None:  # no image of the batch can be read
                     continue
                 images, labels = batch
+                views = [images] if crops == 1 else _views(images, crops)
                 with nullcontext() if accelerator is None else accelerator.autocast():
-                    output = model(images.to(device, non_blocking=True), return_output=True)
-                yield output, labels
+                    outputs = [model(view.to(device, non_blocking=True), return_output=True) for view in views]
+                yield outputs[0] if crops == 1 else _mean_output(outputs), labels
     finally:
         model.train(training)
+
+
+def _views(images: Tensor, crops: int) -> tuple[Tensor, ...]:
+    """The crops of a batch (B, crops, C, H, W), each (B, C, H, W)."""
+    if images.ndim != 5 or images.shape[1] != crops:
+        raise InputError(
+            f"crops={crops} needs images of shape ({crops}, C, H, W), not {tuple(images.shape[1:])}: give the dataset "
+            f"lpt_peft.data.transforms.transforms(adapter.preprocess(), train=False, crops={crops})."
+        )
+    return images.unbind(1)
+
+
+def _mean_output(outputs: list[Any]) -> Any:
+    """The output of the first crop, with the mean of log p over all crops as logits (B, C)."""
+    log_p = torch.stack([at_least_float32(output[0]).log_softmax(-1) for output in outputs])
+    return type(outputs[0])(log_p.mean(0), *outputs[0][1:])

@@ -117,3 +117,18 @@ def test_a_validation_split_of_training_images_is_noted(data, tmp_path, capsys):
     assert main([*words, "--val", str(tmp_path / "link"), "--test", str(data / "test")]) == 0
     err = capsys.readouterr().err
     assert err.count("note: all 31 images are also training images, such as ") == err.count("also training images") == 1
+
+
+def test_crops_and_post_hoc_adjustment(run, data, capsys):
+    capsys.readouterr()
+    rules = {}
+    for words in ([], ["--crops", "5"], ["--crops", "5", "--post-hoc-tau", "1"]):
+        assert main(["evaluate", str(run), *words, "--json"]) == 0
+        rules[len(words)] = json.loads(capsys.readouterr().out)["test"]["rule"]
+    assert rules[2] == f"{rules[0]}; mean of log p over 5 crops"
+    assert rules[4] == f"{rules[2]}; post-hoc logit adjustment, tau 1"
+    assert main(["evaluate", str(run), "--post-hoc-tau", "0.5"]) == 0
+    assert "post-hoc logit adjustment, tau 0.5" in capsys.readouterr().out
+    for value in ("-1", "nan"):
+        assert main(["evaluate", str(run), "--post-hoc-tau", value]) == 1
+        assert f"--post-hoc-tau {float(value)} must be at least 0 and finite" in capsys.readouterr().err

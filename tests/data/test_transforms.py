@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 
 import numpy as np
@@ -54,6 +55,28 @@ def test_evaluation_follows_the_configuration_of_the_backbone():
     torch.testing.assert_close(uncropped, by_hand(photo(32, 32), (32, 32), (0, 0, 32, 32)), atol=1e-6, rtol=1e-6)
     squashed = transforms({**small, "crop_mode": "squash", "crop_pct": 1.0}, train=False)(photo(64, 40))
     torch.testing.assert_close(squashed, by_hand(photo(64, 40), (32, 32), (0, 0, 32, 32)), atol=1e-6, rtol=1e-6)
+
+
+def test_five_crops_are_centre_and_corners_of_a_larger_image():
+    image = photo(300, 400)
+    five = pickle.loads(pickle.dumps(transforms(CONFIG, train=False, crops=5)))(image)
+    # 300 x 400 becomes 248 x 330, 24 pixels more than the crop; the centre starts at 12 and 53.
+    boxes = [(12, 53), (0, 0), (24, 0), (0, 106), (24, 106)]
+    expected = [by_hand(image, (248, 330), (left, top, left + 224, top + 224)) for left, top in boxes]
+    torch.testing.assert_close(five, torch.stack(expected), atol=1e-6, rtol=1e-6)
+    small = {**CONFIG, "input_size": [3, 32, 32], "crop_mode": "squash", "crop_pct": 1.0}
+    five = transforms(small, train=False, crops=5)(photo(64, 40))  # 35 x 35, whatever crop_pct is
+    expected = [by_hand(photo(64, 40), (35, 35), (x, y, x + 32, y + 32)) for x, y in [(2, 2), (0, 0), (3, 0), (0, 3)]]
+    torch.testing.assert_close(five[:4], torch.stack(expected), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [({}, {"crops": 3}), ({}, {"crops": 5, "train": True}), ({"crop_mode": "border"}, {"crops": 5})],
+)
+def test_crops_that_are_refused(config, options):
+    with pytest.raises(ConfigError, match="must be 1 or 5, and 5 only for an evaluation"):
+        transforms({**CONFIG, **config}, **{"train": False, **options})
 
 
 def test_training_crop_is_resized_and_flipped():

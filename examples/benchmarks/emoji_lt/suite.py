@@ -65,21 +65,27 @@ class Runner:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.results = options, Results(options.output)
         self.start = time.perf_counter()
-        self.seconds_per_epoch = 0.0  # of the slowest run
+        self.pace: dict[str, float] = {}  # seconds per epoch of the slowest run of a stage
+        self.late = False  # whether a run was not started because of the deadline
+        self.failed = self.finished = 0
         self.pool = None
         if options.jobs > 1:
             spawn = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(options.jobs, spawn, initializer=prepare_process)
 
     def run(self, cells: Sequence[Cell]) -> bool:
-        """Run the cells that have no result; return whether all have one."""
+        """Run the cells that have no result; return False if the deadline stops them.
+
+        Raises:
+            SystemExit: The first runs of this part all failed.
+        """
         pending = iter([cell for cell in cells if self.results.of(cell) is None])
         running: dict[Future[dict[str, Any]], Cell] = {}
         while True:
             while len(running) < self.options.jobs and (cell := self._next(pending)) is not None:
                 running[self._submit(cell)] = cell
             if not running:
-                return all(self.results.of(cell) is not None for cell in cells)
+                return not self.late
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 self._record(running.pop(future), future.result())
 
@@ -92,7 +98,13 @@ class Runner:
         """Return the next cell, if it would end before the deadline at the pace of the slowest run."""
         left = 60 * self.options.minutes - (time.perf_counter() - self.start)
         cell = next(pending, None)
-        return None if cell is None or left < self.seconds_per_epoch * cell.epochs else cell
+        if cell is None:
+            return None
+        pace = self.pace.get(cell.stage) or max(self.pace.values(), default=0.0)
+        if left < pace * cell.epochs:
+            self.late = True
+            return None
+        return cell
 
     def _submit(self, cell: Cell) -> Future[dict[str, Any]]:
         if self.pool is not None:
@@ -104,7 +116,7 @@ class Runner:
     def _record(self, cell: Cell, found: dict[str, Any]) -> None:
         self.results.add(cell, found)
         seconds = found.get("seconds", 0.0)
-        self.seconds_per_epoch = max(self.seconds_per_epoch, seconds / cell.epochs)
+        self.pace[cell.stage] = max(self.pace.get(cell.stage, 0.0), seconds / cell.epochs)
         accuracies = "  ".join(
             f"{name} {100 * found[name]['overall']:.1f} (few {100 * (found[name]['few'] or 0):.0f})"
             for name in EVALUATED
@@ -113,6 +125,10 @@ class Runner:
         elapsed = time.perf_counter() - self.start
         text = found.get("error") or f"{accuracies}  {seconds:.0f} s"
         print(f"[{elapsed:4.0f} s] {cell.stage} {cell.row} seed {cell.seed}: {text}", flush=True)
+        self.failed += "error" in found and not found["diverged"]
+        self.finished += "error" not in found
+        if self.failed > self.options.jobs and not self.finished:
+            sys.exit("The first runs all failed: see the errors above.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,18 +148,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cells(ROWS, rows, [0]), cells(ABLATIONS, ablations, [0])  # raises an error before the first run
     runner = Runner(options)
     try:
-        complete = runner.run(tuning)
-        if complete:
-            lines = [runner.results.of(cell) or {} for cell in tuning]
+        plan = tuning
+        if runner.run(tuning):
+            lines = [line for cell in tuning if (line := runner.results.of(cell)) is not None]
             scores = {line["row"]: line["validation"]["overall"] for line in lines if "validation" in line}
             rows, ablations = tuned(rows, tune, scores), tuned(ablations, tune, scores)
             for name, chosen in ((ROWS, rows), (ABLATIONS, ablations)):
                 (options.output.parent / f"{name}.toml").write_text(to_toml(chosen))
-            complete = runner.run(cells(ROWS, rows, range(options.seeds)) + cells(ABLATIONS, ablations, [0]))
+            later = cells(ROWS, rows, range(options.seeds)) + cells(ABLATIONS, ablations, [0])
+            runner.run(later)
+            plan = [*tuning, *later]
     finally:
         runner.close()
-    print("Complete." if complete else "Runs are left: run the same command again.")
-    return 0 if complete else 3
+    left = runner.late or any(runner.results.of(cell) is None for cell in plan)
+    print("Runs are left, or failed: run the same command again." if left else "Complete.")
+    return 3 if left else 0
 
 
 if __name__ == "__main__":

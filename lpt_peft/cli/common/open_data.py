@@ -132,7 +132,9 @@ def check_output(output: Path, data: str, images: ImageSettings) -> None:
             )
 
 
-def set_transforms(splits: Mapping[str, LabelledImages], preprocess: Mapping[str, Any], images: ImageSettings) -> None:
+def set_transforms(
+    splits: Mapping[str, LabelledImages], preprocess: Mapping[str, Any], images: ImageSettings, *, crops: int = 1
+) -> None:
     """Set random crops for training images, and the backbone's evaluation transform for the others."""
     for name, split in splits.items():
         split.transform = transforms(
@@ -144,6 +146,7 @@ def set_transforms(splits: Mapping[str, LabelledImages], preprocess: Mapping[str
             crop_pct=images.crop_pct,
             exif=images.exif,
             background=images.background,
+            crops=crops,
         )
 
 

@@ -23,12 +23,13 @@ from lpt_peft.recipe.checks import prepare
 from lpt_peft.recipe.learning_rate.curve import LearningRateCurve, has_risen
 from lpt_peft.recipe.loading.batches import batches, steps_per_epoch
 from lpt_peft.recipe.loading.loader import open_batches
+from lpt_peft.recipe.methods import Model, method_of
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.train import make_accelerator
-from lpt_peft.recipe.training.criteria import Criterion, build_criterion
+from lpt_peft.recipe.training.criteria import Criterion
+from lpt_peft.recipe.training.loop import Loop
 from lpt_peft.recipe.training.phase import PhaseRun
-from lpt_peft.recipe.training.phase_init import begin_phase
 
 LOWEST, HIGHEST = 1e-4, 100.0
 _MIN_STEPS = 20
@@ -54,18 +55,18 @@ def find_learning_rate(
     Only the schedule differs: step i has the rate `lowest * (highest / lowest) ** (i / (steps - 1))`. The test ends
     early when the loss has risen. Then parameters, buffers and random generators are restored.
 
-    Phase "group" begins with the current shared prompt and head, so test it on an adapter whose phase "shared" is
-    trained.
+    It works for every `method`. Phase "group" begins with the current shared prompt and head, so test it on an adapter
+    whose phase "shared" is trained.
 
     Source: Smith, Cyclical Learning Rates for Training Neural Networks, WACV 2017, arXiv 1506.01186, section 3.3. For
     the suggestion see `LearningRateCurve.suggestion`.
 
     Args:
-        model: A wrapped ViT, or any model that `run_phase` accepts.
+        model: A wrapped ViT, as in `train`, or any model that `run_phase` accepts.
         dataset: Map-style, yields (image, label).
         labels: Class of every item.
-        settings: Settings of the run; None uses the defaults. The ratio of `head_learning_rate` to `learning_rate` is
-            kept.
+        settings: Settings of the run; None uses the defaults. `head_learning_rate` and `pool_learning_rate` rise in the
+            same proportion.
         phase: "shared", "group" or "joint"; None: the first phase that the settings train.
         lowest: First rate. All rates are values of `PhaseSettings.learning_rate`, for 256 images in each half.
         highest: Rate of the last step.
@@ -97,40 +98,28 @@ def find_learning_rate(
     rates = [lowest * (highest / lowest) ** (step / (steps - 1)) for step in range(steps)]
     with reporter.unreadable_images(train=dataset), preserve_random_state(), _restored(model, accelerator):
         plain = prepare(model, dataset, labels, settings, criterion=criterion, accelerator=accelerator)
-        if isinstance(model, LongTailPromptAdapter):
-            begin_phase(model, phase, dataset, settings, accelerator=accelerator, reporter=reporter)
-        run = _phase_run(model, phase, plain, settings, rates, criterion=criterion, accelerator=accelerator)
+        if isinstance(model, Model):
+            method = method_of(model, settings)
+            method.begin(phase, dataset, settings, accelerator=accelerator, reporter=reporter, saved=None)
+        loop = Loop(
+            dataset=dataset,
+            labels=plain,
+            settings=replace(settings, average=None),
+            criterion=criterion,
+            accelerator=accelerator,
+            history=[],
+            reporter=reporter,
+        )
+        run = loop.start_phase(  # a single epoch, so that weights that depend on the epoch do not change
+            model.train(),
+            phase,
+            settings.plan[phase],
+            steps=steps,
+            schedule=lambda step: rates[step] / settings.plan[phase].learning_rate,
+            check_every=1,
+        )
         losses = _losses(run, dataset, plain, settings, len(rates), accelerator=accelerator, reporter=reporter)
     return LearningRateCurve(phase=phase, rates=tuple(rates[: len(losses)]), losses=tuple(losses))
-
-
-def _phase_run(
-    model: nn.Module,
-    name: str,
-    labels: Sequence[int],
-    settings: TrainSettings,
-    rates: Sequence[float],
-    *,
-    criterion: Criterion | None,
-    accelerator: Accelerator,
-) -> PhaseRun:
-    """The state of a phase whose only epoch has all steps, so that weights that depend on the epoch do not change."""
-    head: Any = model.get_submodule("head")
-    phase = settings.plan[name]
-    criterion = criterion or build_criterion(settings, phase.epochs, labels, head)
-    if isinstance(criterion, nn.Module):
-        criterion.to(accelerator.device).train()
-    return PhaseRun(
-        model.train(),
-        name,
-        settings=replace(settings, average=None),
-        phase=phase,
-        criterion=criterion,
-        steps=len(rates),
-        accelerator=accelerator,
-        check_every=1,
-        schedule=lambda step: rates[step] / phase.learning_rate,
-    )
 
 
 def _losses(

@@ -26,6 +26,7 @@ from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 from lpt_peft.recipe.training.criteria import Criterion, add_query_regularizer, build_criterion
 from lpt_peft.recipe.training.phase import PhaseRun
 from lpt_peft.recipe.training.rare_predictions import RarePredictionMonitor
+from lpt_peft.recipe.training.schedule import Schedule
 
 History = list[dict[str, Any]]
 _MAX_GROUPS = 10  # in a message
@@ -45,8 +46,26 @@ class Loop:
     validate: Callable[[], ShotResult] | None = None
     save: Callable[[PhaseRun], Path] | None = None
 
-    def start_phase(self, model: nn.Module, name: str, phase: PhaseSettings) -> PhaseRun:
-        """Create the state of a phase before its first step."""
+    def start_phase(
+        self,
+        model: nn.Module,
+        name: str,
+        phase: PhaseSettings,
+        *,
+        steps: int | None = None,
+        schedule: Schedule | None = None,
+        check_every: int | None = None,
+    ) -> PhaseRun:
+        """Create the state of a phase before its first step.
+
+        Args:
+            model: Its parameters that require a gradient are trained.
+            name: Of the phase.
+            phase: Settings of the phase.
+            steps: Steps of an epoch; None: those that cover the training images.
+            schedule: As in `PhaseRun`.
+            check_every: As in `PhaseRun`.
+        """
         head: Any = model.get_submodule("head")
         criterion = self.criterion or build_criterion(self.settings, phase.epochs, self.labels, head)
         if isinstance(criterion, nn.Module):
@@ -58,8 +77,10 @@ class Loop:
             settings=self.settings,
             phase=phase,
             criterion=criterion,
-            steps=steps_per_epoch(len(self.labels), self.settings),
+            steps=steps or steps_per_epoch(len(self.labels), self.settings),
             accelerator=self.accelerator,
+            check_every=check_every,
+            schedule=schedule,
             monitor=RarePredictionMonitor(self.labels, len(head.weight), self.accelerator.device),
         )
 

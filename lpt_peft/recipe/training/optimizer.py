@@ -25,11 +25,11 @@ class PhaseOptimizer:
 
     With `B = batch_size / 2`, the images of each half of a step, the learning rate of a step is
     `learning_rate * B / 256 * schedule(step)`; `head_learning_rate` and `pool_learning_rate`, if set, take its place
-    for the head and for the group prompts.
-    AdamW follows the same linear rule, as in DeiT (Touvron et al., ICML 2021) and MAE (He et al., CVPR 2022).
+    for the head and for the group prompts. AdamW follows the same linear rule, as in DeiT (Touvron et al., ICML 2021)
+    and MAE (He et al., CVPR 2022).
 
     `decay="selected"` restricts the weight decay of keys and group prompts to the groups that a step selects: SGD adds
-    L2 to their gradients, AdamW shrinks them by `learning_rate * weight_decay`.
+    L2 to their gradients, AdamW shrinks them by their learning rate times `weight_decay`.
 
     Args:
         trainable: Trained parameters by name; those of the head begin with "head.", those of the pool with "pool.".
@@ -39,7 +39,7 @@ class PhaseOptimizer:
         accelerator: Its gradient scaler is used, if any.
 
     Attributes:
-        learning_rate: Of the last step, for parameters without a rate of their own.
+        learning_rate: Of the last step, where `head_learning_rate` and `pool_learning_rate` do not apply.
         clipped: Number of clipped steps since it was last set to zero, a scalar on the parameters' device.
     """
 
@@ -55,7 +55,7 @@ class PhaseOptimizer:
         self.clipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self._trainable, self._settings, self._phase, self._accelerator = trainable, settings, phase, accelerator
         self._schedule = schedule
-        self._selected = [p for n, p in trainable.items() if settings.decay == "selected" and n.startswith("pool.")]
+        self._selected = {p for n, p in trainable.items() if settings.decay == "selected" and n.startswith("pool.")}
         self._optimizer = make_optimizer(trainable, settings, phase)
 
     def update(self, step: int, gradients: Sequence[Tensor], divergence: DivergenceFlag) -> None:
@@ -96,12 +96,14 @@ class PhaseOptimizer:
 
     def _decoupled_decay(self) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
         """Each pool parameter, the decay of its selected groups, and the number of steps that torch has done."""
-        decay = self.learning_rate * self._phase.weight_decay
-        return [
-            (p, torch.where(selected_groups(p.grad), decay * p.detach(), 0.0), self._optimizer.state[p]["step"].clone())
-            for p in self._selected
-            if p.grad is not None
-        ]
+        found = []
+        for group in self._optimizer.param_groups:
+            decay = group["lr"] * self._phase.weight_decay
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter in self._selected:
+                    values = torch.where(selected_groups(parameter.grad), decay * parameter.detach(), 0.0)
+                    found.append((parameter, values, self._optimizer.state[parameter]["step"].clone()))
+        return found
 
     def clear_gradients(self) -> None:
         """Remove all gradients of the trained parameters."""

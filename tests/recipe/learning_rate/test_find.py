@@ -13,6 +13,8 @@ from lpt_peft.errors import ConfigError
 from lpt_peft.heads import CosineClassifier
 from lpt_peft.output import AdapterOutput
 from lpt_peft.recipe import find_learning_rate, train
+from lpt_peft.vit_classifier import ViTClassifier
+from tests.conftest import tiny_vit
 from tests.recipe.tiny import (
     PHASE,
     SETTINGS,
@@ -127,6 +129,17 @@ def test_any_other_model_is_restored_with_its_buffers():
     before = complete_state(model)
     found = find_learning_rate(model, dataset, labels, SETTINGS, **{**QUICK, "steps": 60})
     assert found.losses[-1] < found.losses[0]
+    assert_restored(model, before)
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "full", "vpt_deep"])
+def test_every_method_is_tested_and_restored(method):
+    dataset, labels = striped_data()
+    model = tiny_adapter() if method == "vpt_deep" else ViTClassifier.wrap(tiny_vit(), 3, method=method)
+    before = complete_state(model)
+    settings = replace(SETTINGS, method=method, loss="cross_entropy", init_head="class_mean")
+    found = find_learning_rate(model, dataset, labels, settings, **QUICK)
+    assert len(found.losses) >= 12
     assert_restored(model, before)
 
 

@@ -124,6 +124,10 @@ def selected_rows(gradient):
         ({"optimizer": "adamw", "weight_noise": 0.3, "head_learning_rate": 0.7}, {"adamw": True, "noise": 0.3}),
         ({"head_learning_rate": 0.7, "pool_learning_rate": 3.0}, {}),
         ({"pool_learning_rate": 3.0, "decay": "selected"}, {"selected": True}),
+        (
+            {"pool_learning_rate": 3.0, "decay": "selected", "optimizer": "adamw"},
+            {"adamw": True, "selected": True},
+        ),
     ],
 )
 def test_a_phase_equals_the_explicit_loop(phase, settings, options):
