@@ -148,7 +148,7 @@ def test_an_interrupted_run_of_adamw_with_weight_noise(tmp_path, step):
         run(tmp_path, ADAMW, step=step, validation=validation)
     tensors, _ = read_checkpoint(checkpoints(tmp_path)[-1])
     kinds = {name.partition("/")[0] for name in tensors}
-    assert kinds == {"adapter", "exp_avg", "exp_avg_sq", "optimizer_step", "average", "best", "usage"}
+    assert kinds == {"trained", "exp_avg", "exp_avg_sq", "optimizer_step", "average", "best", "usage"}
     result, history = run(tmp_path, ADAMW, validation=validation)
     assert same(result, expected)
     assert history == expected_history
