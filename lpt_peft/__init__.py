@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lpt_peft.output import AdapterOutput
     from lpt_peft.prompts import PoolMatch, PromptPool, SharedPrompt, decay_selected
     from lpt_peft.samplers import ClassBalancedSampler, DualSampler
+    from lpt_peft.vit_classifier import ViTClassifier
 
 __all__ = [
     "SHOT_RULES",
@@ -37,6 +38,7 @@ __all__ = [
     "ShotMetrics",
     "ShotResult",
     "ShotRule",
+    "ViTClassifier",
     "__version__",
     "agcl_loss",
     "cosine_logits",
@@ -57,5 +59,6 @@ import_on_first_use(  # must match the imports above; a test compares them
         "output": ["AdapterOutput"],
         "prompts": ["PoolMatch", "PromptPool", "SharedPrompt", "decay_selected"],
         "samplers": ["ClassBalancedSampler", "DualSampler"],
+        "vit_classifier": ["ViTClassifier"],
     },
 )

@@ -17,7 +17,7 @@ from lpt_peft._classes import names_in_order
 from lpt_peft.backbones import find_backbone
 from lpt_peft.backbones.base import execution_device
 from lpt_peft.backbones.weights import cast_dtype
-from lpt_peft.checkpoint import USAGE, CheckBackbone, PromptContent, check_match
+from lpt_peft.checkpoint import CheckBackbone, PromptContent, check_match
 from lpt_peft.checkpoint.relabel import LabelChanges, relabel
 from lpt_peft.config import PromptConfig
 from lpt_peft.errors import BackboneError, BackboneMismatchError, ConfigError, StateError
@@ -52,10 +52,12 @@ def content_of(
             "The prompts have no values: the ViT was on the meta device when it was wrapped. Wrap a ViT with weights."
         )
     preprocessing = {**adapter.preprocess(), **(preprocess or {})}
+    tensors, router = adapter._file_tensors()
     return PromptContent(
         config=adapter.prompt_config,
         phase=adapter.phase,
-        tensors={**_trained(adapter), **_usage(adapter)},
+        tensors=tensors,
+        router=router,
         metadata=replace(
             carried.updated(
                 class_counts=class_counts, label_names=label_names, training=training, preprocess=preprocessing
@@ -102,8 +104,8 @@ def wrap_content(
             parameter.data = parameter.data.to(content.tensors[name].dtype)
         own = adapter.adapter_state_dict()  # with the mark of the query, which is part of the configuration in a file
         adapter.load_adapter_state_dict({**own, **{name: content.tensors[name] for name in names}})
-        adapter.pool.load_usage(content.tensors.get(USAGE))
         adapter.phase = content.phase
+        adapter._load_file_extras(content.tensors, content.router)
         adapter.metadata = content.metadata
     except BaseException:
         adapter.unwrap()
@@ -196,7 +198,7 @@ def warn_of(changes: LabelChanges | None, before: int = 0, after: int = 0) -> La
 
 def is_meta(adapter: PretrainedMixin) -> bool:
     """Whether prompts or head have no values."""
-    return any(parameter.is_meta for parameter in adapter.pool.parameters())
+    return any(parameter.is_meta for parameter in adapter.shared.parameters())
 
 
 def _check_wrapped(adapter: PretrainedMixin) -> None:
@@ -227,6 +229,7 @@ def _copy_shared(adapter: PretrainedMixin, content: PromptContent, changes: Labe
     with torch.no_grad():
         parameter.copy_(prompts)
         head[rows] = content.tensors["head.weight"][rows].to(head)
+    adapter._drop_router("it predicts queries under the shared prompts that were replaced.")
 
 
 def _replace_all(adapter: PretrainedMixin, content: PromptContent) -> None:
@@ -238,20 +241,21 @@ def _replace_all(adapter: PretrainedMixin, content: PromptContent) -> None:
             f"{config.feature_dim}; this ViT has {found[0]}, {found[1]} and {found[2]}."
         )
     modules = _modules(config)
-    for name, module in modules.items():
-        reference: nn.Module = getattr(adapter, name)
-        module.to(next(reference.parameters()).device).train(reference.training)
+    device, training = adapter.head.weight.device, adapter.head.training
+    for module in modules.values():
+        if module is not None:
+            module.to(device).train(training)
     for name in config.tensor_shapes:
         owner, _, leaf = name.partition(".")
         parameter = modules[owner].get_parameter(leaf)
         parameter.data = content.tensors[name].to(parameter.device, copy=True)
-    modules["pool"].load_usage(content.tensors.get(USAGE))
     for name, module in modules.items():
         setattr(adapter, name, module)
     adapter.prompt_config = config
     adapter._mark_query()
     adapter.metadata = content.metadata
     adapter.phase = content.phase
+    adapter._load_file_extras(content.tensors, content.router)
 
 
 def _modules(config: PromptConfig) -> dict[str, Any]:
@@ -259,19 +263,7 @@ def _modules(config: PromptConfig) -> dict[str, Any]:
     # Constructors draw initial values; loading must not change the caller's random state.
     with torch.random.fork_rng(devices=[]):
         return {
-            "shared": SharedPrompt(config.depth, config.prompt_length, config.dim),
-            "pool": PromptPool.from_config(config),
+            "shared": SharedPrompt(*config.tensor_shapes["shared.prompts"]),
+            "pool": PromptPool.from_config(config) if config.has_groups else None,
             "head": CosineClassifier(config.feature_dim, config.num_classes, config.logit_scale),
         }
-
-
-def _trained(adapter: PretrainedMixin) -> dict[str, torch.Tensor]:
-    """Prompts, keys and head, without the mark of the query, which the configuration of a file states."""
-    tensors = adapter.adapter_state_dict()
-    return {name: tensors[name] for name in adapter.prompt_config.tensor_shapes}
-
-
-def _usage(adapter: PretrainedMixin) -> dict[str, torch.Tensor]:
-    """Usage counts of the pool, if they are known."""
-    usage = adapter.pool.usage
-    return {USAGE: usage.clone()} if bool((usage >= 0).all()) else {}

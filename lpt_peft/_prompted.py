@@ -2,15 +2,14 @@
 
 A prompted block first runs its original forward on the prompt alone, as far as its attention, which captures the
 normalized prompt. It then runs on the tokens, and the attention appends what was captured. The captured prompt is kept
-in a `threading.local` for the duration of the call. Not here: which modules change class (`lpt_peft.prompting`).
+for the thread during the call (`_call_state.py`). Not here: which modules change class (`lpt_peft.prompting`).
 """
 
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -19,12 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
+from lpt_peft._call_state import CapturedPrompt, call_state, recorder_of
 from lpt_peft._positions import extend_arguments
 from lpt_peft.errors import BackboneError, StateError
 
 _BIAS_METHODS = ("_get_rel_pos_bias", "get_bias")  # return a bias (1, h, N, N) inside an attention
-
-Recorder = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
 
 class Prompted:
@@ -55,43 +53,11 @@ class Prompted:
         )
 
 
-class _CapturedPrompt:
-    """The prompt of one call of a block: `normed` (1 or B, n, d) for each of its attentions."""
-
-    def __init__(self, block: nn.Module, sites: int) -> None:
-        self.block = block
-        self.sites = sites
-        self.normed: list[tuple[nn.Module, Tensor]] = []
-        self.capturing = True
-        self.length = 0
-
-
-class _Local(threading.local):
-    """The prompt that a block on this thread passes to its attentions, and the active recorder of calls."""
-
-    prompt: _CapturedPrompt | None = None
-    recording: tuple[Sequence[nn.Module], Recorder] | None = None
-
-
 class _CapturedError(Exception):
     """Leaves a block's forward as soon as the normalized prompt is known."""
 
 
-_local = _Local()
 _classes: dict[tuple[Any, ...], type[Any]] = {}
-
-
-@contextmanager
-def recording(modules: Sequence[nn.Module], recorder: Recorder) -> Iterator[None]:
-    """Replace calls of the blocks among `modules` by `recorder(tokens, args, kwargs)`, on this thread.
-
-    Classifiers among them that were given to `pass_through` return their input.
-    """
-    outer, _local.recording = _local.recording, (modules, recorder)
-    try:
-        yield
-    finally:
-        _local.recording = outer
 
 
 def prompted_class(original: type[nn.Module], kind: str, sites: int, outputs: int | None = None) -> type[Any]:
@@ -121,13 +87,18 @@ def _rebuild(original: type[nn.Module], kind: str, sites: int, outputs: int | No
     return module
 
 
-def _block_forward(self: Any, *given: Any, prompt: Tensor | None = None, **kwargs: Any) -> Any:
-    """Run the block's original forward; with `prompt` (1 or B, n, d), tokens (B, N, d) also attend to it."""
+def _block_forward(self: Any, *given: Any, prompt: Tensor | None = None, carried: int = 0, **kwargs: Any) -> Any:
+    """Run the block's original forward; with `prompt` (1 or B, n, d), tokens (B, N, d) also attend to it.
+
+    With `carried`, the last tokens are a prompt already, and pass through the whole block.
+    """
     original: Any = type(self).original
     tokens, args = (given[0], given[1:]) if given else (kwargs.pop(self.arguments[0]), ())
-    if prompt is None and (recorder := _recorder_of(self)) is not None:
+    if carried:
+        return _carry(self, carried, tokens, args, kwargs)
+    if prompt is None and (recorder := recorder_of(self)) is not None:
         return recorder(tokens, args, kwargs)
-    outer = _local.prompt
+    outer = call_state.prompt
     # While compiling, `checkpoint_in_graph` calls a block whose prompt is already captured.
     captured = outer is not None and outer.block is self and torch.compiler.is_compiling()
     if prompt is None and (outer is None or captured):
@@ -136,18 +107,29 @@ def _block_forward(self: Any, *given: Any, prompt: Tensor | None = None, **kwarg
         count = tokens.shape[1]
         context = extend_arguments(self.arguments[1:], args, kwargs, tokens, prompt.shape[1])
         return original.forward(self, _append(tokens, prompt), **context)[:, :count]
-    _local.prompt = None
+    call_state.prompt = None
     try:
         if prompt is not None:
             _capture_prompt(self, prompt, args, kwargs)
         return original.forward(self, tokens, *args, **kwargs)
     finally:
-        _local.prompt = outer
+        call_state.prompt = outer
+
+
+def _carry(block: Any, carried: int, tokens: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a block on tokens that end with a prompt; its attentions extend masks, biases and rotary tables."""
+    if not block.sites:
+        args, kwargs = (), extend_arguments(block.arguments[1:], args, kwargs, tokens[:, :-carried], carried)
+    call_state.carried = carried
+    try:
+        return type(block).original.forward(block, tokens, *args, **kwargs)
+    finally:
+        call_state.carried = 0
 
 
 def _capture_prompt(block: Any, prompt: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run a block on the prompt (1 or B, n, d) as far as its attentions, and keep their inputs for this thread."""
-    captured = _local.prompt = _CapturedPrompt(block, block.sites)
+    captured = call_state.prompt = CapturedPrompt(block, block.sites)
     with suppress(_CapturedError):
         type(block).original.forward(block, prompt, *args, **kwargs)
     captured.capturing = False
@@ -164,22 +146,25 @@ def checkpoint_in_graph(block: Any, tokens: Tensor, prompt: Tensor, context: dic
     if not block.sites:
         inline: Tensor = checkpoint(block, tokens, prompt=prompt, use_reentrant=False, **context)
         return inline
-    outer = _local.prompt
+    outer = call_state.prompt
     try:
         _capture_prompt(block, prompt, (), context)
         out: Tensor = checkpoint(block, tokens, use_reentrant=False, **context)  # with its hooks
         return out
     finally:
-        _local.prompt = outer
+        call_state.prompt = outer
 
 
 def _attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the attention's original forward; inside a prompted block, on tokens and prompt, whose rows are dropped."""
     original: Any = type(self).original
-    if (captured := _local.prompt) is None:
+    captured, carried = call_state.prompt, call_state.carried
+    if captured is None and not carried:
         return original.forward(self, *args, **kwargs)
-    first = self.arguments[0]
-    tokens = args[0] if args else kwargs.pop(first)
+    tokens = args[0] if args else kwargs.pop(self.arguments[0])
+    if captured is None:
+        context = extend_arguments(self.arguments[1:], args[1:], kwargs, tokens[:, :-carried], carried)
+        return original.forward(self, tokens, **context)
     if captured.capturing:
         return _capture(self, captured, tokens)
     joined = _join(self, captured, tokens, 1)
@@ -196,10 +181,11 @@ def _multihead_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Run nn.MultiheadAttention's forward; inside a prompted block, with the prompt among keys and values."""
     original: Any = type(self).original
-    if (captured := _local.prompt) is None:
+    captured, carried = call_state.prompt, call_state.carried
+    if captured is None and not carried:
         out: tuple[Tensor, Tensor | None] = original.forward(self, query, key, value, *args, **kwargs)
         return out
-    if captured.capturing:
+    if captured is not None and captured.capturing:
         seen: tuple[Tensor, Tensor | None] = _capture(self, captured, query)
         return seen
     if key.shape != query.shape or value.shape != query.shape:
@@ -208,11 +194,12 @@ def _multihead_forward(
             f"{tuple(key.shape)} and values {tuple(value.shape)} for queries {tuple(query.shape)}."
         )
     axis = 1 if self.batch_first else 0
-    joined = _join(self, captured, query, axis)
+    joined = key if captured is None else _join(self, captured, query, axis)
+    extra = joined.shape[axis] - query.shape[axis] + carried
     kwargs |= dict(zip(self.arguments[3:], args, strict=False))
-    for name in ("key_padding_mask", "attn_mask"):  # here True means masked, and 0 is added
-        if kwargs.get(name) is not None:
-            kwargs[name] = F.pad(kwargs[name], (0, joined.shape[axis] - query.shape[axis]))
+    for name, rows in (("key_padding_mask", 0), ("attn_mask", carried)):  # here True means masked, and 0 is added
+        if (mask := kwargs.get(name)) is not None:
+            kwargs[name] = F.pad(mask, (0, extra, 0, rows))
     kwargs["is_causal"] = False  # a hint that `attn_mask` is causal; the padded mask is not
     # The same tensor as key and value: both projections are then one product.
     attended: tuple[Tensor, Tensor | None] = original.forward(self, query, joined, joined, **kwargs)
@@ -222,18 +209,10 @@ def _multihead_forward(
 def _head_forward(self: Any, features: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run the classifier's original forward, or return its input while this thread records it."""
     original: Any = type(self).original
-    return original.forward(self, features, *args, **kwargs) if _recorder_of(self) is None else features
+    return original.forward(self, features, *args, **kwargs) if recorder_of(self) is None else features
 
 
-def _recorder_of(module: nn.Module) -> Recorder | None:
-    """Return the recorder of this module's calls; a module that a hook runs in the meantime has none."""
-    if (active := _local.recording) is None:
-        return None
-    modules, recorder = active
-    return recorder if any(recorded is module for recorded in modules) else None
-
-
-def _capture(attention: Any, captured: _CapturedPrompt, prompt: Tensor) -> Any:
+def _capture(attention: Any, captured: CapturedPrompt, prompt: Tensor) -> Any:
     """Keep the normalized prompt, and leave the block when all its attentions have been called."""
     captured.normed.append((attention, prompt))
     captured.length = prompt.shape[1]
@@ -253,7 +232,7 @@ def _must_finish(attention: nn.Module) -> bool:
     return bool(attention._forward_hooks) or _has_any_global_hook()
 
 
-def _join(attention: Any, captured: _CapturedPrompt, tokens: Tensor, axis: int) -> Tensor:
+def _join(attention: Any, captured: CapturedPrompt, tokens: Tensor, axis: int) -> Tensor:
     """Append the captured prompt along `axis`, in the dtype that autocast will use."""
     normed = next(prompt for owner, prompt in captured.normed if owner is attention)
     kind = tokens.device.type
@@ -274,7 +253,7 @@ def _padded_bias(name: str) -> Callable[[Any], Tensor]:
 
     def get(self: Any) -> Tensor:
         bias: Tensor = getattr(type(self).original, name)(self)
-        length = 0 if (captured := _local.prompt) is None else captured.length
+        length = call_state.carried if (captured := call_state.prompt) is None else captured.length
         return F.pad(bias, (0, length, 0, length)) if length else bias
 
     return get

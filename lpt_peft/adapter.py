@@ -16,7 +16,7 @@ from lpt_peft.backbones.base import Backbone, execution_device
 from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.backbones.freezing import FrozenState
 from lpt_peft.backbones.weights import FrozenWeights
-from lpt_peft.config import PHASES, Phase, PromptConfig, PromptMetadata, Query
+from lpt_peft.config import PHASES, Phase, Placement, PromptConfig, PromptMetadata, Query
 from lpt_peft.delegates import DelegateMixin
 from lpt_peft.errors import ConfigError
 from lpt_peft.heads import CosineClassifier
@@ -41,8 +41,8 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
 
     Attributes:
         vit: The wrapped model, frozen; the same object that was given to `wrap`.
-        shared: `SharedPrompt`, prompts (L, n, d).
-        pool: `PromptPool`, prompts (m, L-K, n, d) and keys (m, key_dim).
+        shared: `SharedPrompt`, prompts (L, n, d); (1, n, d) with `placement="shallow"`.
+        pool: `PromptPool`, prompts (m, L-K, n, d) and keys (m, key_dim); None with `placement="shallow"`.
         head: `CosineClassifier`, weight (C, d).
         phase: "shared" or "group"; assign it before training that phase.
         prompt_config: `PromptConfig` with all sizes.
@@ -84,15 +84,16 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
         device = execution_device(self.vit)
         dtype = torch.promote_types(next(self.vit.parameters()).dtype, torch.float32)
         with torch.inference_mode(False):  # parameters created in inference mode would silently get no gradient
-            self.shared = SharedPrompt(config.depth, config.prompt_length, config.dim)
-            self.pool = PromptPool.from_config(config)
+            self.shared = SharedPrompt(*config.tensor_shapes["shared.prompts"])
+            pool: Any = PromptPool.from_config(config) if config.has_groups else None
+            self.pool = pool
             self.head_drop = nn.Dropout(head_dropout)
             self.head = CosineClassifier(backbone.feature_dim, config.num_classes, config.logit_scale)
-            for trained in (self.shared, self.pool, self.head):
+            for trained in self._learned_modules():
                 trained.to(device=device, dtype=dtype)
         # Modules of the ViT keep their train/eval modes; new modules follow the mode of the ViT.
         self.training = self.vit.training
-        for module in (self.shared, self.pool, self.head_drop, self.head):
+        for module in (*self._learned_modules(), self.head_drop):
             module.train(self.training)
         self._frozen = FrozenState(self.vit)
         self.frozen_weights = FrozenWeights(backbone)
@@ -121,6 +122,7 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
         top_k: int = 2,
         shared_layers: int | None = None,
         query: Query = "final",
+        placement: Placement = "deep",
         head_dropout: float = 0.1,
         logit_scale: float = 20.0,
     ) -> LongTailPromptAdapter:
@@ -137,6 +139,8 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
             shared_layers: Number of first blocks `K` that take the shared prompt only; None means half of the blocks.
             query: What is compared with the keys of the groups: "final", the feature of a first pass, as in the paper;
                 or "block_k", the class token (or mean patch) that enters block `K + 1`: a single pass.
+            placement: "deep", prompts in every block; or "shallow", `n` tokens that are appended to the tokens that
+                enter block 1 and pass through all blocks, without groups (VPT-Shallow, Jia et al., ECCV 2022).
             head_dropout: Dropout probability before the classifier in training.
             logit_scale: Scale `s` of the cosine classifier.
 
@@ -160,6 +164,7 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
             top_k=top_k,
             logit_scale=logit_scale,
             query=query,
+            placement=placement,
         )
         return cls(backbone, config, head_dropout=head_dropout)
 
@@ -180,6 +185,8 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
     def train(self, mode: bool = True) -> LongTailPromptAdapter:
         """Set train or eval mode; batch norms of the ViT stay in eval mode, because their statistics are frozen."""
         self._follow_phase_index()
+        if self.training and not mode:
+            self._drop_stale_router()
         super().train(mode)
         if (vit := self._modules.get("vit")) is not None:
             self._frozen.sync_mode(vit)

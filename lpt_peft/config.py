@@ -22,6 +22,8 @@ PHASES: tuple[Phase, ...] = ("shared", "group")
 
 Query = Literal["final", "block_k"]
 QUERIES: tuple[Query, ...] = ("final", "block_k")
+Placement = Literal["deep", "shallow"]
+PLACEMENTS: tuple[Placement, ...] = ("deep", "shallow")
 BLOCK_K_MARK = "block_k_query"
 """Name of a scalar in state dicts of adapters with the block-K query; their keys have another meaning."""
 
@@ -44,6 +46,9 @@ class PromptConfig:
         query: What is compared with the keys: "final", the pooled feature under the shared prompts, which takes a
             second pass through the last `L - K` blocks; or "block_k", the class token that enters block `K + 1` (the
             mean patch if there is none), normalized without parameters, which takes a single pass.
+        placement: "deep", a prompt in every block, as in the paper; or "shallow", `n` tokens that are appended to the
+            tokens that enter block 1 and pass through all blocks (VPT-Shallow, Jia et al., ECCV 2022). Shallow prompts
+            have no groups: `shared_layers`, `pool_size`, `top_k` and `query` are not used.
 
     Raises:
         ConfigError: A value is out of range.
@@ -64,6 +69,7 @@ class PromptConfig:
     top_k: int = 2
     logit_scale: float = 20.0
     query: Query = "final"
+    placement: Placement = "deep"
 
     def __post_init__(self) -> None:
         if self.shared_layers is None:
@@ -87,11 +93,22 @@ class PromptConfig:
         object.__setattr__(self, "logit_scale", float(scale))
         if self.query not in QUERIES:
             raise ConfigError(f'query={self.query!r} must be "final" or "block_k".')
+        if self.placement not in PLACEMENTS:
+            raise ConfigError(f'placement={self.placement!r} must be "deep" or "shallow".')
+        if self.query == "block_k" and not self.has_groups:
+            raise ConfigError(
+                'query="block_k" selects groups, and placement="shallow" has no groups: leave one of them out.'
+            )
         if self.query == "block_k" and self.shared_layers == 0:
             raise ConfigError(
                 'query="block_k" needs shared_layers of at least 1, not 0: the class token that enters block 1 is the '
                 "same for all images, so they would all select the same groups."
             )
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether there is a pool of group prompts, and a phase "group"."""
+        return self.placement == "deep"
 
     @property
     def group_layers(self) -> int:
@@ -114,10 +131,13 @@ class PromptConfig:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every trained tensor, as in `adapter_state_dict()`."""
         assert self.feature_dim is not None  # noqa: S101 - set in __post_init__; narrows the type
-        return {
-            "shared.prompts": (self.depth, self.prompt_length, self.dim),
+        pool = {
             "pool.prompts": (self.pool_size, self.group_layers, self.prompt_length, self.dim),
             "pool.keys": (self.pool_size, self.key_dim),
+        }
+        return {
+            "shared.prompts": (self.depth if self.has_groups else 1, self.prompt_length, self.dim),
+            **(pool if self.has_groups else {}),
             "head.weight": (self.num_classes, self.feature_dim),
         }
 
@@ -160,6 +180,16 @@ class PromptConfig:
     def num_prompt_parameters(self) -> int:
         """Trained parameters of both phases, without the head."""
         return sum(math.prod(shape) for name, shape in self.tensor_shapes.items() if name != "head.weight")
+
+    @property
+    def layout(self) -> str:
+        """Number and place of prompts and groups, in words."""
+        if not self.has_groups:
+            return f"{self.prompt_length} tokens appended before block 1, through all {self.depth} blocks; no groups"
+        return (
+            f"{self.prompt_length} tokens in each of {self.depth} blocks; {self.pool_size} groups after block "
+            f"{self.shared_layers}, {self.top_k} for an image, query {self.query}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary of plain JSON values; the inverse of `from_dict`."""

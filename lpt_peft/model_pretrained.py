@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lpt_peft.backbones import Backbone, find_backbone
 from lpt_peft.backbones.fingerprint import fingerprint
@@ -21,7 +21,6 @@ from lpt_peft.backbones.loading import build
 from lpt_peft.backbones.weights import FrozenWeights, cast_dtype
 from lpt_peft.checkpoint.match import check_match
 from lpt_peft.checkpoint.model_file import (
-    HEAD_WEIGHT,
     ModelContent,
     ModelMethod,
     check_model_writable,
@@ -57,13 +56,14 @@ class ModelFileMixin(nn.Module):
         training: Mapping[str, Any] | None = None,
         preprocess: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write a model file: `model.safetensors` and `config.json`.
+        """Write a model file: weights as safetensors, and `config.json`.
 
-        A linear probe writes `head.weight` and the fingerprint of its ViT. Full fine-tuning writes the ViT's tensors
-        under their names in its state dict as well, so that the ViT's own library can load them.
+        A linear probe writes `head.weight` into `model.safetensors`, and the fingerprint of its ViT. Full fine-tuning
+        writes the ViT's tensors into `model.safetensors`, under their names in its state dict, so that the ViT's own
+        library can load it, and `head.weight` into `head.safetensors`.
 
         Args:
-            folder: Created if missing, `~` is expanded; nothing in it but the two files is touched.
+            folder: Created if missing, `~` is expanded; nothing in it but these files is touched.
             is_main_process: False checks the arguments and writes nothing.
             class_counts: Training images of each class, for shot metrics; this and the rest default to `metadata`.
             label_names: Name of each class.
@@ -108,7 +108,7 @@ class ModelFileMixin(nn.Module):
         """Load a model file, in eval mode; after an error the ViT is as before.
 
         Args:
-            folder: Folder of `model.safetensors` and `config.json`.
+            folder: Folder that `save_pretrained` wrote.
             vit: The ViT of the training: for a linear probe with the same weights; after full fine-tuning with any
                 weights, which are replaced. None builds the pretrained model that the file names.
             head_dropout: Dropout before the head while training; not stored in the file.
@@ -126,13 +126,13 @@ class ModelFileMixin(nn.Module):
         with torch.random.fork_rng(devices=[]):  # the constructor draws initial class vectors
             model: _Model = construct(
                 backbone,
-                content.num_classes,
+                len(content.head),
                 method=content.method,
                 head_dropout=head_dropout,
                 logit_scale=content.logit_scale,
             )
         _load_weights(backbone, content)
-        model.head.weight.data = content.tensors[HEAD_WEIGHT].to(model.head.weight.device)
+        model.head.weight.data = content.head.to(model.head.weight.device)
         model.metadata = content.metadata
         return model.eval()
 
@@ -149,11 +149,10 @@ def _content_of(
         metadata: Its `preprocess` is complete.
         fingerprint: Of the ViT's weights.
     """
-    weights = feature_tensors(backbone) if method == "full" else {}
     return ModelContent(
         method=method,
-        tensors={**weights, HEAD_WEIGHT: head.weight.detach()},
-        num_classes=len(head.weight),
+        head=head.weight.detach(),
+        vit=feature_tensors(backbone) if method == "full" else {},
         logit_scale=head.scale,
         metadata=replace(metadata, backbone_dtype=cast_dtype(backbone.model) or metadata.backbone_dtype or "float32"),
         backbone=backbone.info(),
@@ -176,7 +175,7 @@ def _check_backbone(content: ModelContent, backbone: Backbone, folder: Path) -> 
     """
     if content.method == "linear_probe":
         check_match(content, backbone, "error")
-    width, name = content.tensors[HEAD_WEIGHT].shape[1], type(backbone.model).__name__
+    width, name = content.head.shape[1], type(backbone.model).__name__
     hint = f"Give the ViT of the training, {content.backbone.architecture} of {content.backbone.library}."
     if width != backbone.feature_dim:
         raise ModelFileError(
@@ -185,7 +184,7 @@ def _check_backbone(content: ModelContent, backbone: Backbone, folder: Path) -> 
         )
     if content.method == "linear_probe":
         return
-    given, own = _vit_tensors(content), feature_tensors(backbone)
+    given, own = content.vit, feature_tensors(backbone)
     if given.keys() != own.keys():
         missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
         raise ModelFileError(
@@ -206,14 +205,9 @@ def _check_backbone(content: ModelContent, backbone: Backbone, folder: Path) -> 
         raise ModelFileError(f"The weights in {folder} do not have the fingerprint that config.json states. {hint}")
 
 
-def _vit_tensors(content: ModelContent) -> Mapping[str, Tensor]:
-    """Tensors of the ViT in a content, without the head."""
-    return {name: tensor for name, tensor in content.tensors.items() if name != HEAD_WEIGHT}
-
-
 @torch.no_grad()
 def _load_weights(backbone: Backbone, content: ModelContent) -> None:
     """Copy the ViT's tensors of a content, which `_check_backbone` accepted, into the ViT."""
     own = feature_tensors(backbone)
-    for name, tensor in _vit_tensors(content).items():
+    for name, tensor in content.vit.items():
         own[name].copy_(tensor)

@@ -6,6 +6,8 @@ classifier and the kinds of call (`lpt_peft.call`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpt_peft.backbones.base import Stream
-from lpt_peft.call import CallMixin
-from lpt_peft.errors import StateError
+from lpt_peft.errors import InputError, StateError
 from lpt_peft.phase import in_process_group
 from lpt_peft.prompts import PoolMatch
+from lpt_peft.routing import RoutingMixin
 
 
-class PassesMixin(CallMixin):
+class PassesMixin(RoutingMixin):
     """The part of an adapter that computes features and queries."""
 
     def _init_passes(self) -> None:
@@ -49,9 +51,60 @@ class PassesMixin(CallMixin):
             StateError: As `forward`; also inside `disable_adapter()`.
         """
         self._refuse_disabled("queries")
+        if not self.prompt_config.has_groups:
+            raise StateError('Queries select groups, and placement="shallow" has none: use features().')
         args, kwargs = self._inputs(images, args, kwargs)
         queries: Tensor = self._run(self._query_pass, args, kwargs)
         return queries
+
+    @torch.no_grad()
+    def mixture_features(
+        self, mixtures: Sequence[Tensor | None], images: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Compute features under mixtures of the groups in place of the selected groups, to measure the selection.
+
+        The first `K` blocks run once for all mixtures. Weights 1/k for k groups and 0 for the others are the prompt of
+        a selection.
+
+        Args:
+            mixtures: S weights of the groups, each (m,) for all images or (B, m), floating point; None in place of
+                weights is the shared prompt alone.
+            images: Images (B, 3, H, W), or the first argument of the wrapped model's forward.
+            *args: Further arguments of that forward.
+            **kwargs: Further arguments of that forward.
+
+        Returns:
+            Features (S, B, feature_dim), without gradient.
+
+        Raises:
+            InputError: A mixture has another shape, or the images do not fit the wrapped model.
+            StateError: As `forward`; also inside `disable_adapter()`.
+        """
+        self._refuse_disabled("mixture_features")
+        size = len(self.pool.keys)
+        for weights in mixtures:
+            if weights is not None and (weights.ndim not in (1, 2) or weights.shape[-1] != size):
+                raise InputError(
+                    f"A mixture must have the shape ({size},) or (B, {size}), a weight for each group, not "
+                    f"{tuple(weights.shape)}."
+                )
+        args, kwargs = self._inputs(images, args, kwargs)
+        features: Tensor = self._run(partial(self._mixture_passes, mixtures), args, kwargs)
+        return features
+
+    def _mixture_passes(self, mixtures: Sequence[Tensor | None], *args: Any, **kwargs: Any) -> Tensor:
+        shared = self.shared()
+        kept = self._first_blocks(shared, args, kwargs)
+        features = []
+        for weights in mixtures:
+            if weights is None:
+                features.append(self._shared_features(kept, shared))
+                continue
+            prompts = self.pool.prompts
+            mixed = (weights.to(prompts) @ prompts.flatten(1)).unflatten(-1, prompts.shape[1:]).to(kept.tokens.dtype)
+            mixed = mixed.expand(kept.tokens.shape[0], *prompts.shape[1:])
+            features.append(self._group_features(kept, shared, PoolMatch(mixed, *[kept.tokens[:, :0, 0]] * 2)))
+        return torch.stack(features)
 
     def _features(self, images: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         args, kwargs = self._inputs(images, args, kwargs)
@@ -70,14 +123,26 @@ class PassesMixin(CallMixin):
 
     def _passes(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shared = self.shared()
-        kept = self._first_blocks(shared, args, kwargs)
+        if not self.prompt_config.has_groups:
+            features = self._shallow_features(shared, args, kwargs)
+            empty = features.new_empty(features.shape[0], 0)
+            return features, features, empty, empty.long()
+        router = None if self._phase == "shared" or self.training or self.route == "exact" else self.router
+        if router is None:
+            kept = self._first_blocks(shared, args, kwargs)
+        else:
+            kept, tokens = self._blocks_and_tokens(shared, args, kwargs, router.layout.blocks)
         if self._phase == "shared":
             features = self._shared_features(kept, shared)
             empty = features.new_empty(features.shape[0], 0)
             query = features if self.prompt_config.query == "final" else self._query(kept, shared)
             return features, query, empty, empty.long()
-        query = self._query(kept, shared)
-        match = self.pool(query)
+        if router is None:
+            query = self._query(kept, shared)
+            match = self.pool(query)
+        else:
+            query = kept.tokens.new_empty(kept.tokens.shape[0], 0)
+            match = self.pool.select(self._routed_similarity(kept, tokens, shared, args, kwargs), kept.tokens.dtype)
         features = self._group_features(kept, shared, match)
         if self.training:
             # Adds 0: the keys then get a gradient (0) from any loss, which DDP waits for.
@@ -87,6 +152,15 @@ class PassesMixin(CallMixin):
     def _query_pass(self, *args: Any, **kwargs: Any) -> Tensor:
         shared = self.shared()
         return self._query(self._first_blocks(shared, args, kwargs), shared)
+
+    def _shallow_features(self, shared: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Feature (B, feature_dim) with the prompt (1, n, d) appended to the tokens that enter block 1."""
+        stream = self.backbone.embed(*args, **kwargs)
+        tokens, length = stream.tokens, self.prompt_config.prompt_length
+        prompt = shared.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+        joined = stream._replace(tokens=torch.cat([tokens, prompt], 1))
+        carried = self.backbone.run(joined, 0, [length] * self.prompt_config.depth)
+        return self.backbone.pool(carried._replace(tokens=carried.tokens[:, :-length]))
 
     def _first_blocks(self, shared: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stream:
         """Tokens that enter block `K + 1`."""

@@ -62,6 +62,8 @@ class PhaseMixin(nn.Module):
     def phase(self, phase: Phase) -> None:
         if phase not in PHASES:
             raise ConfigError(f'phase={phase!r} must be "shared" or "group".')
+        if phase == "group" and self.pool is None:
+            raise ConfigError('phase="group" needs groups, and placement="shallow" has none: train "shared" alone.')
         self._phase: Phase = phase
         self._write_phase_index()
         if not any(parameter.requires_grad for parameter in self._learned_parameters()):
@@ -70,13 +72,18 @@ class PhaseMixin(nn.Module):
 
     def _freeze_by_phase(self) -> None:
         self.shared.requires_grad_(self._phase == "shared")
-        self.pool.requires_grad_(self._phase == "group")
+        if self.pool is not None:
+            self.pool.requires_grad_(self._phase == "group")
         for parameter in self.parameters():  # a gradient left behind would count in every clipped step
             if not parameter.requires_grad:
                 parameter.grad = None
 
+    def _learned_modules(self) -> list[nn.Module]:
+        modules: list[nn.Module | None] = [self.shared, self.pool, self.head]
+        return [module for module in modules if module is not None]
+
     def _learned_parameters(self) -> Iterator[nn.Parameter]:
-        for module in (self.shared, self.pool, self.head):
+        for module in self._learned_modules():
             yield from module.parameters()
 
     def _write_phase_index(self) -> None:
@@ -100,6 +107,8 @@ class PhaseMixin(nn.Module):
         found = int(self.phase_index)
         if not 0 <= found < len(PHASES):
             raise StateError(f'phase_index={found} must be 0 ("shared") or 1 ("group"). Assign adapter.phase.')
+        if PHASES[found] == "group" and self.pool is None:
+            raise StateError(f'phase_index={found} ("group") needs groups, and placement="shallow" has none.')
         self._mark_phase_index()
         if self._phase != PHASES[found]:
             self._phase = PHASES[found]

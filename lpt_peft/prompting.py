@@ -23,11 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lpt_peft._prompted import Prompted, Recorder, checkpoint_in_graph, prompted_class, recording
+from lpt_peft._call_state import Recorder, recording
+from lpt_peft._prompted import Prompted, checkpoint_in_graph, prompted_class
 from lpt_peft._self_check import check_block, gradient_gap
 from lpt_peft.errors import BackboneError
 
 __all__ = [
+    "Prompt",
     "Prompted",
     "Recorder",
     "attach_blocks",
@@ -36,10 +38,13 @@ __all__ = [
     "detach_blocks",
     "find_gradient_gap",
     "pass_through",
+    "prompt_arguments",
     "recording",
     "run_block",
 ]
 
+Prompt = Tensor | int | None
+"""Prompt of a block: see `run_block`."""
 _ATTENTION_NAMES = ("attn", "attention", "self_attn", "self_attention")  # attributes of a block
 _LAYER_NUMBER = re.compile(r"idx|index|layer_(id|num)")  # attributes that differ between layers of one kind
 
@@ -97,15 +102,14 @@ def attentions_of(block: nn.Module) -> list[nn.Module]:
     return found
 
 
-def run_block(
-    block: nn.Module, tokens: Tensor, prompt: Tensor | None, *, checkpointing: bool, **context: Any
-) -> Tensor:
+def run_block(block: nn.Module, tokens: Tensor, prompt: Prompt, *, checkpointing: bool, **context: Any) -> Tensor:
     """Run a block.
 
     Args:
         block: A block; with a prompt, a block that takes prompts.
         tokens: (B, N, d), floating point.
-        prompt: (n, d), the same for all images, or (B, n, d); cast to the tokens' dtype. None: no prompt.
+        prompt: (n, d), the same for all images, or (B, n, d); cast to the tokens' dtype. None: no prompt. An integer
+            n: the last n tokens are a prompt, which earlier blocks have returned; no argument of the block covers them.
         checkpointing: Recompute the block in the backward pass. The prompt is an argument of the recomputed call, so
             that two forwards before one backward keep separate prompts.
         **context: Further arguments of the block (mask, rotary embedding).
@@ -113,16 +117,22 @@ def run_block(
     Returns:
         Tokens (B, N, d).
     """
-    if prompt is not None:
-        prompt = batched(prompt).to(tokens.dtype)
-        if checkpointing and torch.is_grad_enabled() and torch.compiler.is_compiling():
-            return checkpoint_in_graph(block, tokens, prompt, context)
-        context["prompt"] = prompt
+    given = prompt_arguments(prompt, tokens.dtype)
+    if "prompt" in given and checkpointing and torch.is_grad_enabled() and torch.compiler.is_compiling():
+        return checkpoint_in_graph(block, tokens, given["prompt"], context)
+    context |= given
     if checkpointing and torch.is_grad_enabled():
         out: Tensor = checkpoint(block, tokens, use_reentrant=False, **context)
         return out
     result: Tensor = block(tokens, **context)
     return result
+
+
+def prompt_arguments(prompt: Prompt, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the arguments of a block that pass it a prompt, as in `run_block`, for tokens of a dtype."""
+    if prompt is None:
+        return {}
+    return {"carried": prompt} if isinstance(prompt, int) else {"prompt": batched(prompt).to(dtype)}
 
 
 def batched(prompt: Tensor) -> Tensor:

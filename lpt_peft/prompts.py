@@ -154,17 +154,21 @@ class PromptPool(nn.Module):
         Raises:
             InputError: `query` is not a floating-point tensor of shape (B, key_dim) on the device of the pool.
         """
-        keys, prompts = self.keys, self.prompts  # read once, because a parametrized tensor is computed at every access
-        hint = "pass one feature per image, of the key_dim of the pool"
-        check_features("query", query, keys.shape[1], rows="B", hint=hint, device=keys.device)
-        similarity, groups = cosine(query, keys).topk(self.top_k, dim=-1)
-        weights = query.new_zeros(query.shape[0], keys.shape[0]).scatter(1, groups, 1 / self.top_k)
+        keys = self.keys  # read once, because a parametrized tensor is computed at every access
+        check_features("query", query, keys.shape[1], rows="B", hint="pass one feature per image", device=keys.device)
+        return self.select(cosine(query, keys), query.dtype)
+
+    def select(self, similarity: Tensor, dtype: torch.dtype) -> PoolMatch:
+        """Select groups by similarities with all keys (B, m), cosines or predictions of them; prompts in `dtype`."""
+        prompts = self.prompts
+        selected, groups = similarity.topk(self.top_k, dim=-1)
+        weights = torch.zeros_like(similarity, dtype=dtype).scatter(1, groups, 1 / self.top_k)
         if self.training:
             with torch.no_grad():
                 self.usage += weights.ne(0).sum(0)
         # A product with weights 0 or 1/k needs no (B, k, layers, n, d) copy and has a deterministic gradient.
-        mean = weights @ prompts.flatten(1).to(query.dtype)
-        return PoolMatch(mean.unflatten(1, prompts.shape[1:]), similarity, groups)
+        mean = weights @ prompts.flatten(1).to(dtype)
+        return PoolMatch(mean.unflatten(1, prompts.shape[1:]), selected, groups)
 
     if TYPE_CHECKING:  # torch's own __call__ returns Any
         __call__ = forward
@@ -204,8 +208,8 @@ class PromptPool(nn.Module):
         """Initialize every group with copies of trained prompts, or with different prompts.
 
         Prompts enter attention through a norm, so even small random prompts disturb a trained model at full strength.
-        Copies of the shared prompt only increase its weight; training then makes the groups diverge. Tokens of the
-        images nearest to each key (`lpt_peft.starts.nearest_images`) let the groups differ from the start.
+        Copies of the shared prompt only increase its weight; training makes the groups diverge. Tokens of the images
+        nearest to each key let them differ from the start: `lpt_peft.starts.nearest_images`.
 
         Args:
             prompts: Floating point, (m, layers, n, d); or (layers, n, d) for all groups, for example

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lpt_peft._tensors import gather_full, read_value, refusal, write_value
+from lpt_peft.backbones.fingerprint import fingerprint
+from lpt_peft.checkpoint import USAGE
+from lpt_peft.checkpoint.content import ROUTER
 from lpt_peft.config import BLOCK_K_MARK, PromptConfig
 from lpt_peft.errors import StateError
 from lpt_peft.phase import PhaseMixin
+from lpt_peft.router import Router, RouterLayout
 
 _INDEX = "phase_index"
 
@@ -28,18 +32,42 @@ class StateMixin(PhaseMixin):
             `load_state_dict(strict=True)` does not require them: checkpoints of any trainer then hold prompts only.
             Trainable tensors of the ViT, such as LoRA's, are kept. The backbone is not identified; prompt files
             (`save_pretrained`) do that.
+        router: `Router` of `fit_router`, or None; part of state dicts and prompt files. Assign None to remove it.
     """
 
     vit: nn.Module
     prompt_config: PromptConfig
     backbone_in_state_dict: bool
+    router: Router | None
+    _route: Any
+    _router_mark: str | None  # hash of what the router was fitted to; None: that of the current values
 
     def _init_state(self) -> None:
         self.backbone_in_state_dict = True
         self._load_prefix = ""
         self._mark_query()
+        self.register_module("router", None)
+        self._set_router(None)
         self.register_state_dict_post_hook(_leave_backbone_out)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_allow_missing_backbone)  # type: ignore[no-untyped-call]
+
+    def _set_router(self, router: Router | None) -> None:
+        """Set the router of the current prompts and keys; the route is then exact."""
+        self.router, self._route, self._router_mark = router, "exact", None
+        if router is not None:
+            self._router_is_stale()
+
+    def _router_is_stale(self) -> bool:
+        """Whether shared prompts or keys have changed since the router was fitted or loaded."""
+        current = fingerprint(read_value(*self._owner(name)).float() for name in ("shared.prompts", "pool.keys"))
+        self._router_mark = self._router_mark or current
+        return self._router_mark != current
+
+    def _drop_router(self, reason: str) -> None:
+        """Remove the router, if any, with a warning."""
+        if self.router is not None:
+            self._set_router(None)
+            warnings.warn(f"The router was removed: {reason} Call fit_router again.", UserWarning, stacklevel=4)
 
     def _mark_query(self) -> None:
         """Add or remove the buffer that marks state dicts of the block-K query; keys of equal width look alike."""
@@ -59,6 +87,36 @@ class StateMixin(PhaseMixin):
         owners = {name: self._owner(name) for name in self.prompt_config.tensor_shapes}
         tensors = {name: gather_full(read_value(*owner).detach()).clone() for name, owner in owners.items()}
         return tensors | ({BLOCK_K_MARK: torch.ones((), dtype=torch.int64)} if BLOCK_K_MARK in self._buffers else {})
+
+    def _file_tensors(self) -> tuple[dict[str, Tensor], RouterLayout | None]:
+        """Tensors of a prompt file: prompts, keys, head, and usage and router if they are known and fit."""
+        tensors = self.adapter_state_dict()
+        tensors.pop(BLOCK_K_MARK, None)  # part of the configuration in a file
+        if self.pool is not None and bool((self.pool.usage >= 0).all()):
+            tensors[USAGE] = self.pool.usage.clone()
+        router = self.router if self._phase == "group" else None
+        if router is None:
+            return tensors, None
+        if self._router_is_stale():
+            warnings.warn(
+                "The router is not written: the shared prompts or keys have changed since it was fitted. Call "
+                "fit_router again, or assign adapter.router = None.",
+                UserWarning,
+                stacklevel=4,
+            )
+            return tensors, None
+        return {**tensors, ROUTER[0]: router.weight, ROUTER[1]: router.bias}, router.layout
+
+    def _load_file_extras(self, tensors: Mapping[str, Tensor], layout: RouterLayout | None) -> None:
+        """Set usage and router of a prompt file, whose prompts are loaded already."""
+        if self.pool is not None:
+            self.pool.load_usage(tensors.get(USAGE))
+        if layout is None:
+            self._drop_router("the prompts that were loaded have none.")
+        else:
+            device = self.pool.usage.device
+            weight, bias = (tensors[name].to(device, copy=True) for name in ROUTER)
+            self._set_router(Router(weight, bias, layout).to(device))
 
     def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors from `adapter_state_dict` into the adapter; after an error nothing was copied.
@@ -97,6 +155,7 @@ class StateMixin(PhaseMixin):
         if has_prompts and (mismatch := self.prompt_config.query_mismatch(prefix + BLOCK_K_MARK in state_dict)):
             error_msgs.append(mismatch)
             return
+        self._load_router(state_dict, prefix, has_prompts)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -118,6 +177,18 @@ class StateMixin(PhaseMixin):
         except StateError as error:
             error_msgs.append(str(error))
             self.phase = self._phase
+
+    def _load_router(self, state_dict: Mapping[str, Any], prefix: str, has_prompts: bool) -> None:
+        """Make room for the router of a state dict, whose values torch then loads; prompts without one remove it."""
+        names = ("weight", "bias", "layout_numbers")
+        weight, bias, layout = (state_dict.get(f"{prefix}router.{name}") for name in names)
+        if weight is not None and bias is not None and layout is not None:
+            like, route = next(self.shared.parameters()), self._route
+            empty = [torch.empty_like(value, dtype=like.dtype, device=like.device) for value in (weight, bias)]
+            self.router = Router(empty[0], empty[1], RouterLayout(*layout.tolist())).to(like.device)
+            self._route, self._router_mark = route, None
+        elif has_prompts:
+            self._drop_router("the state dict has prompts without a router.")
 
 
 def _leave_backbone_out(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -18,7 +18,6 @@ from lpt_peft.backbones.freezing import FrozenState, feature_parameters
 from lpt_peft.backbones.input_errors import explain_failure
 from lpt_peft.backbones.weights import FrozenWeights
 from lpt_peft.checkpoint.model_file import (
-    HEAD_WEIGHT,
     MODEL_METHODS,
     ModelMethod,
 )
@@ -80,10 +79,10 @@ class ViTClassifier(ModelFileMixin):
             self.head_drop = nn.Dropout(head_dropout)
             self.head = CosineClassifier(backbone.feature_dim, num_classes, logit_scale).to(device=device, dtype=dtype)
         trained = feature_parameters(backbone) if method == "full" else {}
-        if broken := [name for name, p in trained.items() if name == HEAD_WEIGHT or not p.is_floating_point()]:
+        if quantized := [name for name, parameter in trained.items() if not parameter.is_floating_point()]:
             raise BackboneError(
-                f"{broken[0]} of this {type(self.vit).__name__} is quantized, or has the name of the head's weight, so "
-                'method="full" cannot train and save it: use the model before its quantization, or "linear_probe".'
+                f"{quantized[0]} of this {type(self.vit).__name__} is quantized and cannot be trained: use the model "
+                'before its quantization, or method="linear_probe".'
             )
         self._frozen = FrozenState(self.vit)
         self.frozen_weights = FrozenWeights(backbone)

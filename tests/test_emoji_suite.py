@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("tomllib", reason="Python 3.11 or later reads the rows")
+from lpt_peft.cli.common.rows import Rows, read_rows
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks" / "emoji_lt"
 DEFAULTS = """
@@ -51,8 +51,8 @@ sampling = "instance"
 loss = "cross_entropy"
 """
 ABLATIONS = """
-[rows.invalid]
-prompt_length = 0
+[rows.fails]
+img_size = 48
 """
 COUNTS = {"a": 8, "b": 4, "c": 2}
 
@@ -111,7 +111,7 @@ def test_unpacks_the_files_that_were_packed(module, data, tmp_path):
 
 def test_rows_take_the_settings_that_won(module):
     plan = module("_plan")
-    tune = {
+    tune_rows = {
         "phase1_random.a": {"init_prompts": "random", "shared": {"epochs": 6, "learning_rate": 1}},
         "phase1_tokens.a": {"init_prompts": "tokens", "shared": {"epochs": 6, "learning_rate": 2}},
         "phase1_tokens.b": {
@@ -128,8 +128,9 @@ def test_rows_take_the_settings_that_won(module):
         "full": {"method": "full", "shared": {"epochs": 16}, "group": {"epochs": 0}},
         "probe": {"method": "linear_probe", "shared": {"epochs": 16, "learning_rate": 7}},
     }
-    found = plan.tuned(rows, tune, scores)
-    phase = {"learning_rate": 3, "head_learning_rate": "None"}
+    tune = Rows(source="tune", rows=tune_rows, defaults={"shared": {"weight_decay": 0.5}})
+    found = plan.tuned(Rows(source="rows", rows=rows), tune, scores).rows
+    phase = {"learning_rate": 3, "head_learning_rate": "None", "weight_decay": 0.5}
     assert found["lpt"] == {
         "init_prompts": "tokens",
         "optimizer": "adamw",
@@ -137,20 +138,32 @@ def test_rows_take_the_settings_that_won(module):
         "group": {"epochs": 6, **phase},
     }
     assert (found["random"]["init_prompts"], found["random"]["shared"]["learning_rate"]) == ("random", 1)
-    assert found["full"]["shared"] == {"epochs": 16, "learning_rate": 4, "head_learning_rate": 5}
+    assert found["full"]["shared"] == {"epochs": 16, "learning_rate": 4, "head_learning_rate": 5, "weight_decay": 0.5}
     assert found["probe"] == rows["probe"]  # nothing was tuned for it
 
 
-def test_all_rows_are_valid_and_have_a_tuned_family(module):
-    plan, cell = module("_plan"), module("_cell")
-    tune = plan.read_rows(FOLDER / "tune.toml")
-    scores = dict.fromkeys(tune, 0.5)
-    for name in ("tune", "rows", "ablations"):
-        rows = plan.read_rows(FOLDER / f"{name}.toml")
-        for settings in plan.tuned(rows, tune, scores).values():
-            cell.run_settings(settings, 0).check()
-        families = {plan.family_of(row, "phase1_random") for row in rows.values()}
-        assert families <= {name.partition(".")[0] for name in tune}
+@pytest.mark.parametrize(("optimizer", "multiple"), [("sgd", 20), ("adamw", 3)])
+def test_the_rate_of_the_groups_stays_a_multiple_of_the_tuned_rate(module, optimizer, multiple):
+    plan = module("_plan")
+    tune = Rows(source="tune", rows={"phase1_random.a": {"optimizer": optimizer, "shared": {"learning_rate": 3}}})
+    row = {"group": {"epochs": 6, "learning_rate": 0.1, "pool_learning_rate": 2}}
+    group = plan.tuned(Rows(source="rows", rows={"lpt": row}), tune, {"phase1_random.a": 0.3}).rows["lpt"]["group"]
+    assert (group["learning_rate"], group["pool_learning_rate"]) == (3, pytest.approx(3 * multiple))
+
+
+@pytest.mark.parametrize("name", ["tune", "rows", "ablations"])
+def test_rows_are_valid_and_have_a_tuned_family(module, name, tmp_path):
+    plan = module("_plan")
+    tune = read_rows(str(FOLDER / "tune.toml"))
+    families = {row.partition(".")[0] for row in tune.rows}
+    rows = read_rows(str(FOLDER / f"{name}.toml"))
+    for row in rows.rows.values():
+        assert plan.family_of({**rows.defaults, **row}, "phase1_random") in families
+    chosen = plan.tuned(rows, tune, dict.fromkeys(tune.rows, 0.5))
+    (tmp_path / "rows.toml").write_text(plan.to_toml(chosen))
+    again = read_rows(str(tmp_path / "rows.toml"))
+    assert (again.rows, again.defaults, again.baseline) == (chosen.rows, chosen.defaults, chosen.baseline)
+    assert len(plan.cells(name, again, [0, 1])) == 2 * len(rows.rows)
 
 
 def test_parts_resume_and_tables_follow(module, data, tmp_path, capsys):
@@ -161,18 +174,18 @@ def test_parts_resume_and_tables_follow(module, data, tmp_path, capsys):
     suite, table = module("suite"), module("table")
     assert suite.main([*arguments, "--minutes", "0"]) == 3
     assert not output.exists()
-    assert suite.main(arguments) == 3  # the invalid row is tried again by the next part
+    assert suite.main(arguments) == 3  # a failed run is tried again by the next part
     first = [json.loads(line) for line in output.read_text().splitlines()]
     runs = [(line["stage"], line["row"], line["seed"]) for line in first]
     assert runs == [
         ("tune", "phase1_random.slow", 100), ("tune", "phase1_random.diverges", 100), ("tune", "probe_ce.sgd", 100),
-        ("rows", "lpt", 0), ("rows", "probe", 0), ("rows", "lpt", 1), ("rows", "probe", 1), ("ablations", "invalid", 0),
+        ("rows", "lpt", 0), ("rows", "probe", 0), ("rows", "lpt", 1), ("rows", "probe", 1), ("ablations", "fails", 0),
     ]  # fmt: skip
     assert first[1]["diverged"]
-    assert "prompt_length" in first[-1]["error"]
+    assert "32 px" in first[-1]["error"]
     assert not any({"test", "shift"} & set(line) for line in first[:3])
-    assert first[3]["settings"]["shared"]["learning_rate"] == 0.001
-    assert first[3]["settings"]["shared"]["epochs"] == 1
+    assert first[3]["settings"]["training"]["shared"]["learning_rate"] == 0.001
+    assert first[3]["settings"]["training"]["group"]["epochs"] == 1
     for line in first[3:-1]:
         for split in ("validation", "test", "shift"):
             pairs = list(zip(line[split]["prediction"], line[split]["target"], strict=True))
@@ -180,12 +193,13 @@ def test_parts_resume_and_tables_follow(module, data, tmp_path, capsys):
             accuracies = [np.mean([p == t for p, t in pairs if t == label]) for label in range(3)]
             assert line[split]["overall"] == pytest.approx(np.mean(accuracies))
     assert suite.main(arguments) == 3
-    assert [json.loads(line)["row"] for line in output.read_text().splitlines()[len(first) :]] == ["invalid"]
+    assert [json.loads(line)["row"] for line in output.read_text().splitlines()[len(first) :]] == ["fails"]
     capsys.readouterr()
-    table.main([str(output), "--baseline", "probe", "--output", str(tmp_path / "emoji.png")])
+    table.main([str(output), "--baseline", "probe", "--figure", str(tmp_path / "emoji.png")])
     lines = capsys.readouterr().out.splitlines()
-    (probe,) = (line.split("|") for line in lines if line.startswith("| probe "))
-    means = [100 * line["test"]["overall"] for line in first if line["row"] == "probe"]
-    assert probe[2].split()[0] == f"{np.mean(means):.1f}"
+    test, shift = ([cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| lpt "))
+    for cells, split in ((test, "test"), (shift, "shift")):
+        means = [100 * line[split]["overall"] for line in first if line["row"] == "lpt"]
+        assert cells[2].split()[0] == f"{np.mean(means):.1f}"
     with Image.open(tmp_path / "emoji.png") as picture:
-        assert picture.width > 500
+        assert picture.width == 1200

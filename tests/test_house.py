@@ -128,8 +128,19 @@ def test_core_import_does_not_import_optional_libraries() -> None:
 
 
 def test_standalone_modules_do_not_import_the_adapter() -> None:
-    leaves = ["prompts", "heads", "losses", "samplers", "metrics", "data.images", "data.long_tail", "data.folder"]
+    leaves = [
+        "prompts",
+        "heads",
+        "losses",
+        "samplers",
+        "metrics",
+        "analysis",
+        "data.images",
+        "data.long_tail",
+        "data.folder",
+    ]
     leaves += [
+        "data.folder",
         "data.image_list",
         "data.inaturalist",
         "data.cifar",

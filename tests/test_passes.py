@@ -258,3 +258,36 @@ def test_load_prompts_takes_the_query_of_the_file(tmp_path, own):
     fresh = one_pass_adapter(query=other, seed=2).float()
     fresh.load_state_dict(adapter.state_dict())
     assert torch.equal(fresh(IMAGES.float()), source(IMAGES.float()))
+
+
+@pytest.mark.parametrize("query", ["final", "block_k"])
+def test_mixtures_of_the_selected_groups_give_the_features_of_the_selection(query):
+    adapter = one_pass_adapter(query=query)
+    with torch.no_grad():
+        out = adapter(IMAGES, return_output=True)
+    size, k = adapter.prompt_config.pool_size, adapter.prompt_config.top_k
+    selected = torch.zeros(len(IMAGES), size, dtype=IMAGES.dtype).scatter_(1, out.groups, 1 / k)
+    found = adapter.mixture_features([selected, None, torch.eye(size)[0]], IMAGES)
+    torch.testing.assert_close(found[0], out.features)
+    adapter.phase = "shared"
+    with torch.no_grad():
+        torch.testing.assert_close(found[1], adapter.features(IMAGES))
+    adapter.phase = "group"
+
+    def first_group(pool, args, match):
+        prompts = pool.prompts[:1].expand_as(match.prompts)
+        return match._replace(prompts=prompts)
+
+    handle = adapter.pool.register_forward_hook(first_group)
+    with torch.no_grad():
+        torch.testing.assert_close(found[2], adapter.features(IMAGES))
+    handle.remove()
+    assert not found.requires_grad
+
+
+def test_mixtures_need_a_weight_for_each_group():
+    adapter = one_pass_adapter()
+    with pytest.raises(InputError, match="a weight for each group"):
+        adapter.mixture_features([torch.ones(3)], IMAGES)
+    with adapter.disable_adapter(), pytest.raises(StateError, match=r"mixture_features\(\) needs the prompts"):
+        adapter.mixture_features([None], IMAGES)

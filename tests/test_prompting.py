@@ -14,7 +14,7 @@ from timm.models import vision_transformer as timm_vit
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import nn
 
-from lpt_peft import LongTailPromptAdapter, _prompted
+from lpt_peft import LongTailPromptAdapter, _call_state, _prompted
 from lpt_peft.backbones import find_backbone
 from lpt_peft.errors import BackboneError
 from lpt_peft.prompting import Prompted, attach_blocks, attentions_of, detach_blocks
@@ -531,5 +531,5 @@ def test_a_failed_checkpointed_block_restores_the_state_of_its_thread(monkeypatc
         patch.setattr(_prompted, "checkpoint", fail)
         with pytest.raises(ValueError, match="in the block"):
             _prompted.checkpoint_in_graph(vit.blocks[0], tokens, prompt, {})
-    assert _prompted._local.prompt is None
+    assert _call_state.call_state.prompt is None
     assert torch.equal(vit.blocks[1](tokens), plain)

@@ -1,82 +1,91 @@
 """Choose the settings of the digits run on validation images.
 
 Divides the non-test digits into training and validation splits in several ways, trains a row of the run with every
-combination of the given values, and prints validation accuracy (mean over classes), best first. Test images are never
-read.
+combination of the given values, and prints validation accuracy (mean over classes), best first, and CPU seconds. Test
+images are never read.
 
-    python examples/benchmarks/digits_search.py --row "LPT, phase 1" --shared-learning-rate 2 4 8
+    python examples/benchmarks/digits_search.py "LPT, phase 1" --grid shared.learning_rate=0.1,0.4 init_head=class_mean
+    python examples/benchmarks/digits_search.py LPT --grid group.pool_learning_rate=null,2 prompts.query=final,block_k
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Annotated, Any
 
 import tyro
 from tqdm import tqdm
 
 from lpt_peft.data.digits import DigitsLT
-from lpt_peft.demo.rows import EPOCHS, rows
+from lpt_peft.demo.rows import EPOCHS, Row, rows
 from lpt_peft.demo.run import train_row
+from lpt_peft.metrics.result import SHOTS
+from lpt_peft.recipe import TrainSettings
 
 
 @dataclass
-class Settings:
+class Options:
     """Row and values to search."""
 
-    row: str = "LPT"
-    shared_epochs: list[int] = field(default_factory=list)
-    shared_learning_rate: list[float] = field(default_factory=list)
-    shared_weight_decay: list[float] = field(default_factory=list)
-    group_epochs: list[int] = field(default_factory=list)
-    group_learning_rate: list[float] = field(default_factory=list)
-    group_weight_decay: list[float] = field(default_factory=list)
-    init_groups: list[Literal["shared", "random"]] = field(default_factory=list)
-    batch_size: list[int] = field(default_factory=list)
-    """Images of a step, both halves."""
+    row: tyro.conf.Positional[str] = "LPT"
+    """Name of the row."""
+    grid: Annotated[list[str], tyro.conf.arg(metavar="NAME=VALUE,VALUE...")] = field(default_factory=list)
+    """Fields of TrainSettings (`shared.` and `group.` for those of a phase), or sizes of the prompts (`prompts.`)."""
     divisions: int = 3
     epochs: int = EPOCHS
 
 
-def main(settings: Settings) -> None:
+def main(options: Options) -> None:
     """Run the grid."""
-    [row] = [row for row in rows(settings.epochs) if row.name == settings.row]
-    names = [name for name in vars(settings) if isinstance(getattr(settings, name), list) and getattr(settings, name)]
+    [row] = [row for row in rows(options.epochs) if row.name == options.row]
+    named = [entry.partition("=")[::2] for entry in options.grid]
+    grid = [[(name, _value(text)) for text in values.split(",")] for name, values in named]
     results = []
-    grid = list(itertools.product(*(getattr(settings, name) for name in names)))
-    for values in tqdm(grid, desc=settings.row):
-        changed = row.settings
-        for name, value in zip(names, values, strict=True):
-            phase, _, key = name.partition("_")
-            if phase in ("shared", "group"):
-                name, value = phase, replace(getattr(changed, phase), **{key: value})  # noqa: PLW2901
-            changed = replace(changed, **{name: value})
-        start = time.perf_counter()
-        found = []
-        for division in range(1, settings.divisions + 1):  # division 0 is reported
+    for changes in tqdm(list(itertools.product(*grid)), desc=options.row):
+        variant = changed(row, dict(changes))
+        start, found = time.process_time(), []
+        for division in range(1, options.divisions + 1):  # division 0 is reported
             splits = [DigitsLT(name, augment=name == "train", division=division) for name in ("train", "validation")]
             with TemporaryDirectory() as folder:
-                variant = replace(row, settings=changed)
                 found.append(train_row(variant, division, *splits, Path(folder), progress=False)[1])
-        means = [statistics.fmean(getattr(r, shot) for r in found) for shot in ("overall", "many", "medium", "few")]
-        results.append((means, values, (time.perf_counter() - start) / settings.divisions))
-        tqdm.write(_line(names, *results[-1]))
-    print(f"\n{settings.row}: validation, mean over classes, {settings.divisions} divisions, best first")
+        means = [statistics.fmean(getattr(result, shot) for result in found) for shot in SHOTS]
+        spread = statistics.stdev(result.overall for result in found) if len(found) > 1 else 0.0
+        results.append((means, spread, changes, (time.process_time() - start) / options.divisions))
+        tqdm.write(_line(*results[-1]))
+    print(f"\n{options.row}: validation, mean over classes, {options.divisions} divisions, best first")
     for result in sorted(results, key=lambda result: -result[0][0]):
-        print(_line(names, *result))
+        print(_line(*result))
 
 
-def _line(names: list[str], means: list[float], values: tuple[object, ...], seconds: float) -> str:
-    changes = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
-    shots = zip(("all", "many", "medium", "few"), means, strict=True)
-    figures = "  ".join(f"{shot} {100 * mean:.1f}" for shot, mean in shots)
-    return f"{figures}   {changes}   ({seconds:.0f} s each)"
+def changed(row: Row, changes: Mapping[str, Any]) -> Row:
+    """Return the row with other settings, by name."""
+    values, sizes = row.settings.to_dict(), dict(row.prompts)
+    for name, value in changes.items():
+        group, _, key = name.rpartition(".")
+        target = sizes if group == "prompts" else values[group] if group else values
+        target[key] = value
+    return replace(row, settings=TrainSettings.from_dict(values), prompts=sizes)
+
+
+def _value(text: str) -> Any:
+    with suppress(json.JSONDecodeError):
+        return json.loads(text)
+    return text
+
+
+def _line(means: list[float], spread: float, changes: tuple[tuple[str, Any], ...], seconds: float) -> str:
+    figures = "  ".join(f"{shot} {100 * mean:.1f}" for shot, mean in zip(SHOTS, means, strict=True))
+    named = ", ".join(f"{name} {value}" for name, value in changes)
+    return f"{figures}  spread {100 * spread:.1f}   {named}   ({seconds:.0f} CPU s each)"
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(Options, description=__doc__))

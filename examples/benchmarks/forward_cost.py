@@ -1,6 +1,7 @@
 """Measures the cost of prompts on a CPU: times as ratios to the plain backbone, and memory saved for backward.
 
-Prints medians of an interleaved run, so that load on the machine affects all variants equally. For a GPU, see `gpu.py`.
+Prints medians of an interleaved run, so that load on the machine affects all variants equally, and the median over the
+rounds of one pass (`query="block_k"`) divided by phase "shared". For a GPU, see `gpu.py`.
 
     python examples/benchmarks/forward_cost.py --model vit_small_patch16_224 --batch-size 8
 """
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from lpt_peft import LongTailPromptAdapter
 
+SHARED, ONE_PASS = "adapter, phase shared", "adapter, group, block_k"
+
 
 @dataclass
 class Settings:
@@ -40,14 +43,19 @@ def main(settings: Settings) -> None:
     adapter = LongTailPromptAdapter.wrap(copy.deepcopy(plain), 100, prompt_length=settings.prompt_length).eval()
     group = copy.deepcopy(adapter)
     group.phase = "group"
+    one_pass = LongTailPromptAdapter.wrap(
+        copy.deepcopy(plain), 100, prompt_length=settings.prompt_length, query="block_k"
+    ).eval()
+    one_pass.phase = "group"
     tokens = TokenConcatenation(copy.deepcopy(plain), 100, settings.prompt_length).eval()
     images = torch.randn(settings.batch_size, 3, *plain.patch_embed.img_size)
     pixels = images.clone().requires_grad_()  # the plain backbone's backward pass ends at the pixels
     variants: dict[str, Callable[[bool], Tensor]] = {
         "plain backbone": lambda training: plain(pixels if training else images),
         "token concatenation": lambda training: tokens.features(images),
-        "adapter, phase shared": lambda training: adapter(images),
+        SHARED: lambda training: adapter(images),
         "adapter, phase group": lambda training: group(images),
+        ONE_PASS: lambda training: one_pass(images),
     }
 
     def run(name: str, training: bool) -> None:
@@ -58,7 +66,9 @@ def main(settings: Settings) -> None:
 
     passes = {(name, training): partial(run, name, training) for name in variants for training in (False, True)}
     seconds = interleaved(passes, settings.rounds, images.device)
-    parameters = {t.untyped_storage().data_ptr() for m in (plain, tokens, adapter, group) for t in m.parameters()}
+    parameters = {
+        t.untyped_storage().data_ptr() for m in (plain, tokens, adapter, group, one_pass) for t in m.parameters()
+    }
     base = {training: statistics.median(seconds["plain backbone", training]) for training in (False, True)}
     print(
         f"{settings.model}, batch {settings.batch_size}, prompt length {settings.prompt_length}, float32, "
@@ -69,6 +79,9 @@ def main(settings: Settings) -> None:
         ratios = [statistics.median(seconds[name, training]) / base[training] for training in (False, True)]
         saved = saved_bytes(partial(forward, True), parameters) / 2**20
         print(f"{name:24}{ratios[0]:8.3f}{ratios[1]:8.3f}{saved:16.0f} MiB")
+    pairs = zip(seconds[ONE_PASS, False], seconds[SHARED, False], strict=True)
+    ratio = statistics.median(one_pass_time / shared_time for one_pass_time, shared_time in pairs)
+    print(f"{ONE_PASS} / {SHARED}, eval, median of the rounds' ratios: {ratio:.3f}")
     print(f"plain backbone: {base[False]:.3f} s eval, {base[True]:.3f} s forward and backward")
 
 

@@ -9,18 +9,18 @@ from lpt_peft.analysis.calibration import Reliability, Temperature, fit_temperat
 from lpt_peft.analysis.confusion import Confusion, WeakClasses, confused_pairs, weak_classes
 from lpt_peft.analysis.matching import Matching, group_histogram, matching_statistics
 from lpt_peft.analysis.neighbours import knn_predict
-from lpt_peft.analysis.pool_value import PoolRow, PoolValue, pool_value, predicted_classes
+from lpt_peft.analysis.pool_value import Accuracy, PoolValue, accuracy_of, pool_value, predicted_classes
 from lpt_peft.analysis.projection import Discriminant, TwoSets, linear_discriminant, two_sets
 from lpt_peft.analysis.separability import Separability, separability
 from lpt_peft.analysis.shift import ClassMatch, Shift, accuracy_shift, add_noise, blur, match_classes
 
 __all__ = [
+    "Accuracy",
     "ClassMatch",
     "Confusion",
     "Discriminant",
     "Interval",
     "Matching",
-    "PoolRow",
     "PoolValue",
     "Reliability",
     "Separability",
@@ -28,6 +28,7 @@ __all__ = [
     "Temperature",
     "TwoSets",
     "WeakClasses",
+    "accuracy_of",
     "accuracy_shift",
     "add_noise",
     "blur",

@@ -13,8 +13,8 @@ from lpt_peft.errors import InputError
 from lpt_peft.metrics.checks import as_integers
 
 
-class PoolRow(NamedTuple):
-    """Accuracy of a way to select groups, as a fraction; None without images."""
+class Accuracy(NamedTuple):
+    """Accuracy of predictions, as a fraction; None without images."""
 
     accuracy: float | None
     """Mean over images."""
@@ -27,12 +27,31 @@ class PoolRow(NamedTuple):
 class PoolValue(NamedTuple):
     """Accuracy of each way to select groups."""
 
-    rows: dict[str, PoolRow]
+    rows: dict[str, Accuracy]
     """By the names that were given; with fixed groups also "fixed" and "oracle"."""
     fixed_group: int | None
     """The group of "fixed": that with the highest balanced accuracy when all images use it."""
     oracle_groups: Tensor | None
     """(C,) int64: the group of "oracle" for each class, the lowest of several; -1 for classes without images."""
+
+
+def accuracy_of(prediction: Any, target: Any, num_classes: int) -> Accuracy:
+    """Accuracy of predictions, over images and over classes.
+
+    Args:
+        prediction: Predicted classes (N,) or logits (N, C).
+        target: True classes (N,), integers from 0 to `num_classes` - 1.
+        num_classes: Number of classes C.
+
+    Raises:
+        InputError: A shape, dtype or class is wrong.
+
+    Example:
+        >>> accuracy_of([0, 0, 0, 0], [0, 0, 0, 1], num_classes=2)[:2]
+        (0.75, 0.5)
+    """
+    truth = as_integers("target", target, num_classes)
+    return _row(_correct("prediction", prediction, truth, num_classes), truth, num_classes)
 
 
 def predicted_classes(logits: Tensor) -> Tensor:
@@ -112,9 +131,9 @@ def _correct(name: str, values: Any, truth: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(truth[predicted == truth], minlength=num_classes)
 
 
-def _row(correct: Tensor, truth: Tensor, num_classes: int) -> PoolRow:
+def _row(correct: Tensor, truth: Tensor, num_classes: int) -> Accuracy:
     total = torch.bincount(truth, minlength=num_classes)
     per_class = correct.double() / total
     if not len(truth):
-        return PoolRow(None, None, per_class)
-    return PoolRow(int(correct.sum()) / len(truth), float(per_class[total > 0].mean()), per_class)
+        return Accuracy(None, None, per_class)
+    return Accuracy(int(correct.sum()) / len(truth), float(per_class[total > 0].mean()), per_class)

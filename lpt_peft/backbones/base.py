@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lpt_peft.errors import BackboneError
+from lpt_peft.prompting import Prompt
 
 
 class Stream(NamedTuple):
@@ -75,8 +76,11 @@ class Backbone(Protocol):
     def embed(self, *args: Any, **kwargs: Any) -> Stream:
         """Compute the tokens that enter block 1 from the arguments of the model's forward."""
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
-        """Run blocks `start`, `start + 1`, ..., one per prompt (n, d) or (B, n, d), floating point; None: no prompt."""
+    def run(self, stream: Stream, start: int, prompts: Sequence[Prompt]) -> Stream:
+        """Run blocks `start`, `start + 1`, ..., one per prompt (n, d) or (B, n, d), floating point; None: no prompt.
+
+        An integer n in place of a prompt: the last n tokens are a prompt that blocks carry along.
+        """
 
     def pool(self, stream: Stream) -> Tensor:
         """Compute the pooled, normalized feature (B, feature_dim) from the tokens after the last block."""

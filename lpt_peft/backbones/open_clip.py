@@ -24,7 +24,7 @@ from lpt_peft._tensors import plain_tensors
 from lpt_peft.backbones.base import BackboneInfo, Stream, refuse_offloaded, run_plain, warn_of_multihead_lora
 from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.errors import BackboneError
-from lpt_peft.prompting import attach_blocks, batched, detach_blocks, run_block
+from lpt_peft.prompting import Prompt, attach_blocks, batched, detach_blocks, run_block
 
 _CROP_MODE = {"shortest": "center", "longest": "border", "squash": "squash"}  # open_clip's name -> timm's
 _ALTERNATIVE = 'a CLIP whose visual tower is a plain ViT, for example open_clip.create_model("ViT-B-32")'
@@ -111,13 +111,13 @@ class NativeTower(_Tower):
         """Compute tokens from images (B, 3, H, W), with the tower's patch dropout."""
         return Stream(self.tower._embeds(image), {})
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+    def run(self, stream: Stream, start: int, prompts: Sequence[Prompt]) -> Stream:
         """Run blocks from `start`, one per prompt (n, d) or (B, n, d), None: no prompt; `stream` is batch first."""
         transformer = self.tower.transformer
         transposed = not getattr(transformer, "batch_first", True)
         tokens = stream.tokens.transpose(0, 1) if transposed else stream.tokens
         for layer, prompt in enumerate(prompts, start):
-            if prompt is not None:
+            if isinstance(prompt, Tensor):
                 prompt = batched(prompt).transpose(0, 1) if transposed else prompt  # noqa: PLW2901
             tokens = run_block(
                 transformer.resblocks[layer],
@@ -202,7 +202,7 @@ class TimmTower(_Tower):
         """Compute tokens from images (B, 3, H, W)."""
         return self.trunk.embed(*args, **kwargs)
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+    def run(self, stream: Stream, start: int, prompts: Sequence[Prompt]) -> Stream:
         """Run blocks from `start`, one per prompt (n, d) or (B, n, d); None: no prompt."""
         return self.trunk.run(stream, start, prompts)
 

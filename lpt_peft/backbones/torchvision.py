@@ -16,7 +16,7 @@ from torchvision.models.vision_transformer import Encoder, VisionTransformer
 from lpt_peft._tensors import plain_tensors
 from lpt_peft.backbones.base import BackboneInfo, Stream, refuse_offloaded, run_plain, warn_of_multihead_lora
 from lpt_peft.errors import BackboneError
-from lpt_peft.prompting import attach_blocks, detach_blocks, run_block
+from lpt_peft.prompting import Prompt, attach_blocks, detach_blocks, run_block
 
 # (patch size, blocks, heads, width, MLP width) -> torchvision's name
 _NAMES = {
@@ -86,7 +86,7 @@ class TorchvisionBackbone:
         tokens = torch.cat([vit.class_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         return Stream(vit.encoder.dropout(tokens + vit.encoder.pos_embedding), {})
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+    def run(self, stream: Stream, start: int, prompts: Sequence[Prompt]) -> Stream:
         """Run blocks from `start`, one per prompt (n, d) or (B, n, d); None: no prompt."""
         tokens = stream.tokens
         for layer, prompt in enumerate(prompts, start):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -90,23 +90,30 @@ def _nearby(path: Path) -> str:
     return f" {inner} is a prompt file: give that folder." if (inner / WEIGHTS_NAME).is_file() else ""
 
 
-def write_files(
-    folder: Path, weights: bytes, config: bytes, *, weights_name: str = WEIGHTS_NAME, format: str = FORMAT
-) -> None:
-    """Write the weights, then `config.json`; files that hold the bytes are not touched.
+def write_files(folder: Path, weights: bytes, config: bytes) -> None:
+    """Write `prompts.safetensors`, then its readable copy `config.json`; see `write_folder`.
 
-    Each is replaced in one step, so a reader finds the old prompts or the new, complete, at any moment.
+    A reader finds the old prompts or the new, complete, at any moment.
 
     Args:
         folder: Created if missing.
-        weights: Content of the file of weights.
+        weights: Content of `prompts.safetensors`.
         config: Content of `config.json`.
-        weights_name: Name of the file of weights.
+    """
+    write_folder(folder, {WEIGHTS_NAME: weights, CONFIG_NAME: config}, FORMAT)
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes], format: str) -> None:
+    """Write files in order, each in one step; files that hold the bytes are not touched.
+
+    Args:
+        folder: Created if missing.
+        files: Content by name; `config.json` is among them.
         format: Value of "format" in `config.json`.
 
     Raises:
         PromptFileExistsError: `config.json` is of another library; nothing was written.
-        PromptFileFormatError: One of the two names is not a regular file; nothing was written.
+        PromptFileFormatError: One of the names is not a regular file; nothing was written.
         ConfigError: The folder is a file, or cannot be created.
         OSError: The disk is full, or the folder is not writable.
     """
@@ -118,8 +125,9 @@ def write_files(
         if isinstance(error, OSError) and error.errno not in _IMPOSSIBLE_NAME:
             raise
         raise ConfigError(f"The folder {str(folder)!r:.300} cannot be created: choose another folder.") from error
-    contents = {folder / weights_name: weights, folder / CONFIG_NAME: config}
-    found = {path: _read(path, MAX_COPY_BYTES if path.name == CONFIG_NAME else len(weights)) for path in contents}
+    contents = {folder / name: data for name, data in files.items()}
+    limits = {path: MAX_COPY_BYTES if path.name == CONFIG_NAME else len(data) for path, data in contents.items()}
+    found = {path: _read(path, limit) for path, limit in limits.items()}
     refuse_foreign_config(folder, found[folder / CONFIG_NAME], format)
     for path, data in contents.items():
         if found[path] != data:

@@ -61,7 +61,7 @@ def check_writable(
     counts = None if class_counts is None else integers_in_order(class_counts, label_names=names)
     content = PromptContent(
         config=prompt_config,
-        phase="group",
+        phase="group" if prompt_config.has_groups else "shared",
         tensors={},
         metadata=PromptMetadata(class_counts=counts, label_names=names, training=training or {}),
         backbone=BackboneInfo(
@@ -77,7 +77,9 @@ def check_writable(
         preprocess={**_PREPROCESS, **(preprocess or {})},
         fingerprint="0" * 64,
     )
-    shapes = {**prompt_config.tensor_shapes, USAGE: (prompt_config.pool_size,)}
+    shapes = dict(prompt_config.tensor_shapes)
+    if prompt_config.has_groups:
+        shapes[USAGE] = (prompt_config.pool_size,)
     tensors = {name: {"dtype": "I64" if name == USAGE else "F32", "shape": list(shapes[name])} for name in shapes}
     try:
         config = content_to_config(content, tensors)

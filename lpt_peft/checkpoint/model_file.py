@@ -1,8 +1,8 @@
-"""Model files: the weights of a method without prompts, as `model.safetensors` and `config.json` in a folder.
+"""Model files: a folder with the weights of a method without prompts, and `config.json`.
 
-`model.safetensors` holds tensors under their usual names, so any program can load it: `head.weight` of a linear probe;
-with full fine-tuning also the weights of the ViT, under its own names. `config.json` describes them and holds the
-sha256 of that file. Not here: models (`lpt_peft.vit_classifier`).
+Of a linear probe, `model.safetensors` holds `head.weight`. With full fine-tuning it holds the ViT's weights under the
+names of its state dict and nothing else, since strict loaders refuse further tensors, and `head.safetensors` holds
+`head.weight`. `config.json` describes them and holds their sha256. Not here: models (`lpt_peft.vit_classifier`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lpt_peft._json import BrokenRule, dumps, integer, loads, object_of, one_of, sha256
+from lpt_peft._json import BrokenRule, dumps, integer, loads, object_of, one_of, require, sha256
 from lpt_peft._version import __version__
 from lpt_peft.backbones import BackboneInfo
 from lpt_peft.checkpoint.description import (
@@ -29,27 +29,29 @@ from lpt_peft.checkpoint.description import (
     describe_content,
     plain_json,
 )
-from lpt_peft.checkpoint.files import CONFIG_NAME, MAX_COPY_BYTES, expand_user, open_regular, write_files
+from lpt_peft.checkpoint.files import CONFIG_NAME, MAX_COPY_BYTES, expand_user, open_regular, write_folder
 from lpt_peft.checkpoint.schema import MAX_TENSOR_BYTES
 from lpt_peft.config import PromptMetadata
 from lpt_peft.errors import InputError, ModelFileError, ModelFileNotFoundError, PromptFileError, StateError
 
 MODEL_FORMAT, MODEL_FORMAT_VERSION = "lpt_peft-model", 1
-MODEL_NAME = "model.safetensors"
+MODEL_NAME, HEAD_NAME = "model.safetensors", "head.safetensors"
 HEAD_WEIGHT = "head.weight"
 MAX_MODEL_BYTES = MAX_TENSOR_BYTES
-"""Size of the largest `model.safetensors` that is read."""
+"""Size of the largest file of weights that is read."""
 
 ModelMethod = Literal["linear_probe", "full"]
 MODEL_METHODS: tuple[ModelMethod, ...] = ("linear_probe", "full")
 
+_FILES: dict[ModelMethod, tuple[str, ...]] = {"linear_probe": (MODEL_NAME,), "full": (MODEL_NAME, HEAD_NAME)}
+_WEIGHTS = object_of({"bytes": integer(0, MAX_MODEL_BYTES), "sha256": sha256})
 _RULE = object_of(
     {
         "format": one_of(MODEL_FORMAT),
         "format_version": integer(MODEL_FORMAT_VERSION, MODEL_FORMAT_VERSION),
         "method": one_of(*MODEL_METHODS),
         **DESCRIPTION,
-        "weights": object_of({"file": one_of(MODEL_NAME), "bytes": integer(0, MAX_MODEL_BYTES), "sha256": sha256}),
+        "weights": object_of({MODEL_NAME: _WEIGHTS}, {HEAD_NAME: _WEIGHTS}),
     }
 )
 
@@ -59,9 +61,9 @@ class ModelContent:
     """Content of a model file.
 
     Attributes:
-        method: "linear_probe": the tensors are those of the head; "full": of the ViT and the head.
-        tensors: `head.weight` (C, d), and the ViT's tensors by their names in its state dict. From a file: on the CPU.
-        num_classes: Classes `C` of the head.
+        method: "linear_probe" or "full".
+        head: Class vectors (C, d), floating point. From a file: on the CPU, like `vit`.
+        vit: The ViT's tensors by their names in its state dict; empty for "linear_probe".
         logit_scale: Scale of the cosine classifier.
         metadata: Class counts, label names, training record.
         backbone: Model of the training.
@@ -71,8 +73,8 @@ class ModelContent:
     """
 
     method: ModelMethod
-    tensors: Mapping[str, Tensor]
-    num_classes: int
+    head: Tensor
+    vit: Mapping[str, Tensor]
     logit_scale: float
     metadata: PromptMetadata
     backbone: BackboneInfo
@@ -81,22 +83,29 @@ class ModelContent:
     library_version: str = __version__
 
 
-def encode_model(content: ModelContent) -> tuple[bytes, dict[str, Any]]:
-    """Encode content as the bytes of `model.safetensors` and the configuration; equal content gives equal bytes.
+def encode_model(content: ModelContent) -> dict[str, bytes]:
+    """Encode content as the bytes of each file, `config.json` last; equal content gives equal bytes.
 
     Raises:
         InputError: A value does not fit the format.
         StateError: A tensor is not finite.
     """
-    for name, tensor in content.tensors.items():
+    for name, tensor in {**content.vit, HEAD_WEIGHT: content.head}.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise StateError(f"{name} holds NaN or infinity: the training diverged. Nothing was written.")
+    head = {HEAD_WEIGHT: content.head}
+    tensors = (head,) if content.method == "linear_probe" else (content.vit, head)
+    files = {name: _save(group) for name, group in zip(_FILES[content.method], tensors, strict=True)}
+    if (size := max(map(len, files.values()))) > MAX_MODEL_BYTES:
+        raise InputError(f"This model cannot be saved: it takes {size} bytes, at most {MAX_MODEL_BYTES} are read.")
+    stated = {n: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in files.items()}
+    return {**files, CONFIG_NAME: (dumps(_config(content, stated), indent=2) + "\n").encode("utf-8")}
+
+
+def _save(tensors: Mapping[str, Tensor]) -> bytes:
     # A copy each: safetensors refuses tensors that share memory or are not contiguous.
-    dense = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in content.tensors.items()}
-    weights = safetensors.torch.save(dense, {"format": "pt"})  # transformers requires this entry
-    if len(weights) > MAX_MODEL_BYTES:
-        raise InputError(f"{MODEL_NAME} would have {len(weights)} bytes, and at most {MAX_MODEL_BYTES} are read.")
-    return weights, _config(content, len(weights), hashlib.sha256(weights).hexdigest())
+    dense = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    return safetensors.torch.save(dense, {"format": "pt"})  # transformers requires this entry
 
 
 def check_model_writable(content: ModelContent) -> None:
@@ -105,13 +114,13 @@ def check_model_writable(content: ModelContent) -> None:
     Raises:
         InputError: A value does not fit the format.
     """
-    _config(content, 0, "0" * 64)
+    _config(content, {name: {"bytes": 0, "sha256": "0" * 64} for name in _FILES[content.method]})
 
 
 def write_model_file(folder: str | PathLike[str], content: ModelContent) -> None:
-    """Write content to a folder: `model.safetensors`, then `config.json`, each in one step.
+    """Write content to a folder: the weights, then `config.json`, each file in one step.
 
-    A process that is killed between the two leaves a folder that `read_model_file` refuses.
+    A process that is killed between them leaves a folder that `read_model_file` refuses.
 
     Args:
         folder: Created if missing; its other files are not touched.
@@ -124,9 +133,8 @@ def write_model_file(folder: str | PathLike[str], content: ModelContent) -> None
         ConfigError: The folder is a file.
         OSError: The disk is full, or the folder is not writable.
     """
-    weights, config = encode_model(content)
-    text = (dumps(config, indent=2) + "\n").encode("utf-8")
-    write_files(expand_user(folder), weights, text, weights_name=MODEL_NAME, format=MODEL_FORMAT)
+    files = encode_model(content)
+    write_folder(expand_user(folder), files, MODEL_FORMAT)
 
 
 def read_model_file(folder: str | PathLike[str]) -> ModelContent:
@@ -138,35 +146,41 @@ def read_model_file(folder: str | PathLike[str]) -> ModelContent:
     """
     path = expand_user(folder)
     config = read_model_config(path)
-    expected = config["weights"]
-    weights = _read(path, MODEL_NAME, expected["bytes"])
-    if len(weights) != expected["bytes"] or hashlib.sha256(weights).hexdigest() != expected["sha256"]:
+    names = _FILES[config["method"]]
+    tensors = {name: _load(path, name, config["weights"][name]) for name in names}
+    head = tensors[names[-1]].get(HEAD_WEIGHT)
+    num_classes = config["head"]["num_classes"]
+    if head is None or head.ndim != 2 or len(head) != num_classes or not head.is_floating_point():
+        found = "missing" if head is None else f"{head.dtype} of shape {tuple(head.shape)}"
+        raise ModelFileError(f"{HEAD_WEIGHT} in {path / names[-1]} is {found}, and must be ({num_classes}, d).")
+    if (count := len(tensors[names[-1]])) != 1:
+        raise ModelFileError(f"{path / names[-1]} holds {count} tensors, and must hold the head alone.")
+    return ModelContent(
+        method=config["method"],
+        head=head,
+        vit=tensors[MODEL_NAME] if config["method"] == "full" else {},
+        logit_scale=config["head"]["logit_scale"],
+        **content_fields(config),
+    )
+
+
+def _load(folder: Path, name: str, stated: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file of weights, after comparing its size and hash with those in `config.json`."""
+    weights = _read(folder, name, stated["bytes"])
+    if len(weights) != stated["bytes"] or hashlib.sha256(weights).hexdigest() != stated["sha256"]:
         raise ModelFileError(
-            f"{path / MODEL_NAME} does not have the size and sha256 that {CONFIG_NAME} states: it is truncated or "
-            "changed, or its writing was interrupted. Copy both files again, or run the training command again, which "
-            "writes them without training."
+            f"{folder / name} does not have the size and sha256 that {CONFIG_NAME} states: it is truncated or changed, "
+            "or its writing was interrupted. Copy the folder again, or run the training command again, which writes it "
+            "without training."
         )
     try:
         tensors = safetensors.torch.load(weights)
     except SafetensorError as error:
-        raise ModelFileError(f"safetensors refuses {path / MODEL_NAME}: {error}. Copy the file again.") from error
-    head = tensors.get(HEAD_WEIGHT)
-    num_classes = config["head"]["num_classes"]
-    if head is None or head.ndim != 2 or len(head) != num_classes or not head.is_floating_point():
-        found = "missing" if head is None else f"{head.dtype} of shape {tuple(head.shape)}"
-        raise ModelFileError(f"{HEAD_WEIGHT} of {path / MODEL_NAME} is {found}, and must be ({num_classes}, d).")
-    if config["method"] == "linear_probe" and len(tensors) != 1:
-        raise ModelFileError(f"{path / MODEL_NAME} of a linear probe holds {len(tensors)} tensors, not the head alone.")
-    for name, tensor in tensors.items():
+        raise ModelFileError(f"safetensors refuses {folder / name}: {error}. Copy the file again.") from error
+    for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ModelFileError(f"{name} in {path / MODEL_NAME} holds NaN or infinity: the training diverged.")
-    return ModelContent(
-        method=config["method"],
-        tensors=tensors,
-        num_classes=num_classes,
-        logit_scale=config["head"]["logit_scale"],
-        **content_fields(config),
-    )
+            raise ModelFileError(f"{key} in {folder / name} holds NaN or infinity: the training diverged.")
+    return tensors
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -189,19 +203,21 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     try:
         _RULE(config, "")
         check_description(config)
+        files = _FILES[config["method"]]
+        require(config["weights"].keys() == set(files), sorted(config["weights"]), "weights", f"of {', '.join(files)}")
     except BrokenRule as error:
         raise ModelFileError(f"{name} breaks the format: {error}. Copy the file again.") from error
     return config
 
 
-def _config(content: ModelContent, size: int, digest: str) -> dict[str, Any]:
+def _config(content: ModelContent, weights: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     config = {
         "format": MODEL_FORMAT,
         "format_version": MODEL_FORMAT_VERSION,
         "library_version": content.library_version,
         "method": content.method,
-        **describe_content(content, content.num_classes, content.logit_scale),
-        "weights": {"file": MODEL_NAME, "bytes": size, "sha256": digest},
+        **describe_content(content, len(content.head), content.logit_scale),
+        "weights": weights,
     }
     try:
         checked = plain_json(config)
@@ -219,8 +235,8 @@ def _read(folder: Path, name: str, most: int) -> bytes:
     path = folder / name
     if not path.exists():
         raise ModelFileNotFoundError(
-            f"{path} does not exist. A model file is a folder with {MODEL_NAME} and {CONFIG_NAME}, as lpt-peft train "
-            "--method full writes it."
+            f"{path} does not exist. A model file is a folder with {MODEL_NAME} and {CONFIG_NAME}, and {HEAD_NAME} "
+            "after full fine-tuning, as lpt-peft train writes it."
         )
     try:
         with open_regular(path) as (stream, _):

@@ -22,7 +22,7 @@ from lpt_peft._json import (
     sha256,
 )
 from lpt_peft._version import __version__
-from lpt_peft.checkpoint.content import USAGE, PromptContent
+from lpt_peft.checkpoint.content import ROUTER, USAGE, PromptContent
 from lpt_peft.checkpoint.description import (
     DESCRIPTION,
     SIZE,
@@ -31,8 +31,9 @@ from lpt_peft.checkpoint.description import (
     describe_content,
     plain_json,
 )
-from lpt_peft.config import PHASES, QUERIES, PromptConfig
+from lpt_peft.config import PHASES, PLACEMENTS, QUERIES, PromptConfig
 from lpt_peft.errors import ConfigError, PromptFileFormatError, PromptFileTensorError, PromptFileVersionError
+from lpt_peft.router import MAX_SEED, MAX_WIDTH, RouterLayout
 
 FORMAT = "lpt_peft-prompts"
 FORMAT_VERSION = 2
@@ -41,7 +42,7 @@ DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8}
 
 
 _PROMPT_SIZES = ("prompt_length", "shared_layers", "pool_size", "top_k", "dim", "depth")
-_PROMPT_CHOICES: Mapping[str, tuple[str, ...]] = {"query": QUERIES}
+_PROMPT_CHOICES: Mapping[str, tuple[str, ...]] = {"query": QUERIES, "placement": PLACEMENTS}
 """Optional keys of `prompt`; the first choice is the default and is not written."""
 _CONTENT = {
     "format": one_of(FORMAT),
@@ -53,8 +54,10 @@ _CONTENT = {
     ),
     "tensors": mapping_of(object_of({"dtype": one_of(*DTYPE_BYTES), "shape": list_of(SIZE, 1, 8)}), most=64),
 }
-_CONTENT_RULE = object_of(_CONTENT)
-_CONFIG_RULE = object_of({**_CONTENT, "data_sha256": sha256})
+_ROUTER = {"blocks": integer(1, 10**6), "width": integer(0, MAX_WIDTH), "seed": integer(0, MAX_SEED)}
+_OPTIONAL = {"router": object_of(_ROUTER)}
+_CONTENT_RULE = object_of(_CONTENT, _OPTIONAL)
+_CONFIG_RULE = object_of({**_CONTENT, "data_sha256": sha256}, _OPTIONAL)
 
 
 def content_to_config(content: PromptContent, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -79,6 +82,7 @@ def content_to_config(content: PromptContent, tensors: Mapping[str, Mapping[str,
         },
         **describe_content(content, sizes["num_classes"], sizes["logit_scale"]),
         "tensors": tensors,
+        **({} if content.router is None else {"router": content.router._asdict()}),
     }
     checked = plain_json(config)
     _CONTENT_RULE(checked, "")
@@ -97,6 +101,7 @@ def config_to_content(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         config=prompt_config(config),
         phase=config["prompt"]["phase"],
         tensors=tensors,
+        router=RouterLayout(**config["router"]) if "router" in config else None,
         **content_fields(config),
     )
 
@@ -163,16 +168,33 @@ def _check_together(config: Mapping[str, Any]) -> None:
         sizes = prompt_config(config)
     except ConfigError as error:
         raise BrokenRule(f"prompt and head do not fit: {error}") from error
+    if config["prompt"]["phase"] == "group" and not sizes.has_groups:
+        raise BrokenRule('prompt.phase is "group", and prompt.placement "shallow" has no groups')
     backbone = config["backbone"]
     if (backbone["embed_dim"], backbone["depth"]) != (sizes.dim, sizes.depth):
         raise BrokenRule("prompt.dim and prompt.depth must be the backbone's embed_dim and depth")
+    if "router" in config and (sizes.query != "final" or config["prompt"]["phase"] != "group"):
+        raise BrokenRule('router is for prompts of phase "group" with the final query')
+    if "router" in config and config["router"]["blocks"] > (most := max(1, sizes.first_group_layer)):
+        raise BrokenRule(f"router.blocks must be at most {most}, the block boundaries before the first group prompts")
     check_description(config)
+
+
+def _router_shapes(config: Mapping[str, Any], sizes: PromptConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the router's tensors, if the configuration has a router; models without class token have half."""
+    if "router" not in config:
+        return {}
+    layout, (weight, bias) = RouterLayout(**config["router"]), ROUTER
+    widths = [layout.width + layout.blocks * sizes.dim * tokens for tokens in (1, 2)]
+    found = config["tensors"].get(weight, {}).get("shape", [0])[-1]
+    return {weight: (sizes.pool_size, found if found in widths else widths[1]), bias: (sizes.pool_size,)}
 
 
 def _check_tensors(config: Mapping[str, Any]) -> None:
     sizes = prompt_config(config)
     needed, listed = sizes.tensor_shapes, config["tensors"]
-    shapes = {**needed, **({USAGE: (sizes.pool_size,)} if USAGE in listed else {})}
+    usage = {USAGE: (sizes.pool_size,)} if USAGE in listed and sizes.has_groups else {}
+    shapes = {**needed, **usage, **_router_shapes(config, sizes)}
     if listed.keys() != shapes.keys():
         missing, extra = sorted(shapes.keys() - listed.keys()), sorted(listed.keys() - shapes.keys())
         raise PromptFileTensorError(

@@ -88,6 +88,7 @@ def _commands(words: Sequence[str]) -> dict[str, Callable[..., Any]]:
     Raises:
         ConfigError: The --preset or --config of `train`, or the --rows of `compare`, cannot be used.
     """
+    from lpt_peft.cli.analyse import analyse
     from lpt_peft.cli.check import check
     from lpt_peft.cli.compare import compare_command
     from lpt_peft.cli.convert import convert
@@ -101,6 +102,7 @@ def _commands(words: Sequence[str]) -> dict[str, Callable[..., Any]]:
     from lpt_peft.cli.train import train_command
 
     return {
+        "analyse": analyse,
         "check": check,
         "compare": compare_command(words),
         "convert": convert,

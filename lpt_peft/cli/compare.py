@@ -69,7 +69,9 @@ def compare_command(words: Sequence[str]) -> Callable[..., int]:
         data: tyro.conf.Positional[str],
         /,
         *,
-        rows: Annotated[str, tyro.conf.arg(help=f"A .toml file, or of {', '.join(BUILT_IN)}, with commas.")],
+        rows: Annotated[
+            str, tyro.conf.arg(help=f"A .toml file, or built-in rows, separated by commas: {', '.join(BUILT_IN)}.")
+        ],
         output: Path,
         seeds: int = 3,
         split: Split = "test",
@@ -175,7 +177,7 @@ def run_cell(plan: Plan, cell: Cell) -> None:
 
     Raises:
         LPTError: As `lpt-peft train`.
-        KeyboardInterrupt: The process was asked to stop; the run was saved.
+        KeyboardInterrupt: The process received SIGTERM; the run was saved.
     """
     from lpt_peft.cli.common.streams import replace_unprintable
     from lpt_peft.cli.train import run_training

@@ -11,7 +11,7 @@ from lpt_peft.cli.common.paths import check_new_folder
 
 
 def demo(
-    output: Path = Path("lpt-peft-demo"), seeds: int = 1, epochs: int = 20, resume: bool = True, as_json: Json = False
+    output: Path = Path("lpt-peft-demo"), seeds: int = 1, epochs: int = 10, resume: bool = True, as_json: Json = False
 ) -> None:
     """Train in five ways on the digits, compare them, and write a table, a figure and a prompt file.
 
@@ -37,6 +37,10 @@ def demo(
     print_table(rows, header)
     seeds_noun = "seed" if len(result.seeds) == 1 else "seeds"
     print_text(f"\nTest accuracy in %. {result.rule}. {len(result.seeds)} {seeds_noun}, {result.seconds:.0f} s.")
+    print_text(
+        f"Groups: {100 * result.gain_of_groups():+.1f} points overall, LPT compared with phase 1 of the same number of "
+        "passes. Differences of about 1.5 points are within the spread of the seeds."
+    )
     print_text(f"Groups that no training image chose: {result.dead_groups or 'none'}.")
     print_text("The prompt file was loaded on a new backbone: all predictions are identical.")
     print_text(f"Written to {output}/: prompts/ (the prompt file), test/ (the test images), results.json, digits.png")

@@ -73,7 +73,7 @@ def evaluate(
         )
     set_transforms(splits, run.model.preprocess(), run.images, crops=crops)
     metrics = ShotMetrics.from_rule(run.shot_rule, counts)
-    accelerator = make_accelerator(_available_precision(run.training))
+    accelerator = make_accelerator(available_precision(run.training))
     print_summaries(splits)
     notice(f"device {accelerator.device}")
     results: dict[str, ShotResult] = {}
@@ -94,7 +94,7 @@ def evaluate(
     return INCOMPLETE if has_unreadable(splits) else OK
 
 
-def _available_precision(training: TrainSettings) -> TrainSettings:
+def available_precision(training: TrainSettings) -> TrainSettings:
     """The run's settings, in a precision that this machine supports."""
     import torch
 

@@ -58,11 +58,11 @@ def _inspect_model(source: str, folder: Path, as_json: bool) -> None:
     if as_json:
         print_json(read_model_config(folder))
         return
-    parameters = sum(tensor.numel() for tensor in content.tensors.values())
+    parameters = content.head.numel() + sum(tensor.numel() for tensor in content.vit.values())
     lines = [
         f"{source}: model file, method {content.method}, written by lpt_peft {content.library_version}",
-        *_description(content, content.num_classes, content.logit_scale),
-        f"  weights         {len(content.tensors)} tensors, {parameters:,} values",
+        *_description(content, len(content.head), content.logit_scale),
+        f"  weights         {len(content.vit)} tensors of the ViT and the head, {parameters:,} values",
         *_training(content.metadata.training),
         "All checks passed: names, sizes, sha256, every value finite.",
     ]
@@ -94,9 +94,8 @@ def describe(source: str, content: PromptContent) -> str:
     ]
     lines = [
         f"{source}: prompt file, format 2, written by lpt_peft {content.library_version}",
-        f"  prompts         phase {content.phase}: {config.prompt_length} tokens in each of {config.depth} blocks; "
-        f"{config.pool_size} groups after block {config.shared_layers}, {config.top_k} for an image, "
-        f"query {config.query}",
+        f"  prompts         phase {content.phase}: {config.layout}",
+        *([] if content.router is None else [f"  router          {content.router.describe()}"]),
         *_description(content, config.num_classes, config.logit_scale),
         *tensors,
         *_training(content.metadata.training),

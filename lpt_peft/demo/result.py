@@ -49,6 +49,11 @@ class DemoResult:
     seconds: float
     prompt_file: str
 
+    def gain_of_groups(self) -> float:
+        """Return the overall accuracy of LPT minus that of phase 1 alone with the same number of passes."""
+        phase_1, lpt = self.rows[-2:]
+        return lpt.mean("overall") - phase_1.mean("overall")
+
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary for JSON."""
         table = [
@@ -64,7 +69,8 @@ class DemoResult:
         ]
         about = {name: value for name, value in vars(self).items() if name != "rows"}
         counts = digits_counts()
-        return {"rows": table, **about, "class_counts": counts, "library_version": __version__}
+        gain = self.gain_of_groups()
+        return {"rows": table, "gain_of_groups": gain, **about, "class_counts": counts, "library_version": __version__}
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """Return header and rows: percent, mean and spread over seeds."""

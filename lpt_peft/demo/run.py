@@ -110,7 +110,7 @@ def train_row(
     """Train a row with a seed into `folder`; return the model and its result on `test_set`."""
     settings = replace(row.settings, seed=seed)
     with seeded(seed):
-        model = row.build(NUM_CLASSES)
+        model = row.build()
     bar = progress and f"{row.name}, seed {seed}"
     train_images = from_dataset(train_set, class_names=[str(digit) for digit in range(NUM_CLASSES)])
     splits = Splits(train=train_images, test=test_set)

@@ -167,9 +167,8 @@ def _sections(content: PromptContent, repo_id: str, subfolder: str | None, revis
         [
             f"- prompts and keys: {sum(sizes.values()) - head:,} parameters; head: {head:,}; "
             f"{sum(tensor.nbytes for tensor in content.tensors.values()):,} bytes in all",
-            f"- phase: {content.phase}; {config.prompt_length} tokens in each of {config.depth} blocks, "
-            f"{config.pool_size} groups after block {config.shared_layers}, {config.top_k} for an image, query "
-            f"{_code(config.query)}",
+            f"- phase: {content.phase}; {config.layout}",
+            *([] if content.router is None else [f"- router: {content.router.describe()}; `adapter.route` enables it"]),
             f"- backbone: {_code(backbone.architecture)} of {_code(backbone.library)}, tag "
             f"{_code(str(backbone.pretrained_tag))}, {backbone.num_parameters:,} parameters, fingerprint "
             f"`{content.fingerprint[:16]}`",

@@ -82,11 +82,16 @@ def method_of(model: Model, settings: TrainSettings) -> Method:
             f'method="{name}" trains no prompts: give ViTClassifier.wrap(vit, num_classes, method="{name}") in place '
             f"of a {type(model).__name__}."
         )
-    placement = getattr(model.prompt_config, "placement", "deep")
+    placement = model.prompt_config.placement
     if name not in {"lpt", f"vpt_{placement}"}:
         raise ConfigError(
             f'method="{name}" does not fit an adapter with placement="{placement}": '
             f'LongTailPromptAdapter.wrap(vit, num_classes, placement="{name.removeprefix("vpt_")}").'
+        )
+    if not model.prompt_config.has_groups and set(settings.plan) - {"shared"}:
+        raise ConfigError(
+            f'method="{name}" trains groups, and placement="shallow" has no groups: use method="vpt_shallow", or '
+            'phases="decoupled" with group.epochs=0.'
         )
     return _PromptMethod(model)
 

@@ -150,8 +150,8 @@ def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion
         yield f'the given criterion replaces loss="{settings.loss}"'
     elif settings.sampling == "dual" and (settings.loss in _FREQUENCY_LOSSES or settings.reweight_from is not None):
         yield (
-            "the correction for class frequencies is for those of a dual batch (half of it class-balanced), not those "
-            "of the training images"
+            "the loss corrects for the class frequencies of dual batches, half of which are class-balanced, not for "
+            "those of the training images"
         )
     start = settings.reweight_from
     if criterion is None and start is not None:

@@ -69,7 +69,7 @@ def test_scale_changes_neither_cosines_nor_gamma(scale):
         assert separability(scale * features, labels, 5, distance=distance).gamma == pytest.approx(gamma, rel=1e-7)
 
 
-def test_means_over_nothing_are_none():
+def test_means_over_nothing_give_none():
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
     single = separability(features, [0, 0, 0], 3)
     assert (single.inter, single.gamma) == (None, None)

@@ -193,6 +193,31 @@ def test_equals_concatenation(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_carried_prompts_equal_concatenation(name):
+    """A prompt that passes through all blocks, as in VPT-Shallow."""
+    model = build(name, small=True).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, model.test_size, model.test_size, dtype=torch.float64, generator=generator)
+    vit, backbone = getattr(model, "encoder", model), find_backbone(model)
+    prompt = torch.randn(2, 3, vit.embed_dim, dtype=torch.float64, generator=generator).requires_grad_()
+    plain = reference_feature(model, images)
+    with prepended_prompts(vit.blocks, [prompt] * len(vit.blocks), carried=True):
+        feature = reference_feature(model, images)
+    [expected] = torch.autograd.grad((feature**2).mean(), prompt)
+    backbone.attach()
+    stream = backbone.embed(images)
+    joined = stream._replace(tokens=torch.cat([stream.tokens, prompt], 1))
+    out = backbone.run(joined, 0, [3] * len(vit.blocks))
+    found = backbone.pool(out._replace(tokens=out.tokens[:, :-3]))
+    tolerance = 1e-6 if module_of(name) in FLOAT32_NORMS else 1e-12
+    torch.testing.assert_close(found, feature, rtol=tolerance, atol=tolerance)
+    [gradient] = torch.autograd.grad((found**2).mean(), prompt)
+    limit = tolerance * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=limit)
+    assert (feature - plain).abs().max() > 1e-4 * float(plain.abs().max()), "the prompt had no effect"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_small_models_have_the_real_structure(name):
     assert structure(options_and_plan(name, small=True)[1]) == real_structures()[name][0]
 

@@ -98,6 +98,39 @@ def test_encoders_equal_concatenation(name, per_image):
     assert torch.equal(ours(**given).last_hidden_state, answer)
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_prompts_carried_through_all_layers_equal_concatenation(name):
+    plain, given, feature = encoder(name), inputs(name), ENCODERS[name][0]
+    prompt = random_prompts(2, 3, 24)
+    with concatenated_prompts(layers_of(plain), [prompt] * 2, carried=True):
+        expected = feature(plain(**given))
+    backbone = find_backbone(plain)
+    backbone.attach()
+    got = run_carried(backbone, prompt, given)
+    assert_equal_with_gradients(got, expected, [prompt], 1e-7 if name.partition(":")[0] in FLOAT32 else 1e-12)
+
+
+def run_carried(backbone, prompt, given):
+    stream = backbone.embed(**given)
+    out = backbone.run(stream._replace(tokens=torch.cat([stream.tokens, prompt], 1)), 0, [3] * len(backbone.blocks))
+    return backbone.pool(out._replace(tokens=out.tokens[:, :-3]))
+
+
+@pytest.mark.parametrize(("name", "implementation"), [("ViT", "sdpa"), ("ViT", "eager"), ("Beit", "eager")])
+def test_masks_do_not_hide_carried_prompts(name, implementation):
+    plain, prompt = encoder(name, attn_implementation=implementation), random_prompts(2, 3, 24)
+    mask = torch.ones(2, 17, dtype=torch.int64)
+    mask[0, 9:] = 0
+    given = {**inputs(name), "attention_mask": mask}
+    with concatenated_prompts(layers_of(plain), [prompt] * 2, carried=True):
+        expected = ENCODERS[name][0](plain(**given))
+    backbone = find_backbone(plain)
+    backbone.attach()
+    tolerance = 1e-12 if implementation == "sdpa" else 1e-6
+    torch.testing.assert_close(run_carried(backbone, prompt, given), expected, rtol=tolerance, atol=tolerance)
+    assert not torch.allclose(expected, run_carried(backbone, prompt, inputs(name)), atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["ViT", "DINOv3ViT", "Dinov2", "SiglipVision", "VideoMAE"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_eager_attention_equals_concatenation(name, training):

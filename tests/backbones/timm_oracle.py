@@ -24,14 +24,25 @@ def pad_table(table: Tensor, n: int) -> Tensor:
 
 
 @contextmanager
-def prepended_prompts(blocks: Sequence[nn.Module], prompts: Sequence[Tensor]) -> Iterator[None]:
-    """Let block i run on `[prompts[i]; x]`, (n, d) or (B, n, d), and return the last N tokens; a context."""
+def prepended_prompts(
+    blocks: Sequence[nn.Module], prompts: Sequence[Tensor], *, carried: bool = False
+) -> Iterator[None]:
+    """Let block i run on `[prompts[i]; x]`, (n, d) or (B, n, d), and return the last N tokens; a context.
+
+    With `carried`, prompts[0] enters the first block alone and passes through all of them.
+    """
     with ExitStack() as stack:
-        for block, prompt in zip(blocks, prompts, strict=True):
+        for layer, (block, prompt) in enumerate(zip(blocks, prompts, strict=True)):
             n = prompt.shape[-2]
+            enters, leaves = (not carried or layer == end for end in (0, len(blocks) - 1))
 
             def before(
-                _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], prompt: Tensor = prompt, n: int = n
+                _: nn.Module,
+                args: tuple[Tensor, ...],
+                kwargs: dict[str, Any],
+                prompt: Tensor = prompt,
+                n: int = n,
+                enters: bool = enters,
             ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
                 x, *rest = args
                 if rest:  # Gemma 4 passes its tables by position
@@ -41,10 +52,10 @@ def prepended_prompts(blocks: Sequence[nn.Module], prompts: Sequence[Tensor]) ->
                     key: pad_table(value, n) if key in tables and value is not None else value
                     for key, value in kwargs.items()
                 }
-                return (torch.cat([prompt.expand(len(x), -1, -1), x], 1), *rest), kwargs
+                return (torch.cat([prompt.expand(len(x), -1, -1), x], 1) if enters else x, *rest), kwargs
 
-            def after(_: nn.Module, args: Any, out: Tensor, n: int = n) -> Tensor:
-                return out[:, n:]
+            def after(_: nn.Module, args: Any, out: Tensor, n: int = n, leaves: bool = leaves) -> Tensor:
+                return out[:, n:] if leaves else out
 
             for handle in (
                 block.register_forward_pre_hook(before, with_kwargs=True),

@@ -22,21 +22,29 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 
 
 @contextmanager
-def concatenated_prompts(layers: Sequence[nn.Module], prompts: Sequence[Tensor]) -> Iterator[None]:
-    """Let layer i run on `[x; prompts[i]]`, (n, d) or (B, n, d), and return the first N tokens; a context."""
-    with ExitStack() as stack:
-        for layer, prompt in zip(layers, prompts, strict=True):
-            count = prompt.shape[-2]
+def concatenated_prompts(
+    layers: Sequence[nn.Module], prompts: Sequence[Tensor], *, carried: bool = False
+) -> Iterator[None]:
+    """Let layer i run on `[x; prompts[i]]`, (n, d) or (B, n, d), and return the first N tokens; a context.
 
-            def before(_: Any, args: Any, kwargs: Any, prompt: Tensor = prompt, count: int = count) -> Any:
+    With `carried`, prompts[0] enters the first layer alone and passes through all of them.
+    """
+    with ExitStack() as stack:
+        for index, (layer, prompt) in enumerate(zip(layers, prompts, strict=True)):
+            count = prompt.shape[-2]
+            enters, leaves = (not carried or index == end for end in (0, len(layers) - 1))
+
+            def before(
+                _: Any, args: Any, kwargs: Any, prompt: Tensor = prompt, count: int = count, enters: bool = enters
+            ) -> Any:
                 x, *rest = args
-                joined = torch.cat([x, prompt.expand(len(x), -1, -1)], 1)
+                joined = torch.cat([x, prompt.expand(len(x), -1, -1)], 1) if enters else x
                 return (joined, *(extend(value, count) for value in rest)), {
                     name: extend(value, count) for name, value in kwargs.items()
                 }
 
-            def after(_: Any, args: Any, out: Tensor, count: int = count) -> Tensor:
-                return out[:, :-count]
+            def after(_: Any, args: Any, out: Tensor, count: int = count, leaves: bool = leaves) -> Tensor:
+                return out[:, :-count] if leaves else out
 
             def pad_bias(_: Any, args: Any, bias: Tensor, count: int = count) -> Tensor:
                 return F.pad(bias, (0, count, 0, count))

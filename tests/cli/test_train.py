@@ -105,6 +105,26 @@ def test_starts_by_flags(data, tmp_path, capsys):
     assert 'note: init_prompts="tokens" has no effect, because no phase trains the' in capsys.readouterr().err
 
 
+def test_shallow_prompts_by_flag(data, tmp_path, capsys):
+    words = ["train", str(data), *BACKBONE, "--method", "vpt_shallow", "--init-prompts", "tokens", "--json"]
+    words += ["--batch-size", "16", "--shared.epochs", "2", "--prompt-length", "2", "--output", str(tmp_path)]
+    assert main(words) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert main(words) == 0, "resumed"
+    assert json.loads(capsys.readouterr().out) == results
+    written = json.loads((tmp_path / "prompts" / "config.json").read_text())
+    assert written["prompt"]["placement"] == "shallow"
+    assert written["tensors"]["shared.prompts"]["shape"] == [1, 2, 192]
+    assert main(["evaluate", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == results
+    image = next((data / "test").rglob("*.png")) if (data / "test").is_dir() else next(data.rglob("*.png"))
+    assert main(["predict", str(tmp_path), str(image)]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "prompts")]) == 0
+    text = "phase shared: 2 tokens appended before block 1, through all 12 blocks; no groups"
+    assert text in capsys.readouterr().out
+
+
 def test_no_resume_replaces_the_old_run_when_the_new_one_is_complete(data, tmp_path, capsys):
     words = ["train", str(data), "--output", str(tmp_path), *BACKBONE, *SMALL, "--group.epochs", "0"]
     assert main(words) == 0

@@ -16,7 +16,7 @@ from lpt_peft import LongTailPromptAdapter
 from lpt_peft.cli import main
 from lpt_peft.data.digits import DigitsLT, digits_counts
 from lpt_peft.demo import glyph_vit
-from lpt_peft.demo.rows import build_probe, rows
+from lpt_peft.demo.rows import rows
 from lpt_peft.demo.run import DemoError, run_demo
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe import predict
@@ -45,12 +45,14 @@ def test_rows_train_on_the_same_number_of_images_with_the_same_head():
     assert [row.name for row in table] == NAMES
     assert {sum(phase.epochs for phase in row.settings.plan.values()) for row in table} == {20}
     assert len({row.settings.batch_size for row in table}) == 1
-    heads = {(*model.head.weight.shape, model.head.scale, model.head_drop.p) for model in (r.build(10) for r in table)}
+    heads = {
+        (*model.head.weight.shape, model.head.scale, model.head_drop.p) for model in (row.build() for row in table)
+    }
     assert len(heads) == 1
 
 
 def test_the_probe_is_the_backbone_with_a_head():
-    probe, vit = build_probe(10).eval(), glyph_vit()
+    probe, vit = rows()[0].build().eval(), glyph_vit()
     images = torch.randn(2, 3, 32, 32)
     out = probe(images, return_output=True)
     torch.testing.assert_close(out.features, vit.forward_head(vit.forward_features(images), pre_logits=True))

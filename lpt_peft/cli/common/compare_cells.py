@@ -21,6 +21,7 @@ from lpt_peft.recipe.compare.figure import draw
 from lpt_peft.recipe.compare.results import Comparison, Row, Run, compare
 from lpt_peft.recipe.compare.table import markdown
 from lpt_peft.recipe.experiment import RESULTS, write_json
+from lpt_peft.recipe.methods import MODEL, PROMPTS
 from lpt_peft.recipe.predictions import PREDICTIONS, Predictions, image_names, read_predictions
 from lpt_peft.recipe.resume.folders import write_errors
 from lpt_peft.recipe.settings import RESUME_IGNORED_FIELDS
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from lpt_peft.cli.compare import Plan
 
 _TABLE, _FIGURE = "table.md", "compare.png"
-_RESULT_FOLDERS = ("prompts", "model")
 
 
 class Comparer:
@@ -175,7 +175,7 @@ class Comparer:
 
 def _file_bytes(folder: Path) -> int:
     """Size of the prompt file or model file of a run."""
-    files = (file for name in _RESULT_FOLDERS for file in (folder / name).glob("*") if file.is_file())
+    files = (file for name in (PROMPTS, MODEL) for file in (folder / name).glob("*") if file.is_file())
     return sum(file.stat().st_size for file in files)
 
 

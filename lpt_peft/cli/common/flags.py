@@ -13,8 +13,8 @@ from lpt_peft.recipe.method_settings import METHODS, MODEL_METHODS, unused_field
 from lpt_peft.recipe.settings import PhaseSettings
 
 _PHASE_FLAG = re.compile(r"--((?:shared|group)\.([\w-]+))(?:=(.*))?", re.DOTALL)
-_GROUP_SIZES = {"--pool-size", "--top-k", "--shared-layers"}
-_PROMPT_FLAGS = {"--prompt-length", "--query", "--start-from"}
+_GROUP_SIZES = {"--pool-size", "--top-k", "--shared-layers", "--query"}
+_PROMPT_FLAGS = {"--prompt-length", "--start-from"}
 _SETTINGS = re.compile(r"\b(?:Phase|Train|Image|Prompt|Run)Settings: ")
 
 

@@ -104,6 +104,15 @@ def open_test_splits(
     return splits
 
 
+def open_foreign(path: Path, images: ImageSettings) -> LabelledImages:
+    """Open a folder of class folders, or a list, with its own classes, of which some may have no image.
+
+    Raises:
+        InputError: The path does not exist, or its images have no labels.
+    """
+    return _read(_existing(str(path)), replace(images, root=None), allow_empty="infer")
+
+
 def check_output(output: Path, data: str, images: ImageSettings) -> None:
     """Refuse an output folder in a place that is read for images: the next run would take it for a class or a split.
 

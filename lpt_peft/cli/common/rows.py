@@ -30,8 +30,12 @@ from lpt_peft.recipe.presets import preset
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 from lpt_peft.recipe.settings_checks import known
 
+_PLAIN: Mapping[str, Any] = {"sampling": "instance", "loss": "cross_entropy"}
 BUILT_IN: Mapping[str, Mapping[str, Any]] = {
-    "vpt_deep": {"sampling": "instance", "loss": "cross_entropy", "group": {"epochs": 0}},
+    "linear_probe": {"method": "linear_probe", **_PLAIN},
+    "full": {"method": "full", **_PLAIN},
+    "vpt_shallow": {"method": "vpt_shallow", **_PLAIN},
+    "vpt_deep": {"method": "vpt_deep", **_PLAIN},
     "lpt_phase1": {"group": {"epochs": 0}},
     "lpt": {},
 }
@@ -97,6 +101,8 @@ def read_rows(text: str) -> Rows:
                 f"There is no built-in row {name!r}.{meant} Give names of {', '.join(BUILT_IN)}, separated by commas, "
                 "or a file of rows whose name ends in .toml."
             )
+    if repeated := [name for name in BUILT_IN if names.count(name) > 1]:
+        raise ConfigError(f"--rows {text} names {repeated[0]} twice: give each row once.")
     return Rows(source="--rows", rows={name: BUILT_IN[name] for name in names})
 
 

@@ -137,6 +137,8 @@ class RunSettings:
                 "logit_scale": (0 < prompts.logit_scale < float("inf"), "above 0 and finite"),
             },
         )
+        one_pass = prompts.query == "block_k" or not self.training.query_regularizer
+        refuse_invalid(self.training, {"query_regularizer": (one_pass, '0, or used with query="block_k"')})
         if self.start_from is not None:
             _check_starts(self.start_from, self.training)
         share = images.validation_share

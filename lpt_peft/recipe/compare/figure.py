@@ -35,7 +35,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     for place, row in enumerate(rows):
         _point(left, row.figures["overall"], place, "overall")
         values = [value for result in row.results if (value := result.overall) is not None]
-        left.plot([100 * value for value in values], [place] * len(values), "|", color="0.45", markersize=9, zorder=1)
+        left.plot([100 * value for value in values], [place + 0.25] * len(values), "|", color="0.3", markersize=8)
         for number, shot in enumerate(SHOTS[1:]):
             _point(right, row.figures[shot], place + 0.24 * (number - 1), shot)
     baseline = next((row.figures["overall"] for row in rows if row.name == comparison.baseline), None)

@@ -1,7 +1,7 @@
 """Runs the cells of a comparison side by side, each in a new process.
 
-A process of its own per cell keeps a crash, a full memory or the first Accelerator's precision away from other cells.
-The processes belong to no terminal: this process receives Ctrl-C and asks each of them to save and stop.
+A separate process per cell keeps a crash, a full memory or the first Accelerator's precision away from other cells.
+The processes belong to no terminal: this process receives Ctrl-C and makes each of them save and stop.
 """
 
 from __future__ import annotations

@@ -45,6 +45,9 @@ def begin_phase(
         reporter: Receives a warning if k-means is not possible, and the classes without a class mean.
         saved: Tensors of a checkpoint to resume from; None initializes the parameters as the settings specify.
     """
+    if adapter.router is not None:
+        adapter.router = None
+        reporter.note("The router was removed, since training changes the queries that it predicts: fit it again")
     passes = ImagePasses(dataset, settings, accelerator, reporter)
     if saved is not None:
         adapter.load_adapter_state_dict(saved)

@@ -196,7 +196,7 @@ def test_the_summary_names_corrections_for_class_frequencies():
         settings = replace(SETTINGS, **change)
         return run_summary(dataset, labels, settings, make_accelerator(settings), num_classes=3)
 
-    note = "correction for class frequencies is for those of a dual batch"
+    note = "the loss corrects for the class frequencies of dual batches"
     assert note in text(loss="logit_adjusted")
     assert note in text(loss="focal", reweight_from=2)
     assert note not in text(loss="focal")

@@ -1,0 +1,45 @@
+"""--query and --query-regularizer of lpt-peft train."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lpt_peft.checkpoint import read_prompt_file
+from lpt_peft.cli import main
+from tests.cli.runs import BACKBONE, SMALL
+
+
+def test_a_run_in_a_single_pass(data, tmp_path, capsys):
+    words = ["train", str(data), "--output", str(tmp_path), *BACKBONE, *SMALL, "--shared.epochs", "1"]
+    words += ["--group.epochs", "1", "--query", "block_k", "--query-regularizer", "1e-4"]
+    assert main(words) == 0
+    assert "Groups: selected by query block_k, in a single pass" in capsys.readouterr().err
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["prompts"]["query"] == "block_k"
+    assert settings["training"]["query_regularizer"] == 1e-4
+    assert read_prompt_file(tmp_path / "prompts").config.query == "block_k"
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "query block_k" in capsys.readouterr().out
+    assert main([*words[:-4], "--query", "final"]) == 1
+    assert "prompts.query is 'final' now and was 'block_k'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--query", "block_k", "--shared-layers", "0"], 'at least 1 with --query "block_k"'),
+        (["--query-regularizer", "0.1"], '--query-regularizer 0.1 must be 0, or used with query="block_k"'),
+        (["--query", "last"], "invalid choice"),
+    ],
+)
+def test_refused_flags(tmp_path, capsys, flags, message):
+    words = ["train", str(tmp_path / "no data"), "--output", str(tmp_path / "run"), "--backbone", "no model"]
+    try:
+        status = main([*words, *flags])
+    except SystemExit as stopped:  # of the parser
+        status = stopped.code
+    assert status
+    streams = capsys.readouterr()
+    assert message in streams.err + streams.out
