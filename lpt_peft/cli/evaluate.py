@@ -43,7 +43,7 @@ def evaluate(
         from lpt_peft.cli.common.load_run import load_run
         from lpt_peft.cli.common.open_data import open_splits, open_test_splits, set_transforms
         from lpt_peft.cli.common.split_summary import print_summaries
-        from lpt_peft.cli.common.tables import print_results
+        from lpt_peft.cli.common.tables import print_extremes, print_results
         from lpt_peft.metrics import ShotMetrics, ShotResult
         from lpt_peft.recipe.evaluate import evaluate as measure
         from lpt_peft.recipe.left_out import has_unreadable
@@ -91,6 +91,8 @@ def evaluate(
                     post_hoc_tau=post_hoc_tau,
                 )
     print_results(results, as_json=as_json)
+    for name, result in ({} if as_json else results).items():
+        print_extremes(result, run.class_names, counts, name)
     return INCOMPLETE if has_unreadable(splits) else OK
 
 
