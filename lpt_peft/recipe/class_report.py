@@ -9,11 +9,23 @@ from typing import Any
 import torch
 
 from lpt_peft.analysis import bootstrap_accuracy, reliability_by_shots, weak_classes, wilson_interval
+from lpt_peft.metrics import ShotResult
 from lpt_peft.metrics.shot_rules import ShotRule, shot_groups
 from lpt_peft.recipe.predictions import Predictions
 
 LEVEL = 0.95
 _SHOTS = ("many", "medium", "few")
+
+
+def split_results(
+    result: ShotResult,
+    predictions: Predictions,
+    class_names: Sequence[str],
+    class_counts: Sequence[int],
+    rule: ShotRule,
+) -> dict[str, Any]:
+    """The entry of a split in `results.json`: the shot metrics and `class_report`."""
+    return {**result.to_dict(), **class_report(predictions, class_names, class_counts, rule)}
 
 
 def class_report(
@@ -28,8 +40,8 @@ def class_report(
         rule: The shot thresholds.
 
     Returns:
-        - `classes`: a row for each class: name, train_images, shot, images, correct, accuracy, and its 95 % interval low
-          and high (Wilson, 1927); the last three are None without images.
+        - `classes`: a row for each class: name, train_images, shot, images, correct, accuracy, and low and high of its
+          95 % interval (Wilson, 1927); the last three are None without images.
         - `intervals`: the 95 % class-stratified bootstrap intervals [low, high] of the mean accuracies over classes.
         - `calibration_error`: expected calibration error of all images and of each shot group.
         - `never_right`: number of classes with images and no correct prediction.

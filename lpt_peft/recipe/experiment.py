@@ -32,7 +32,7 @@ from lpt_peft.errors import ConfigError, InputError, StateError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.metrics.result import SHOTS
 from lpt_peft.recipe.checks import check_evaluation_split
-from lpt_peft.recipe.class_report import class_report
+from lpt_peft.recipe.class_report import split_results
 from lpt_peft.recipe.evaluate import evaluate
 from lpt_peft.recipe.left_out import left_out_files
 from lpt_peft.recipe.methods import Model, method_of
@@ -146,7 +146,9 @@ def fit(
             progress=progress,
         )
         model.metadata = replace(model.metadata, temperature=None)  # of earlier weights
-        results, predictions = _measure(model, splits, metrics, settings, accelerator, reporter)
+        results, predictions = _measure(
+            model, splits, metrics, num_workers=settings.num_workers, accelerator=accelerator, reporter=reporter
+        )
         for split in splits:
             if isinstance(split, LabelledImages):
                 split.unreadable_images.add(gather_numbers(accelerator, split.unreadable_images.positions()))
@@ -157,9 +159,9 @@ def fit(
             save(figures)
             write_predictions(output / PREDICTIONS, predictions)
         write_json(output / HISTORY, history)
-        names, counts = splits.train.class_names, splits.train.class_counts
-        reports = {name: class_report(found, names, counts, metrics.rule) for name, found in predictions.items()}
-        write_json(output / RESULTS, {name: {**result.to_dict(), **reports[name]} for name, result in results.items()})
+        about_classes = (splits.train.class_names, splits.train.class_counts, metrics.rule)
+        entries = {name: split_results(results[name], found, *about_classes) for name, found in predictions.items()}
+        write_json(output / RESULTS, entries)
         if left_out := left_out_files(splits._asdict()):
             write_json(output / LEFT_OUT, left_out)
             reporter.note(f"Files that were left out or cannot be read: {output / LEFT_OUT}")
@@ -174,7 +176,8 @@ def _measure(
     model: Model,
     splits: Splits,
     metrics: ShotMetrics,
-    settings: TrainSettings,
+    *,
+    num_workers: int | None,
     accelerator: Accelerator,
     reporter: Reporter,
 ) -> tuple[dict[str, ShotResult], dict[str, Predictions]]:
@@ -191,7 +194,7 @@ def _measure(
             model,
             split,
             metrics,
-            num_workers=settings.num_workers,
+            num_workers=num_workers,
             distributed=True,
             accelerator=accelerator,
             recorder=recorder,

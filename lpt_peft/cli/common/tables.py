@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lpt_peft._text import number, printable
-from lpt_peft.cli.common.streams import print_json, print_text
+from lpt_peft.cli.common.streams import print_text
 from lpt_peft.metrics import ShotResult
 from lpt_peft.metrics.result import SHOTS
 
@@ -22,11 +22,8 @@ _EXTREMES = 5
 _UNLIMITED = 1_000_000  # columns, in a file or a pipe
 
 
-def print_results(results: Mapping[str, ShotResult], *, as_json: bool) -> None:
-    """Print a row for each split, in percent, and the shot rule; or one JSON object."""
-    if as_json:
-        print_json({name: result.to_dict() for name, result in results.items()})
-        return
+def print_results(results: Mapping[str, ShotResult]) -> None:
+    """Print a row for each split, in percent, and the shot rule."""
     if not results:
         print_text("There is neither a validation nor a test split, so nothing was measured.")
         return
@@ -41,7 +38,7 @@ def print_results(results: Mapping[str, ShotResult], *, as_json: bool) -> None:
 
 
 def print_extremes(result: ShotResult, class_names: Sequence[str], class_counts: Sequence[int], split: str) -> None:
-    """Print the five classes of lowest and of highest accuracy; of equal accuracies, the class with more images first."""
+    """Print the five worst and best classes; of equal accuracies, those with more training images first."""
     found = [(accuracy, label) for label, accuracy in enumerate(result.per_class) if accuracy is not None]
     if not found:
         return
