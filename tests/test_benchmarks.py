@@ -236,3 +236,23 @@ def test_lora_equals_peft(script):
         torch.testing.assert_close(lora.features(images), reference(images), rtol=1e-4, atol=1e-5)
     trained = sum(p.numel() for p in reference.parameters() if p.requires_grad)
     assert sum(p.numel() for n, p in lora.named_parameters() if p.requires_grad and "head" not in n) == trained
+
+
+def test_digits_search_changes_any_setting_by_name(script):
+    search = script("digits_search")
+    [row] = [row for row in search.rows(4) if row.name == "LPT"]
+    changes = {"shared.learning_rate": 0.5, "init_head": "class_mean", "prompts.query": "block_k"}
+    variant = search.changed(row, changes)
+    assert (variant.settings.shared.learning_rate, variant.settings.init_head) == (0.5, "class_mean")
+    assert variant.settings.group == row.settings.group
+    assert variant.build().prompt_config.query == "block_k"
+    assert [search._value(text) for text in ("null", "2", "0.5", "final")] == [None, 2, 0.5, "final"]
+
+
+def test_digits_losses_at_tiny_size(script, capsys):
+    losses = script("digits_losses")
+    losses.main(losses.Options(epochs=2, divisions=1, learning_rates=(2.0,)))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(losses.variants(2)) == 14
+    overall = [float(re.search(r"overall ([\d.]+)", line)[1]) for line in lines]
+    assert min(overall) > 40, "a head learns something in two epochs; chance is 10"

@@ -92,7 +92,7 @@ class PredictionRecorder:
         batches, self._batches = self._batches, []
         shard: list[Tensor] | None = None
         if batches:
-            fields = (torch.cat([tensor.cpu() for tensor in field]) for field in zip(*batches, strict=True))
+            fields = (torch.cat(field).cpu() for field in zip(*batches, strict=True))
             shard = [torch.tensor(positions, dtype=torch.int64), *fields]
         found = [shard for shard in (_all_shards(shard) if distributed else [shard]) if shard is not None]
         if not found:  # no image can be read
