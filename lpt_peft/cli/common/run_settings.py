@@ -16,7 +16,6 @@ import tyro
 from lpt_peft._json import loads
 from lpt_peft.cli.common.messages import without_errno
 from lpt_peft.cli.common.paths import home_path
-from lpt_peft.config import Query
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.settings_checks import known, refuse_invalid
@@ -35,7 +34,7 @@ class PromptSettings:
     """Groups chosen for each image."""
     shared_layers: int | None = None
     """Blocks with the shared prompt only; None: half of them."""
-    query: Query = "final"
+    query: Literal["final", "block_k"] = "final"
     """How groups are selected: by the final feature, which needs a second pass; or by the token that enters block K."""
     head_dropout: float = 0.1
     """Dropout before the head."""

@@ -9,7 +9,7 @@ import torch
 
 from lpt_peft.errors import StateError
 from lpt_peft.recipe import train
-from lpt_peft.recipe.training import phase_init
+from lpt_peft.recipe.training.image_passes import ImagePasses
 from tests.recipe.tiny import PHASE, SHORT, FailingLoss, PowerCut, result_of, same, striped_data, tiny_adapter
 
 
@@ -24,7 +24,7 @@ def test_keys_start_at_centers_of_block_k_queries(monkeypatch):
     )
     calls = []
     adapter.vit.blocks[-1].register_forward_hook(lambda *_: calls.append(0))
-    monkeypatch.setattr(phase_init, "_queries", _without_the_last_block(calls, phase_init._queries))
+    monkeypatch.setattr(ImagePasses, "queries", _without_the_last_block(calls, ImagePasses.queries))
     train(adapter, dataset, labels, replace(SHORT, shared=replace(PHASE, epochs=0)), progress=False)
     (queries,) = seen
     assert queries.shape == (31, 24)
