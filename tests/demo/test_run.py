@@ -61,7 +61,7 @@ def test_the_probe_is_the_backbone_with_a_head():
 
 @pytest.mark.slow
 def test_the_command_resumes_and_writes_its_documented_files(tmp_path, capsys, monkeypatch):
-    original, steps, at = PhaseRun.training_step, [], 3 * 2 * 21 + 5  # in the fourth row
+    original, steps, at = PhaseRun.training_step, [], 3 * 2 * 41 + 5  # in the fourth row
 
     def interrupt(run, *args):
         steps.append((run.name, run.step))
@@ -83,7 +83,7 @@ def test_the_command_resumes_and_writes_its_documented_files(tmp_path, capsys, m
     steps.clear()
     at = None
     assert main(words) == 0
-    assert len(steps) == 2 * 21 - 5 + 2 * 21, "the first three rows are not trained again"
+    assert len(steps) == 2 * 41 - 5 + 2 * 41, "the first three rows are not trained again"
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "digits.png", "prompts", "test", "runs"}
     assert list((tmp_path / "runs").iterdir()) == [other]
     out = capsys.readouterr().out
