@@ -41,8 +41,8 @@ def batch_arguments(batch: Any, device: torch.device) -> tuple[Any, tuple[Any, .
     if not isinstance(images, Tensor) or images.ndim < 4:
         shape = f" of shape {tuple(images.shape)}" if isinstance(images, Tensor) else ""
         raise InputError(
-            f"The images of a batch are a {type(images).__name__}{shape}: give batches of images (B, 3, "
-            "H, W), for example from DataLoader(dataset, batch_size=64)."
+            f"A batch holds a {type(images).__name__}{shape} in place of images (B, 3, H, W): give batches, for "
+            "example from DataLoader(dataset, batch_size=64)."
         )
     return images.to(device), (), {}
 

@@ -21,6 +21,9 @@ from lpt_peft.errors import InputError
 PENALTIES = tuple(10.0**power for power in range(-7, 2))
 """Penalties that a fit without a given penalty tries on held-out images."""
 
+MAX_WIDTH, MAX_SEED = 2**14, 2**32 - 1
+"""Limits of a layout: a prompt file states them in a few bytes, and the projection is drawn from them."""
+
 
 class RouterLayout(NamedTuple):
     """How tokens become the features of a router."""

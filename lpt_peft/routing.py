@@ -15,10 +15,12 @@ from torch import Tensor
 from lpt_peft._image_batches import batch_arguments, image_batches, is_common, select_rows, with_progress_bar
 from lpt_peft._numbers import checked_integer, is_finite_number
 from lpt_peft._numerics import cosine
-from lpt_peft.backbones.base import Stream
+from lpt_peft.backbones.base import Stream, execution_device
 from lpt_peft.call import CallMixin
 from lpt_peft.errors import ConfigError, InputError, StateError
 from lpt_peft.router import (
+    MAX_SEED,
+    MAX_WIDTH,
     PENALTIES,
     RidgeSums,
     Router,
@@ -39,7 +41,6 @@ _MAX_REPORTED = 10_000  # held-out images whose inputs are kept in memory
 class RoutingMixin(CallMixin):
     """The part of an adapter that selects groups without the second pass."""
 
-    device: torch.device
     router: Router | None
     _refuse_disabled: Callable[[str], None]
     _query: Callable[[Stream, Tensor], Tensor]
@@ -101,7 +102,7 @@ class RoutingMixin(CallMixin):
             ridge: Penalty relative to the mean variance of a feature; None chooses among powers of ten by the error on
                 held-out images.
             features: "linear" for the tokens alone, "random" to add `width` random features of them.
-            width: Number of random features.
+            width: Number of random features, at most 16,384.
             blocks: Block boundaries whose tokens are used, from 1 to `shared_layers`.
             seed: Seed of the random features.
             batch_size: Images of a batch, if `images` is a tensor.
@@ -139,8 +140,8 @@ class RoutingMixin(CallMixin):
             raise ConfigError(f"ridge={ridge!r} must be above 0, or None to choose it on held-out images.")
         layout = RouterLayout(
             blocks=checked_integer("blocks", blocks, 1, max(1, self.prompt_config.first_group_layer)),
-            width=checked_integer("width", width, 1) if features == "random" else 0,
-            seed=checked_integer("seed", seed, 0, 2**32 - 1),
+            width=checked_integer("width", width, 1, MAX_WIDTH) if features == "random" else 0,
+            seed=checked_integer("seed", seed, 0, MAX_SEED),
         )
         checked_integer("batch_size", batch_size, 1)
         training, route, self._route = self.training, self._route, "exact"
@@ -163,7 +164,7 @@ class RoutingMixin(CallMixin):
         kept: list[tuple[Tensor, Tensor]] = []
         projection, count = torch.empty(0, 0), 0
         for batch in with_progress_bar(batches, "fit_router", progress):
-            args, kwargs = self._inputs(*batch_arguments(batch, self.device))
+            args, kwargs = self._inputs(*batch_arguments(batch, execution_device(self.vit)))
             inputs, similarity = self._run(self._router_pass, (layout, *args), kwargs)
             if not count:
                 projection = random_projection(inputs.shape[1], layout.width, layout.seed).to(inputs.device)

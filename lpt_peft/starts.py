@@ -11,11 +11,12 @@ Not here: class means as the start of the head (`lpt_peft.heads`), and the start
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpt_peft._features import check_features
 from lpt_peft._numbers import checked_integer
@@ -70,6 +71,18 @@ def nearest_images(queries: Tensor, keys: Tensor, count: int) -> Tensor:
     return nearest.repeat(1, -(-count // found))[:, :count]
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, and restore the mode of each of its modules afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 class StartMixin(PassesMixin):
     """The part of an adapter that sets prompts to tokens of images."""
 
@@ -77,9 +90,9 @@ class StartMixin(PassesMixin):
     def sample_tokens(self, batches: Iterable[Any], count: int, *, seed: int = 0) -> Tensor:
         """Draw a token per image and block from the tokens that enter each block of the plain ViT.
 
-        Every position of the sequence is equally likely, the class token and register tokens included, because not all
-        models mark them; a position is drawn for each image and block. The model runs in eval mode,
-        without prompts and gradients, and memory for a batch and for the result is enough.
+        Every position of the sequence is equally likely, including the class token, register tokens and padding,
+        because not all models mark them; a position is drawn for each image and block. The model runs in eval mode,
+        without prompts and gradients. Memory is needed for the tokens of a batch in one block, and for the result.
 
         Args:
             batches: Batches of images as the adapter takes them, or of (images, ...) or {"pixel_values": images, ...},
@@ -101,16 +114,13 @@ class StartMixin(PassesMixin):
         generator = torch.Generator().manual_seed(seed)
         draws = torch.rand(count, depth, generator=generator, dtype=torch.float64)
         tokens = torch.empty(depth, count, self.prompt_config.dim, dtype=prompts.dtype, device=prompts.device)
-        found, training = 0, self.training
-        self.eval()
-        try:
+        found = 0
+        with eval_mode(self):
             for batch in [batches] if isinstance(batches, Tensor) else batches:
                 args, kwargs = self._inputs(_to_device(_images_of(batch), prompts.device), (), {})
                 found += self._run(partial(self._draw, tokens[:, found:], draws[found:]), args, kwargs)
                 if found == count:
                     break
-        finally:
-            self.train(training)
         if found < count:
             raise InputError(
                 f"{count} tokens per block need {count} images, a token of each, and the batches hold {found}: pass "

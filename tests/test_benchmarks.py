@@ -161,9 +161,29 @@ def test_forward_cost(script, capsys):
     forward_cost.main(forward_cost.Settings(model="test_vit", batch_size=1, prompt_length=2, rounds=1))
     lines = capsys.readouterr().out.splitlines()
     names = ["plain backbone", "token concatenation", "adapter, phase shared", "adapter, phase group"]
-    assert [line[:24].strip() for line in lines[2:6]] == names
+    names.append("adapter, group, block_k")
+    assert [line[:24].strip() for line in lines[2:7]] == names
+    assert float(lines[7].rpartition(" ")[2]) > 0
     assert lines[2].split()[2:4] == ["1.000", "1.000"]
-    assert all(int(line.split()[-2]) > 0 for line in lines[2:6])
+    assert all(int(line.split()[-2]) > 0 for line in lines[2:7])
+
+
+@pytest.mark.slow
+def test_router_at_tiny_size(script, tmp_path):
+    router = script("router")
+    settings = router.Settings(epochs=2, copies=1, width=8, shares=(0.0, 0.5, 1.0), test_images=20)
+    settings.json, settings.figure = tmp_path / "router.json", tmp_path / "router.png"
+    report = router.main(settings)
+    assert list(report["routers"]) == list(router.FITS)
+    for fitted in report["routers"].values():
+        first, _, last = fitted["points"]
+        assert (first["share"], first["cost"]) == (0, 1)
+        assert (last["share"], last["cost"], last["agreement"]) == (1, 1.5, 1)
+        assert last["accuracy"] == pytest.approx(report["exact"]["accuracy"])
+        costs = [point["cost"] for point in fitted["points"]]
+        assert costs == sorted(costs)
+    assert json.loads(settings.json.read_text())["routers"].keys() == router.FITS.keys()
+    assert settings.figure.read_bytes().startswith(b"\x89PNG")
 
 
 def test_interleaved_rounds(script):

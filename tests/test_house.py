@@ -140,6 +140,7 @@ def test_standalone_modules_do_not_import_the_adapter() -> None:
         "data.folder",
     ]
     leaves += [
+        "data.folder",
         "data.image_list",
         "data.inaturalist",
         "data.cifar",

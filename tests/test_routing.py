@@ -150,13 +150,17 @@ def test_fitting_leaves_mode_and_random_state():
 
 REFUSALS = {
     "images": ({"images": "photos/"}, InputError, "images is a str: pass a tensor"),
-    "dataset": ({"images": [(torch.zeros(3, 32, 32), 1)]}, InputError, r"images are a Tensor of shape \(3, 32, 32\)"),
-    "strings": ({"images": [["a.png"]]}, InputError, "images are a str: give batches"),
+    "dataset": (
+        {"images": [(torch.zeros(3, 32, 32), 1)]},
+        InputError,
+        r"A batch holds a Tensor of shape \(3, 32, 32\)",
+    ),
+    "strings": ({"images": [["a.png"]]}, InputError, "A batch holds a str in place of images"),
     "few": ({"images": TRAINING[:4]}, InputError, "got 4 images and needs at least 5"),
     "none": ({"images": []}, InputError, "got 0 images"),
     "features": ({"features": "cubic"}, ConfigError, "features='cubic'"),
     "ridge": ({"ridge": 0}, ConfigError, "ridge=0 must be above 0, or None"),
-    "width": ({"features": "random", "width": 0}, ConfigError, "width=0 must be an integer of at least 1"),
+    "width": ({"features": "random", "width": 0}, ConfigError, "width=0 must be an integer from 1 to 16384"),
     "blocks": ({"blocks": 3}, ConfigError, "blocks=3 must be an integer from 1 to 2"),
     "seed": ({"seed": -1}, ConfigError, "seed=-1"),
     "batch_size": ({"batch_size": 0}, ConfigError, "batch_size=0"),

@@ -124,9 +124,7 @@ def test_no_more_images_are_read_than_needed_and_random_state_and_modes_are_kept
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(adapter.pool.usage, usage)
     assert torch.equal(adapter.pool.prompts, before)
-    assert adapter.training
-    changed = {name for name, module in adapter.named_modules() if module.training != modes[name]}
-    assert all(name.startswith("vit.blocks.1") for name in changed), "train() sets one mode, as everywhere"
+    assert {name: module.training for name, module in adapter.named_modules()} == modes
     first = adapter.shared.prompts.detach().clone()
     adapter.init_prompts(batches(), seed=1)
     assert torch.equal(adapter.shared.prompts, first)

@@ -33,7 +33,7 @@ from lpt_peft.checkpoint.description import (
 )
 from lpt_peft.config import PHASES, PLACEMENTS, QUERIES, PromptConfig
 from lpt_peft.errors import ConfigError, PromptFileFormatError, PromptFileTensorError, PromptFileVersionError
-from lpt_peft.router import RouterLayout
+from lpt_peft.router import MAX_SEED, MAX_WIDTH, RouterLayout
 
 FORMAT = "lpt_peft-prompts"
 FORMAT_VERSION = 2
@@ -54,7 +54,7 @@ _CONTENT = {
     ),
     "tensors": mapping_of(object_of({"dtype": one_of(*DTYPE_BYTES), "shape": list_of(SIZE, 1, 8)}), most=64),
 }
-_ROUTER = {"blocks": integer(1, 10**6), "width": integer(0, 10**6), "seed": integer(0, 2**32 - 1)}
+_ROUTER = {"blocks": integer(1, 10**6), "width": integer(0, MAX_WIDTH), "seed": integer(0, MAX_SEED)}
 _OPTIONAL = {"router": object_of(_ROUTER)}
 _CONTENT_RULE = object_of(_CONTENT, _OPTIONAL)
 _CONFIG_RULE = object_of({**_CONTENT, "data_sha256": sha256}, _OPTIONAL)
@@ -175,6 +175,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
         raise BrokenRule("prompt.dim and prompt.depth must be the backbone's embed_dim and depth")
     if "router" in config and (sizes.query != "final" or config["prompt"]["phase"] != "group"):
         raise BrokenRule('router is for prompts of phase "group" with the final query')
+    if "router" in config and config["router"]["blocks"] > (most := max(1, sizes.first_group_layer)):
+        raise BrokenRule(f"router.blocks must be at most {most}, the block boundaries before the first group prompts")
     check_description(config)
 
 

@@ -69,7 +69,9 @@ def compare_command(words: Sequence[str]) -> Callable[..., int]:
         data: tyro.conf.Positional[str],
         /,
         *,
-        rows: Annotated[str, tyro.conf.arg(help=f"A .toml file, or of {', '.join(BUILT_IN)}, with commas.")],
+        rows: Annotated[
+            str, tyro.conf.arg(help=f"A .toml file, or built-in rows, separated by commas: {', '.join(BUILT_IN)}.")
+        ],
         output: Path,
         seeds: int = 3,
         split: Split = "test",

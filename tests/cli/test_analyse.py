@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lpt_peft.cli import main
-from tests.cli.runs import NAMES, write_images
+from tests.cli.runs import BACKBONE, NAMES, write_images
 
 PICTURES = {"classes", "features", "projection", "matching", "pool", "calibration", "shift"}
 
@@ -83,6 +83,16 @@ def test_training_images_that_are_gone_are_left_out(run, data, tmp_path, capsys)
     assert "knn_1" not in analysis["features"]["plain"]
     assert analysis["features"]["plain"]["gamma"] is not None
     assert "no training images" in analysis["left_out"]["knn"]
+
+
+def test_linear_probe(data, tmp_path, capsys):
+    words = [*BACKBONE, "--batch-size", "16", "--method", "linear_probe", "--shared.epochs", "1", "--num-workers", "0"]
+    assert main(["train", str(data), "--output", str(tmp_path / "run"), *words]) == 0
+    assert main(["analyse", str(tmp_path / "run")]) == 0
+    analysis = read(tmp_path / "run" / "analysis")
+    assert analysis["model"]["method"] == "linear_probe"
+    assert list(analysis["features"]) == ["plain"]
+    assert "left out: pool" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,19 @@ def test_other_images_are_refused(no_training, copied, data, rows, tmp_path, cap
     assert "probe, seed 0: the predictions in " in capsys.readouterr().err
 
 
+def test_left_out_images_set_the_exit_status(no_training, copied, data, rows, capsys):
+    record = json.loads((copied / "probe" / "seed1" / "cell.json").read_text())
+    (copied / "probe" / "seed1" / "cell.json").write_text(json.dumps({**record, "incomplete": True}))
+    assert main(words_of(data, rows, copied)) == 3
+
+
+def test_another_baseline(no_training, copied, data, rows, capsys):
+    assert main(words_of(data, rows, copied, "--baseline", "lpt")) == 0
+    content = results(copied)
+    assert content["baseline"] == "lpt"
+    assert content["rows"][0]["figures"]["overall"]["difference"] is not None
+
+
 def test_a_damaged_cell_is_named(no_training, copied, data, rows, capsys):
     (copied / "lpt" / "seed0" / "predictions.safetensors").write_bytes(b"x")
     assert main(words_of(data, rows, copied)) == 1

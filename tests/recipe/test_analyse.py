@@ -188,6 +188,17 @@ def test_models_without_prompts(method, states, tmp_path):
     assert "matching.png" not in names
 
 
+def test_prompts_before_the_first_block():
+    adapter = LongTailPromptAdapter.wrap(tiny_vit(depth=2), 3, prompt_length=3, placement="shallow").eval()
+    result = run(adapter)
+    assert list(result["features"]) == ["plain", "shared"]
+    with torch.no_grad():
+        features = adapter.features(TEST.images.images)
+    expected = separability(features, TEST.labels, 3).gamma
+    assert result["features"]["shared"]["gamma"] == pytest.approx(expected, rel=1e-4)
+    assert result["features"]["plain"]["gamma"] != pytest.approx(expected, rel=1e-4)
+
+
 def test_validation_that_is_classified_perfectly_gives_no_temperature():
     adapter = trained()
     with torch.no_grad():

@@ -15,11 +15,12 @@ from torch.nn.functional import cross_entropy, normalize
 
 from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.errors import ConfigError, StateError
-from lpt_peft.recipe import Splits, TrainSettings, fit, make_accelerator, train, warmup_cosine
+from lpt_peft.recipe import Splits, TrainSettings, find_learning_rate, fit, make_accelerator, train, warmup_cosine
 from lpt_peft.recipe.loading.batches import batches
 from lpt_peft.recipe.method_settings import METHODS, MODEL_METHODS, unused_fields, unused_settings
 from lpt_peft.recipe.resume.checkpoint_io import checkpoints, read_checkpoint
 from lpt_peft.recipe.summary import run_summary
+from lpt_peft.recipe.training.phase import PhaseRun
 from lpt_peft.vit_classifier import ViTClassifier
 from tests.conftest import tiny_vit
 from tests.processes import Child, run_ranks
@@ -229,6 +230,57 @@ def test_options_of_the_loop(method, options):
         losses.append([record["loss"] for record in train(model, dataset, labels, settings, progress=False)])
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
     assert losses[1][-1] < losses[1][0]
+
+
+@methods
+def test_adamw_and_weight_noise_resume_to_the_last_bit(tmp_path, method):
+    dataset, labels = striped_data()
+    settings = replace(
+        BASE,
+        method=method,
+        shared=replace(METHOD_PHASE, learning_rate=0.01),
+        optimizer="adamw",
+        weight_noise=0.1,
+        init_head="class_mean",
+    )
+
+    def result(folder, step=None):
+        model = classifier(method)
+        criterion = FailingLoss(step, power_cut, epochs=2)
+        train(model, dataset, labels, settings, criterion=criterion, checkpoints=folder, progress=False)
+        return state_of(model)
+
+    with pytest.raises(PowerCut):
+        result(tmp_path, 5)
+    assert same(result(tmp_path), result(None))
+
+
+@methods
+def test_the_range_test_of_learning_rates_leaves_the_model_as_it_was(method):
+    dataset, labels = striped_data()
+    model = classifier(method)
+    before = state_of(model)
+    settings = replace(BASE, method=method, init_head="class_mean")
+    curve = find_learning_rate(model, dataset, labels, settings, steps=20, progress=False)
+    assert curve.phase == "shared"
+    assert len(curve.losses) >= 10
+    assert same(state_of(model), before)
+    with pytest.raises(ConfigError, match="give both the same method"):
+        find_learning_rate(model, dataset, labels, replace(BASE, method="vpt_deep"), steps=20, progress=False)
+
+
+def test_class_means_start_the_head(monkeypatch):
+    """The head before the first step, against means of the features by hand."""
+    dataset, labels = striped_data()
+    model = classifier("linear_probe")
+    settings = replace(BASE, method="linear_probe", init_head="class_mean", shared=replace(METHOD_PHASE, epochs=1))
+    seen = []
+    monkeypatch.setattr(PhaseRun, "training_step", lambda run, *_: seen.append(run.model.head.weight.clone()) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(model, dataset, labels, settings, progress=False)
+    features = model.eval().features(dataset.tensors[0]).double()
+    means = torch.stack([features[torch.tensor(labels) == label].mean(0) for label in range(3)])
+    torch.testing.assert_close(normalize(seen[0].double()), normalize(means), atol=1e-5, rtol=1e-5)
 
 
 def test_a_probe_on_a_16_bit_backbone(tmp_path):

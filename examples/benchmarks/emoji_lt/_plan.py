@@ -11,7 +11,6 @@ from lpt_peft.cli.common.rows import Rows, default_settings
 from lpt_peft.cli.common.run_settings import RunSettings
 
 TUNE, ROWS, ABLATIONS = "tune", "rows", "ablations"  # stages, each with a file of that name
-STARTS = ("phase1_random", "phase1_tokens")  # families of phase 1
 
 Settings = dict[str, Any]  # of a row, as in a TOML file
 
@@ -65,14 +64,14 @@ def rates(settings: Mapping[str, Any]) -> Settings:
     return {"optimizer": settings.get("optimizer", "sgd"), **start, "shared": phase, "group": phase}
 
 
-def family_of(row: Mapping[str, Any], winner: str) -> str:
-    """Return the family of tune.toml that a row takes its settings from; `winner` is the better start of phase 1."""
+def family_of(row: Mapping[str, Any]) -> str:
+    """Return the family of tune.toml that a row takes its settings from."""
     method = row.get("method", "lpt")
     if method == "linear_probe":
         return "probe_" + {"cross_entropy": "ce", "logit_adjusted": "la"}.get(row.get("loss", "lpt"), "agcl")
-    if method != "lpt":
-        return str(method).removeprefix("vpt_")
-    return f"phase1_{row['init_prompts']}" if "init_prompts" in row else winner
+    if method == "lpt":
+        return f"phase1_{row.get('init_prompts', 'random')}"
+    return str(method).removeprefix("vpt_")
 
 
 def choose(scores: Mapping[str, float]) -> dict[str, str]:
@@ -84,26 +83,22 @@ def choose(scores: Mapping[str, float]) -> dict[str, str]:
 
 
 def tuned(rows: Rows, tune: Rows, scores: Mapping[str, float]) -> Rows:
-    """Return the rows with the settings that have the best scores; a family without a score changes nothing."""
-    best = choose(scores)
-    winner = max(STARTS, key=lambda family: scores.get(best.get(family, ""), -1.0))
-    changed = {}
+    """Return the rows with the settings that have the best scores; a family without a score changes nothing.
+
+    A rate of the group prompts keeps its ratio to the learning rate.
+    """
+    best, changed = choose(scores), {}
     for name, row in rows.rows.items():
-        family = family_of({**rows.defaults, **row}, winner)
-        chosen = rates(merged(tune.defaults, tune.rows[best[family]])) if family in best else {}
-        changed[name] = merged(row, merged(chosen, _pool_rate(row, chosen)))
+        family = family_of({**rows.defaults, **row})
+        if family not in best:
+            changed[name] = dict(row)
+            continue
+        chosen = rates(merged(tune.defaults, tune.rows[best[family]]))
+        if "pool_learning_rate" in (group := row.get("group", {})):
+            ratio = group["pool_learning_rate"] / group["learning_rate"]
+            chosen = merged(chosen, {"group": {"pool_learning_rate": ratio * chosen["group"]["learning_rate"]}})
+        changed[name] = merged(row, chosen)
     return replace(rows, rows=changed)
-
-
-def _pool_rate(row: Mapping[str, Any], chosen: Mapping[str, Any]) -> Settings:
-    """Rate of the group prompts after tuning: the row's multiple of the learning rate; with AdamW at most thrice it."""
-    group = row.get("group", {})
-    if "pool_learning_rate" not in group or "group" not in chosen:
-        return {}
-    multiple = group["pool_learning_rate"] / group["learning_rate"]
-    if chosen["optimizer"] == "adamw":  # it divides each gradient by its size: groups are not slower
-        multiple = min(multiple, 3.0)
-    return {"group": {"pool_learning_rate": multiple * chosen["group"]["learning_rate"]}}
 
 
 def to_toml(rows: Rows) -> str:

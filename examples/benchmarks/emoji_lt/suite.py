@@ -31,6 +31,7 @@ from _cell import EVALUATED, prepare_process, run_cell
 from _plan import ABLATIONS, ROWS, TUNE, Cell, cells, to_toml, tuned
 
 from lpt_peft.cli.common.rows import read_rows
+from lpt_peft.cli.common.run_settings import RunSettings
 
 HERE = Path(__file__).parent
 TUNING_SEED = 100
@@ -45,10 +46,14 @@ class Results:
 
     def of(self, cell: Cell) -> dict[str, Any] | None:
         """Return the line of a finished run with the same settings; a run that failed is tried again."""
-        expected = cell.to_dict()
+        expected = {"stage": cell.stage, "row": cell.row, "seed": cell.seed}
         for line in self.lines:
             same = all(line[key] == value for key, value in expected.items())
-            if same and ("error" not in line or line["diverged"]):
+            if (
+                same
+                and ("error" not in line or line["diverged"])
+                and RunSettings.from_dict(line["settings"]) == cell.run
+            ):
                 return line
         return None
 

@@ -12,6 +12,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -32,10 +33,11 @@ def read(path: Path) -> list[Line]:
 
 
 def comparison(lines: Sequence[Line], split: str, baseline: str) -> Comparison:
-    """Compare the rows among the runs, in the order in which they first finished."""
+    """Compare the rows among the runs, the best on the test split first."""
     rows: dict[str, list[Line]] = {}
     for line in lines:
         rows.setdefault(line["row"], []).append(line)
+    order = sorted(rows.items(), key=lambda row: -mean(line["test"]["overall"] for line in row[1]))
     return compare(
         [
             Row(
@@ -43,7 +45,7 @@ def comparison(lines: Sequence[Line], split: str, baseline: str) -> Comparison:
                 runs=[_run(line, split) for line in sorted(runs, key=lambda line: line["seed"])],
                 trained_parameters=runs[0]["trained_parameters"],
             )
-            for name, runs in rows.items()
+            for name, runs in order
         ],
         lines[0]["class_counts"],
         split=split,
@@ -78,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the tables; draw the figure if a file is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results.jsonl of suite.py")
-    parser.add_argument("--baseline", default="phase1_random", help="row that differences are taken to")
+    parser.add_argument("--baseline", default="phase1_tokens", help="row that differences are taken to")
     parser.add_argument("--figure", type=Path, help="PNG file")
     options = parser.parse_args(arguments)
     lines = read(options.results)

@@ -96,7 +96,7 @@ def plot_pretraining(analysis: Mapping[str, Any]) -> Any:
         title = f"{STATES[state][0]}: {100 * row['separation']:.0f} %"
         tidy(axes, title=title, x="discriminant of the sets", y="main variation")
     handles, texts = axes.get_legend_handles_labels()
-    text = "Images on the right side of the line between the sets; 50 % if the sets are aligned"
+    text = "Images on the correct side of a line between the sets: 50 % if the sets are aligned"
     figure.suptitle(text, x=0.01, ha="left", fontsize=12)
     figure.legend(handles, texts, loc="outside lower center", ncols=2, fontsize=10, markerscale=2.0, frameon=False)
     return figure

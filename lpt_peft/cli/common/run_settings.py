@@ -16,7 +16,6 @@ import tyro
 from lpt_peft._json import loads
 from lpt_peft.cli.common.messages import without_errno
 from lpt_peft.cli.common.paths import home_path
-from lpt_peft.config import Query
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.settings_checks import known, refuse_invalid
@@ -35,7 +34,7 @@ class PromptSettings:
     """Groups chosen for each image."""
     shared_layers: int | None = None
     """Blocks with the shared prompt only; None: half of them."""
-    query: Query = "final"
+    query: Literal["final", "block_k"] = "final"
     """How groups are selected: by the final feature, which needs a second pass; or by the token that enters block K."""
     head_dropout: float = 0.1
     """Dropout before the head."""
@@ -129,10 +128,6 @@ class RunSettings:
                 "prompt_length": (prompts.prompt_length >= 1, positive),
                 "pool_size": (prompts.pool_size >= 1, positive),
                 "top_k": (1 <= prompts.top_k <= prompts.pool_size, f"from 1 to pool_size={prompts.pool_size}"),
-                "query": (
-                    prompts.query == "block_k" or not self.training.query_regularizer,
-                    '"block_k" with a query_regularizer',
-                ),
                 "shared_layers": (
                     prompts.shared_layers is None or prompts.shared_layers >= (prompts.query == "block_k"),
                     'at least 0, or at least 1 with query="block_k"',
@@ -141,6 +136,8 @@ class RunSettings:
                 "logit_scale": (0 < prompts.logit_scale < float("inf"), "above 0 and finite"),
             },
         )
+        one_pass = prompts.query == "block_k" or not self.training.query_regularizer
+        refuse_invalid(self.training, {"query_regularizer": (one_pass, '0, or used with query="block_k"')})
         if self.start_from is not None:
             _check_starts(self.start_from, self.training)
         share = images.validation_share

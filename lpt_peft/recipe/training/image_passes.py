@@ -24,6 +24,7 @@ from lpt_peft.recipe.loading.loader import image_loader, open_batches, resolve_w
 from lpt_peft.recipe.parallel import gather_strided
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.settings import TrainSettings
+from lpt_peft.starts import eval_mode
 
 MAX_QUERIES = 50_000
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -58,7 +59,7 @@ class ImagePasses:
         rank, processes = self._accelerator.process_index, self._accelerator.num_processes
         share = indices[rank::processes]
         share += share[-1:] * (-(-len(indices) // processes) - len(share))  # equally many on every process
-        with _in_eval_mode(adapter), self.batches(share, "queries") as batches:
+        with eval_mode(adapter), self.batches(share, "queries") as batches:
             queries = torch.cat([adapter.queries(images) for images, _ in batches])
         queries = queries.to(torch.promote_types(queries.dtype, torch.float32))
         return gather_strided(self._accelerator, queries, len(indices))
@@ -74,7 +75,7 @@ class ImagePasses:
         compute: Any = model.features
         sums = class_sums(head.weight[:0], torch.empty(0, dtype=torch.int64), len(head.weight))
         share = range(self._accelerator.process_index, self.size, self._accelerator.num_processes)
-        with _in_eval_mode(model), self.batches(share, "class means") as batches:
+        with eval_mode(model), self.batches(share, "class means") as batches:
             for images, target in batches:
                 sums += class_sums(compute(images), target, len(head.weight))
         total: Tensor = self._accelerator.reduce(sums, "sum")
@@ -99,13 +100,3 @@ class ImagePasses:
         with seeded(settings.seed, device), self._accelerator.autocast(), open_batches(loader) as loaded:
             moved = ((images.to(device, non_blocking=True), labels) for images, labels in loaded)
             yield self._reporter.track(moved, purpose, len(loader))
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -26,7 +26,6 @@ from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 from lpt_peft.recipe.training.criteria import Criterion, add_query_regularizer, build_criterion
 from lpt_peft.recipe.training.phase import PhaseRun
 from lpt_peft.recipe.training.rare_predictions import RarePredictionMonitor
-from lpt_peft.recipe.training.schedule import Schedule
 
 History = list[dict[str, Any]]
 _MAX_GROUPS = 10  # in a message
@@ -47,14 +46,7 @@ class Loop:
     save: Callable[[PhaseRun], Path] | None = None
 
     def start_phase(
-        self,
-        model: nn.Module,
-        name: str,
-        phase: PhaseSettings,
-        *,
-        steps: int | None = None,
-        schedule: Schedule | None = None,
-        check_every: int | None = None,
+        self, model: nn.Module, name: str, phase: PhaseSettings, *, steps: int | None = None, **options: Any
     ) -> PhaseRun:
         """Create the state of a phase before its first step.
 
@@ -63,8 +55,7 @@ class Loop:
             name: Of the phase.
             phase: Settings of the phase.
             steps: Steps of an epoch; None: those that cover the training images.
-            schedule: As in `PhaseRun`.
-            check_every: As in `PhaseRun`.
+            **options: `schedule` and `check_every` of `PhaseRun`.
         """
         head: Any = model.get_submodule("head")
         criterion = self.criterion or build_criterion(self.settings, phase.epochs, self.labels, head)
@@ -79,9 +70,8 @@ class Loop:
             criterion=criterion,
             steps=steps or steps_per_epoch(len(self.labels), self.settings),
             accelerator=self.accelerator,
-            check_every=check_every,
-            schedule=schedule,
             monitor=RarePredictionMonitor(self.labels, len(head.weight), self.accelerator.device),
+            **options,
         )
 
     def run(self, run: PhaseRun) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from lpt_peft.errors import StateError
 from lpt_peft.recipe import train
-from lpt_peft.recipe.training import phase_init
+from lpt_peft.recipe.training.image_passes import ImagePasses
 from tests.recipe.tiny import PHASE, SHORT, FailingLoss, PowerCut, result_of, same, striped_data, tiny_adapter
 
 
@@ -24,7 +24,7 @@ def test_keys_start_at_centers_of_block_k_queries(monkeypatch):
     )
     calls = []
     adapter.vit.blocks[-1].register_forward_hook(lambda *_: calls.append(0))
-    monkeypatch.setattr(phase_init, "_queries", _without_the_last_block(calls, phase_init._queries))
+    monkeypatch.setattr(ImagePasses, "queries", _without_the_last_block(calls, ImagePasses.queries))
     train(adapter, dataset, labels, replace(SHORT, shared=replace(PHASE, epochs=0)), progress=False)
     (queries,) = seen
     assert queries.shape == (31, 24)
@@ -67,3 +67,14 @@ def test_a_run_with_the_other_query_is_not_resumed(tmp_path):
     train(tiny_adapter(), dataset, labels, settings, checkpoints=tmp_path, progress=False)
     with pytest.raises(StateError, match="prompts.query is 'block_k' now and was 'final'"):
         train(tiny_adapter(query="block_k"), dataset, labels, settings, checkpoints=tmp_path, progress=False)
+
+
+def test_training_removes_a_router(capsys):
+    dataset, labels = striped_data()
+    adapter = tiny_adapter()
+    adapter.phase = "group"
+    adapter.fit_router(dataset.tensors[0], progress=False)
+    settings = replace(SHORT, shared=replace(PHASE, epochs=0), group=replace(PHASE, epochs=1), init_keys="random")
+    train(adapter, dataset, labels, settings)
+    assert adapter.router is None
+    assert "The router was removed, since training changes the queries" in capsys.readouterr().err
