@@ -96,6 +96,19 @@ class Router(nn.Module):
         return f"groups={size}, features={width}, random={self.layout.width}, blocks={self.layout.blocks}"
 
 
+def router_shapes(layout: RouterLayout, groups: int, dim: int, columns: int) -> tuple[tuple[int, int], tuple[int]]:
+    """Shapes of weight and bias of a router; models without class token have half of the tokens.
+
+    Args:
+        layout: Of the router.
+        groups: Number of groups, m.
+        dim: Width of a token.
+        columns: Columns of the weight, which decide between the two widths.
+    """
+    widths = [layout.width + layout.blocks * dim * tokens for tokens in (1, 2)]
+    return (groups, columns if columns in widths else widths[1]), (groups,)
+
+
 def normalized_tokens(tokens: Iterable[Tensor | None]) -> Tensor:
     """Concatenate tokens (B, d), each normalized without parameters, to (B, n d), float32 or float64."""
     given = [at_least_float32(token) for token in tokens if token is not None]
@@ -154,6 +167,11 @@ class RidgeSums:
         for name in ("_products", "_crosses", "_squares", "_feature_sums", "_target_sums"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
+
+    def is_finite(self) -> bool:
+        """Whether no row had a NaN or an infinite value; the sums of none are finite."""
+        sums = (self._products, self._crosses, self._squares, self._feature_sums, self._target_sums)
+        return all(bool(value.isfinite().all()) for value in sums)
 
     def solve(self, penalties: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
         """Weight (m, F) and bias (m,) in float64 for each penalty; see `ridge`."""

@@ -178,6 +178,11 @@ class RoutingMixin(CallMixin):
             count += len(inputs)
         if not held.count:
             raise InputError(f"fit_router got {count} images and needs at least {_HELD_OUT}; a few thousand are good.")
+        if not (fitted.is_finite() and held.is_finite()):
+            raise InputError(
+                "Features of the images are NaN or infinite, so no router can be fitted: check the images and the "
+                "backbone's dtype."
+            )
         penalties = PENALTIES if ridge is None else (ridge,)
         solutions = fitted.solve(penalties)
         best = min(range(len(penalties)), key=lambda index: held.squared_error(*solutions[index]))
@@ -234,6 +239,8 @@ class RoutingMixin(CallMixin):
         return Stream(kept.tokens[rows], self.backbone.embed(*args, **kwargs).context)
 
     def _check_routable(self) -> None:
+        if not self.prompt_config.has_groups:
+            raise ConfigError('An adapter with placement="shallow" has no groups, so it needs no router.')
         if self.prompt_config.query == "block_k":
             raise ConfigError(
                 'An adapter with query="block_k" needs no router: its query is read at block K and all blocks run once '

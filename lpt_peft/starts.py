@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lpt_peft._features import check_features
+from lpt_peft._image_batches import image_batches
 from lpt_peft._numbers import checked_integer
 from lpt_peft._numerics import cosine
 from lpt_peft.backbones.base import Backbone
@@ -116,7 +117,7 @@ class StartMixin(PassesMixin):
         tokens = torch.empty(depth, count, self.prompt_config.dim, dtype=prompts.dtype, device=prompts.device)
         found = 0
         with eval_mode(self):
-            for batch in [batches] if isinstance(batches, Tensor) else batches:
+            for batch in [batches] if isinstance(batches, Tensor) else image_batches(batches, count):
                 args, kwargs = self._inputs(_to_device(_images_of(batch), prompts.device), (), {})
                 found += self._run(partial(self._draw, tokens[:, found:], draws[found:]), args, kwargs)
                 if found == count:

@@ -17,9 +17,9 @@ from lpt_peft.backbones.fingerprint import fingerprint
 from lpt_peft.checkpoint import USAGE
 from lpt_peft.checkpoint.content import ROUTER
 from lpt_peft.config import BLOCK_K_MARK, PromptConfig
-from lpt_peft.errors import StateError
+from lpt_peft.errors import InputError, StateError
 from lpt_peft.phase import PhaseMixin
-from lpt_peft.router import Router, RouterLayout
+from lpt_peft.router import MAX_SEED, MAX_WIDTH, Router, RouterLayout, router_shapes
 
 _INDEX = "phase_index"
 
@@ -155,7 +155,11 @@ class StateMixin(PhaseMixin):
         if has_prompts and (mismatch := self.prompt_config.query_mismatch(prefix + BLOCK_K_MARK in state_dict)):
             error_msgs.append(mismatch)
             return
-        self._load_router(state_dict, prefix, has_prompts)
+        try:
+            self._load_router(state_dict, prefix, has_prompts)
+        except InputError as error:
+            error_msgs.append(str(error))
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -180,15 +184,32 @@ class StateMixin(PhaseMixin):
 
     def _load_router(self, state_dict: Mapping[str, Any], prefix: str, has_prompts: bool) -> None:
         """Make room for the router of a state dict, whose values torch then loads; prompts without one remove it."""
-        names = ("weight", "bias", "layout_numbers")
-        weight, bias, layout = (state_dict.get(f"{prefix}router.{name}") for name in names)
-        if weight is not None and bias is not None and layout is not None:
-            like, route = next(self.shared.parameters()), self._route
-            empty = [torch.empty_like(value, dtype=like.dtype, device=like.device) for value in (weight, bias)]
-            self.router = Router(empty[0], empty[1], RouterLayout(*layout.tolist())).to(like.device)
-            self._route, self._router_mark = route, None
-        elif has_prompts:
-            self._drop_router("the state dict has prompts without a router.")
+        names = [f"{prefix}router.{name}" for name in ("weight", "bias", "layout_numbers")]
+        if not any(name in state_dict for name in names):
+            if has_prompts:
+                self._drop_router("the state dict has prompts without a router.")
+            return
+        layout = self._checked_layout(*(state_dict.get(name) for name in names))
+        like, route = next(self.shared.parameters()), self._route
+        weight, bias = (torch.empty_like(state_dict[name], dtype=like.dtype, device=like.device) for name in names[:2])
+        self.router = Router(weight, bias, layout).to(like.device)
+        self._route, self._router_mark = route, None
+
+    def _checked_layout(self, weight: Any, bias: Any, numbers: Any) -> RouterLayout:
+        """The layout of a router in a state dict, if its tensors fit together and to this adapter."""
+        sizes = self.prompt_config
+        given = all(isinstance(value, Tensor) for value in (weight, bias, numbers)) and numbers.numel() == 3
+        layout = RouterLayout(*(int(number) for number in numbers.flatten().tolist())) if given else RouterLayout()
+        limits = ((1, max(1, sizes.first_group_layer)), (0, MAX_WIDTH), (0, MAX_SEED))
+        if given and all(low <= number <= high for number, (low, high) in zip(layout, limits, strict=True)):
+            columns = weight.shape[-1] if weight.ndim else 0
+            shapes = router_shapes(layout, sizes.pool_size, sizes.dim, columns)
+            if sizes.has_groups and (tuple(weight.shape), tuple(bias.shape)) == shapes:
+                return layout
+        raise InputError(
+            "The router of the state dict does not fit this adapter, or its weight, bias and layout_numbers do not fit "
+            'together. Leave the names that start with "router." out, and call fit_router again.'
+        )
 
 
 def _leave_backbone_out(module: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:

@@ -165,6 +165,12 @@ REFUSALS = {
     "seed": ({"seed": -1}, ConfigError, "seed=-1"),
     "batch_size": ({"batch_size": 0}, ConfigError, "batch_size=0"),
     "size": ({"images": torch.zeros(9, 3, 8, 8)}, InputError, "32"),
+    "nan": ({"images": torch.full((9, 3, 32, 32), float("nan"))}, InputError, "NaN or infinite, so no router"),
+    "held out nan": (
+        {"images": torch.cat([torch.zeros(9, 3, 32, 32), torch.full((1, 3, 32, 32), float("inf"))])},
+        InputError,
+        "NaN or infinite, so no router",
+    ),
 }
 
 
@@ -191,6 +197,10 @@ def test_refused_adapters():
     one_pass = trained_adapter(query="block_k")
     for call in (lambda: one_pass.fit_router(TRAINING), lambda: setattr(one_pass, "route", 0.1)):
         with pytest.raises(ConfigError, match=r'query="block_k" needs no router'):
+            call()
+    shallow = LongTailPromptAdapter.wrap(tiny_vit(depth=2), placement="shallow", prompt_length=4)
+    for call in (lambda: shallow.fit_router(TRAINING), lambda: setattr(shallow, "route", "router")):
+        with pytest.raises(ConfigError, match=r'placement="shallow" has no groups, so it needs no router'):
             call()
     adapter = routed_adapter()
     for wrong in ("fast", -0.1, float("nan"), True, None):
@@ -386,6 +396,37 @@ def test_state_dicts_hold_the_router(features):
         twin.load_state_dict(plain)
     assert twin.router is None
     assert twin.route == "exact"
+
+
+DAMAGES = {
+    "columns": {"weight": lambda value: value[:, :5]},
+    "rows": {"weight": lambda value: value[1:], "bias": lambda value: value[1:]},
+    "scalar": {"weight": lambda value: value.sum()},
+    "bias": {"bias": lambda value: value[:1]},
+    "no bias": {"bias": None},
+    "no weight": {"weight": None},
+    "no layout": {"layout_numbers": None},
+    "width": {"layout_numbers": lambda value: torch.tensor([1, 10**9, 0])},
+    "negative": {"layout_numbers": lambda value: torch.tensor([1, -8, 0])},
+    "blocks": {"layout_numbers": lambda value: torch.tensor([40, 0, 0])},
+    "seed": {"layout_numbers": lambda value: torch.tensor([1, 0, -1])},
+    "short": {"layout_numbers": lambda value: value[:2]},
+}
+
+
+@pytest.mark.parametrize("damages", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("has_router", [True, False])
+def test_a_router_that_does_not_fit_is_refused_in_a_state_dict(damages, has_router):
+    state = routed_adapter().state_dict()
+    for name, change in damages.items():
+        value = state.pop(f"router.{name}")
+        if change is not None:
+            state[f"router.{name}"] = change(value)
+    twin = routed_adapter(seed=1) if has_router else trained_adapter(seed=1)
+    router = twin.router
+    with pytest.raises(RuntimeError, match=r"router of the state dict does not fit .* call fit_router again"):
+        twin.load_state_dict(state)
+    assert twin.router is router
 
 
 @pytest.mark.parametrize("options", [{}, {"features": "random", "width": 8, "seed": 5, "blocks": 2}])

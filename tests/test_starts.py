@@ -189,6 +189,9 @@ def test_errors_of_token_starts():
         adapter.init_prompts(pictures(4).double() * float("nan"))
     with pytest.raises(InputError, match="Images are uint8; they must be floating point"):
         adapter.init_prompts(torch.zeros(4, 3, SIDE, SIDE, dtype=torch.uint8))
+    for wrong in (None, 3, "images", {"pixel_values": pictures(4)}):
+        with pytest.raises(InputError, match=r"pass a tensor \(N, 3, H, W\), or an iterable of batches"):
+            adapter.init_prompts(wrong)
     with pytest.raises(ConfigError, match="count=0 must be an integer of at least 1"):
         adapter.sample_tokens(pictures(1), 0)
     with pytest.raises(ConfigError, match="seed=-1"):

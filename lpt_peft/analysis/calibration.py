@@ -151,8 +151,8 @@ def fit_temperature(logits: Tensor, target: Any) -> Temperature:
         )
     if _derivatives(logits, classes, low)[1] > 0:
         raise InputError(
-            f"The logits of the true classes are no higher than the others, {hint}: check that target belongs to these "
-            "logits."
+            f"The logits of the true classes are no higher than the others, {hint}: train the model for longer, or "
+            "check that target belongs to these logits."
         )
     beta = 1.0
     before, slope, curvature = _derivatives(logits, classes, beta)

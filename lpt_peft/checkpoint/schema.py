@@ -33,7 +33,7 @@ from lpt_peft.checkpoint.description import (
 )
 from lpt_peft.config import PHASES, PLACEMENTS, QUERIES, PromptConfig
 from lpt_peft.errors import ConfigError, PromptFileFormatError, PromptFileTensorError, PromptFileVersionError
-from lpt_peft.router import MAX_SEED, MAX_WIDTH, RouterLayout
+from lpt_peft.router import MAX_SEED, MAX_WIDTH, RouterLayout, router_shapes
 
 FORMAT = "lpt_peft-prompts"
 FORMAT_VERSION = 2
@@ -181,13 +181,12 @@ def _check_together(config: Mapping[str, Any]) -> None:
 
 
 def _router_shapes(config: Mapping[str, Any], sizes: PromptConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the router's tensors, if the configuration has a router; models without class token have half."""
+    """Shapes of the router's tensors, if the configuration has a router."""
     if "router" not in config:
         return {}
-    layout, (weight, bias) = RouterLayout(**config["router"]), ROUTER
-    widths = [layout.width + layout.blocks * sizes.dim * tokens for tokens in (1, 2)]
-    found = config["tensors"].get(weight, {}).get("shape", [0])[-1]
-    return {weight: (sizes.pool_size, found if found in widths else widths[1]), bias: (sizes.pool_size,)}
+    columns = config["tensors"].get(ROUTER[0], {}).get("shape", [0])[-1]
+    shapes = router_shapes(RouterLayout(**config["router"]), sizes.pool_size, sizes.dim, columns)
+    return dict(zip(ROUTER, shapes, strict=True))
 
 
 def _check_tensors(config: Mapping[str, Any]) -> None:

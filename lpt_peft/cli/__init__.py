@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             finally:
                 flush_output()
         except LPTError as error:
-            return _fail(name_flags(str(error), words) if words[:1] in (["train"], ["compare"]) else error)
+            return _fail(name_flags(str(error), words) if words[:1] in (["train"], ["compare"], ["analyse"]) else error)
         except BrokenPipeError:
             raise
         except OSError as error:

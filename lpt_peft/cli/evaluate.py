@@ -74,6 +74,8 @@ def evaluate(
             f"{data or run.data} has neither a validation nor a test split, so there is nothing to evaluate. Name the "
             "images: lpt-peft evaluate DIR DATA."
         )
+    if post_hoc_tau and run.data is not None:
+        _note_other_loss(run.training)
     set_transforms(splits, run.model.preprocess(), run.images, crops=crops)
     metrics = ShotMetrics.from_rule(run.shot_rule, counts)
     accelerator = make_accelerator(available_precision(run.training))
@@ -105,6 +107,16 @@ def evaluate(
         for name, result in results.items():
             print_extremes(result, run.class_names, counts, name)
     return INCOMPLETE if has_unreadable(splits) else OK
+
+
+def _note_other_loss(training: TrainSettings) -> None:
+    """Report that post-hoc adjustment does not fit the loss or sampling of a run."""
+    loss, sampling = training.loss, training.sampling
+    if loss not in ("cross_entropy", "focal") or sampling != "instance":
+        notice(
+            f"--post-hoc-tau is for runs with --loss cross_entropy --sampling instance; this run was trained with "
+            f"loss {loss} and sampling {sampling}, which account for class frequencies already"
+        )
 
 
 def available_precision(training: TrainSettings) -> TrainSettings:

@@ -58,7 +58,10 @@ def predict(
         raise ConfigError(f"--min-probability {min_probability:g} must be a probability, from 0 to 1.")
     run = load_run(folder)
     if min_probability and run.model.metadata.temperature is None:
-        notice("the probabilities are not calibrated: the run had no validation split to fit a temperature on")
+        notice(
+            "the probabilities are not calibrated: the run had no validation split to fit a temperature on, or no "
+            "temperature fits it"
+        )
     num_classes = len(run.class_names)
     if show is not None and show > num_classes:
         raise ConfigError(f"--show {show} must be from 1 to {num_classes}, the number of classes.")

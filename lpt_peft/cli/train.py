@@ -105,6 +105,9 @@ def run_training(
         from lpt_peft.recipe.train import make_accelerator
 
     run.check()
+    if find_lr and (log_with or not resume):
+        flag = "--log-with" if log_with else "--no-resume"
+        raise ConfigError(f"{flag} has no effect with --find-lr, which trains nothing: leave it out.")
     if log_with:
         _check_tracker(log_with)
     check_new_folder(output)

@@ -211,7 +211,7 @@ def _calibrate(model: Model, logits: Tensor, target: Tensor, reporter: Reporter)
     try:
         value = fit_temperature(logits, target).value
     except InputError as error:
-        reporter.note(f"note: no temperature calibrates the probabilities: {error}")
+        reporter.note(f"note: the probabilities are not calibrated. {error}")
         value = None
     else:
         reporter.note(

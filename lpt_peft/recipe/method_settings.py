@@ -5,7 +5,7 @@ Not here: what a method does with a model (`methods.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Literal
 
@@ -57,8 +57,29 @@ def unused_fields(method: MethodName) -> frozenset[str]:
 
 def unused_settings(settings: TrainSettings) -> Iterator[str]:
     """Names of the fields that the method does not use and that differ from their defaults."""
-    unused = unused_fields(settings.method)
+    yield from _changed(settings, unused_fields(settings.method))
+
+
+def settings_without_effect(settings: TrainSettings) -> Iterator[tuple[str, str]]:
+    """Reasons, each with the names of changed settings that have no effect because of it, whatever the method.
+
+    Not among them: settings that the method does not use (`unused_settings`).
+    """
+    if settings.method == "lpt" and settings.plan.keys() == {"shared"}:
+        yield "no phase trains groups", ", ".join(_changed(settings, GROUP_FIELDS - {"group", "phases"}))
+    if settings.phases == "joint":
+        yield 'phase "joint" trains with the settings of group', ", ".join(_changed(settings, {"shared"}))
+    if "shared" in settings.plan and settings.shared.pool_learning_rate is not None:
+        yield "phase shared does not train groups", "shared.pool_learning_rate"
+    if settings.loss != "lpt":
+        yield f'loss="{settings.loss}" does not weight the halves of a batch', ", ".join(_changed(settings, {"eta"}))
+    if settings.sampling == "instance":
+        yield 'sampling="instance" draws no class-balanced images', ", ".join(_changed(settings, {"samples_per_class"}))
+
+
+def _changed(settings: TrainSettings, names: Set[str]) -> Iterator[str]:
+    """Those of the fields that differ from their defaults."""
     for field in fields(settings):
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        if field.name in unused and getattr(settings, field.name) != default:
+        if field.name in names and getattr(settings, field.name) != default:
             yield field.name

@@ -5,6 +5,7 @@ Not here: the fields (`settings.py`), and checks that need the data or the proce
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
@@ -162,7 +163,7 @@ def known(kind: type, values: Any) -> Mapping[str, Any]:
 
 
 def refuse_invalid(settings: object, checks: Mapping[str, tuple[bool, str]]) -> None:
-    """Check fields of a settings dataclass.
+    """Check fields of a settings dataclass. Infinite numbers are always invalid: JSON cannot hold them.
 
     Args:
         settings: The dataclass.
@@ -171,7 +172,10 @@ def refuse_invalid(settings: object, checks: Mapping[str, tuple[bool, str]]) -> 
     Raises:
         ConfigError: A field is invalid.
     """
-    if broken := [
-        f"{name}={getattr(settings, name)!r} must be {rule}" for name, (valid, rule) in checks.items() if not valid
-    ]:
+    broken = []
+    for name, (valid, rule) in checks.items():
+        value = getattr(settings, name)
+        if not valid or (isinstance(value, float) and not math.isfinite(value)):
+            broken.append(f"{name}={value!r} must be {rule}{'' if 'finite' in rule or not valid else ' and finite'}")
+    if broken:
         raise ConfigError(f"{type(settings).__name__}: {'; '.join(broken)}.")

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from lpt_peft._text import number
 from lpt_peft.recipe.loading.batches import steps_per_epoch
 from lpt_peft.recipe.loading.loader import resolve_workers
-from lpt_peft.recipe.method_settings import MODEL_METHODS, unused_settings
+from lpt_peft.recipe.method_settings import MODEL_METHODS, settings_without_effect, unused_settings
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.training.image_passes import MAX_QUERIES
 from lpt_peft.recipe.training.schedule import warmup_steps
@@ -146,6 +146,9 @@ def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion
             yield f"phase {name} has no warm-up: {100 * phase.warmup:g} % of its steps is less than a step"
     if unused := list(unused_settings(settings)):
         yield f"method {settings.method} trains with the settings of shared and does not use {', '.join(unused)}"
+    for reason, names in settings_without_effect(settings):
+        if names:
+            yield f"{names}: no effect, because {reason}"
     if criterion is not None:
         yield f'the given criterion replaces loss="{settings.loss}"'
     elif settings.sampling == "dual" and (settings.loss in _FREQUENCY_LOSSES or settings.reweight_from is not None):

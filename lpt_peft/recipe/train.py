@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lpt_peft._random import preserve_random_state
+from lpt_peft._text import number
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.errors import ConfigError
 from lpt_peft.metrics import ShotMetrics, ShotResult
@@ -120,7 +121,7 @@ def train(
     if saved:
         reporter.note(f"Resuming phase {saved.phase} after step {saved.numbers['step']}, saved in {saved.path}")
     elif store is not None and store.removed:
-        reporter.note(f"Removed {store.removed} checkpoints of an earlier run in {store.folder}")
+        reporter.note(f"Removed {number(store.removed, 'checkpoint')} of an earlier run in {store.folder}")
     history: History = list(saved.history) if saved else []
     names = list(settings.plan)
     counts = torch.bincount(torch.as_tensor(labels), minlength=model.num_classes)

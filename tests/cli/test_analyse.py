@@ -102,7 +102,7 @@ def test_linear_probe(data, tmp_path, capsys):
         (["--shift", "noise=x"], "always measured"),
         (["--shift", "a=x", "a=y"], "given twice"),
         (["--shift", "a=missing-folder"], "missing-folder"),
-        (["--max-images", "0"], "max_images=0"),
+        (["--max-images", "0"], "--max-images 0 must be an integer of at least 1"),
     ],
 )
 def test_errors_name_the_option(run, words, message, capsys):
@@ -113,4 +113,6 @@ def test_errors_name_the_option(run, words, message, capsys):
 def test_shifted_images_of_other_classes_are_refused(run, tmp_path, capsys):
     images = write_images(tmp_path, [2, 2, 2], names=[f"not {name}" for name in NAMES])
     assert main(["analyse", str(run), "--shift", f"a={images}"]) == 1
-    assert "None of the classes" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "None of the classes" in err
+    assert "evaluated images:" not in err, "refused before the passes over the images"

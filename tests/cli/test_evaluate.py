@@ -28,6 +28,11 @@ def test_evaluate_gives_the_results_of_the_run(run, data, capsys):
     rows = expected["test"]["classes"]
     worst = min(rows, key=lambda row: (row["accuracy"], -row["train_images"]))
     assert f"worst: {worst['name']} {100 * worst['accuracy']:.0f} % ({worst['train_images']})" in out
+    best = max(rows, key=lambda row: (row["accuracy"], row["train_images"]))
+    present = [sum(row["images"] > 0 for row in expected[split]["classes"]) for split in ("validation", "test")]
+    listed = [line.count(" % (") for line in out.splitlines() if line.startswith("  ")]
+    assert listed == [size for count in present for size in ((count + 1) // 2, count // 2)], "no class in both lists"
+    assert f"best: {best['name']} {100 * best['accuracy']:.0f} % ({best['train_images']})\n" in out
     never = sum(row["accuracy"] == 0 for row in rows)
     assert f"test: {never} of 3 classes never right" in out
     assert expected["test"]["never_right"] == never
@@ -134,7 +139,9 @@ def test_crops_and_post_hoc_adjustment(run, data, capsys):
     assert rules[2] == f"{rules[0]}; mean of log p over 5 crops"
     assert rules[4] == f"{rules[2]}; post-hoc logit adjustment, tau 1"
     assert main(["evaluate", str(run), "--post-hoc-tau", "0.5"]) == 0
-    assert "post-hoc logit adjustment, tau 0.5" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "post-hoc logit adjustment, tau 0.5" in out
+    assert "trained with loss lpt and sampling dual, which account for class frequencies already" in err
     for value in ("-1", "nan"):
         assert main(["evaluate", str(run), "--post-hoc-tau", value]) == 1
         assert f"--post-hoc-tau {float(value)} must be at least 0 and finite" in capsys.readouterr().err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
+import pytest
+
 from lpt_peft.cli import main
 from tests.cli.runs import SMALL, write_images
 
@@ -37,3 +39,12 @@ def test_the_group_phase_is_tested_from_trained_prompts(tmp_path, capsys, monkey
     assert "find_lr.png needs matplotlib: pip install matplotlib" in captured.err
     assert {path.name for path in (tmp_path / "second").iterdir()} == {"find_lr.json"}
     assert json.loads((tmp_path / "second" / "find_lr.json").read_text())["phase"] == "group"
+
+
+@pytest.mark.parametrize(("flags", "name"), [(["--no-resume"], "--no-resume"), (["--log-with", "wandb"], "--log-with")])
+def test_flags_without_effect_are_refused(tmp_path, capsys, flags, name):
+    write_images(tmp_path / "data", [4, 3, 2])
+    run = tmp_path / "run"
+    assert main(["train", str(tmp_path / "data"), *GLYPH, "--output", str(run), "--find-lr", *flags]) == 1
+    assert f"{name} has no effect with --find-lr, which trains nothing: leave it out." in capsys.readouterr().err
+    assert not run.exists()

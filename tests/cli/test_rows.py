@@ -118,6 +118,10 @@ WRONG = {
     "[rows.'../a']": r"the row name '../a' must be 1 to 64 letters",
     "[rows.'-a']": r"the row name '-a' must be",
     "[rows.'']": r"the row name '' must be",
+    "[rows.'table.md']": r"'table.md' is that of a file which the comparison writes: rename the row",
+    "[rows.'Results.JSON']": r"'Results.JSON' is that of a file which the comparison writes",
+    "[rows.a]\nbatch-size = 8\nbatch_size = 4": r"row a has both batch-size and batch_size, which are the same setting",
+    "[rows.a]\neta = inf": r"row a: TrainSettings: eta=inf must be at least 0 and finite",
     "[rows.a]\n[rows.A]": r"must differ in more than case",
     "baseline = 'b'\n[rows.a]": r"baseline='b' must be a row of the file: a",
     "[rows.a]\n[rows.a]": r"rows.toml is not TOML: ",
@@ -152,3 +156,9 @@ def test_unreadable_files_and_unknown_names(tmp_path):
         read_rows("lpt,vpt_dep")
     with pytest.raises(ConfigError, match="names lpt twice"):
         read_rows("lpt,vpt_deep,lpt")
+
+
+def test_a_file_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "rows.toml"
+    path.write_bytes(b"\xef\xbb\xbf[rows.a]\nbatch_size = 8\n")
+    assert read_rows(str(path)).rows == {"a": {"batch_size": 8}}

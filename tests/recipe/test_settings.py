@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -54,6 +54,8 @@ def test_settings_round_trip_through_json():
         ({"save_every": 0}, "save_every=0 must be None or"),
         ({"optimizer": "adam"}, "optimizer='adam' must be one of sgd, adamw"),
         ({"weight_noise": float("inf")}, "weight_noise=inf must be at least 0 and finite"),
+        ({"eta": float("inf")}, "eta=inf must be at least 0 and finite"),
+        ({"clip_norm": float("inf")}, "clip_norm=inf must be None or above 0 and finite"),
         ({"group": {"head_learning_rate": 0.0}}, "head_learning_rate=0.0 must be None, or above 0 and finite"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8' must be None"),
     ],
@@ -83,3 +85,13 @@ def test_batch_size_is_what_a_step_sees():
     history = run_phase(tiny_adapter(), dataset, labels, settings, phase, criterion=criterion, progress=False)
     assert sizes == [12] * (31 // 6 + 1)
     assert history[0]["learning_rate"] == pytest.approx(0.5 * 6 / 256 * warmup_cosine(5, 6, 0))
+
+
+@pytest.mark.parametrize("kind", [TrainSettings, PhaseSettings])
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+def test_no_number_is_infinite_or_nan(kind, number):
+    names = [field.name for field in fields(kind) if "float" in str(field.type)]
+    assert names
+    for name in names:
+        with pytest.raises(ConfigError, match=f"{name}={number} must be"):
+            kind(**{name: number})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from torch.utils.data import TensorDataset
 
 from lpt_peft.data.from_dataset import from_dataset
@@ -73,3 +74,31 @@ def test_the_summary_notes_what_settings_do_not_do_literally(monkeypatch):
     assert "k-means" not in summary(replace(SETTINGS, group=replace(PHASE, epochs=0)))
     assert "instance-balanced)" in summary(replace(SETTINGS, sampling="instance", loss="agcl"))
     assert "backbone cast to bfloat16" in summary(replace(SETTINGS, backbone_dtype="bfloat16"))
+
+
+WITHOUT_EFFECT = {
+    "groups": (
+        {"init_groups": "tokens", "decay": "selected", "group": replace(PHASE, epochs=0)},
+        "init_groups, decay: no effect, because no phase trains groups",
+    ),
+    "rate": (
+        {"shared": replace(PHASE, pool_learning_rate=3.0)},
+        "shared.pool_learning_rate: no effect, because phase shared does not train groups",
+    ),
+    "baseline rate": (
+        {"method": "vpt_deep", "shared": replace(PHASE, pool_learning_rate=3.0)},
+        "shared.pool_learning_rate: no effect, because phase shared does not train groups",
+    ),
+    "joint": ({"phases": "joint"}, 'shared: no effect, because phase "joint" trains with the settings of group'),
+    "eta": ({"loss": "agcl", "eta": 0.25}, 'eta: no effect, because loss="agcl" does not weight the halves'),
+    "draws": (
+        {"loss": "agcl", "sampling": "instance", "samples_per_class": 1},
+        'samples_per_class: no effect, because sampling="instance" draws no class-balanced images',
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "note"), WITHOUT_EFFECT.values(), ids=WITHOUT_EFFECT)
+def test_settings_without_effect_are_named(changes, note):
+    assert f"note: {note}" in summary(replace(SETTINGS, **changes))
+    assert "no effect" not in summary(SETTINGS)

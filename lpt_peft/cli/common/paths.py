@@ -65,7 +65,7 @@ def prompt_folder(folder: Path) -> Path:
 
 
 def model_folder(folder: Path) -> Path | None:
-    """Return the folder of model.safetensors, if the path names one: RUN/model of a run, or that of the file itself.
+    """Return the folder of model.safetensors, if the path has that file: RUN/model of a run, or the folder of a file.
 
     A run in whose folder another method was trained before has a prompt file as well; its settings name the method.
     """

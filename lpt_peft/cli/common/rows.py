@@ -46,6 +46,8 @@ _GROUPS: Mapping[str, type] = {"prompts": PromptSettings, "images": ImageSetting
 _PLACES = {name.name: group for group, kind in _GROUPS.items() for name in fields(kind)}
 _PLACES |= {name.name: "" for name in fields(RunSettings) if name.name not in _GROUPS}
 _PHASES = ("shared", "group")
+_TAKEN = ("results.json", "table.md", "compare.png")
+"""Files that a comparison writes beside the folders of its rows."""
 _COMMON = ("root", "val", "test", "validation_share", "unreadable", "shot_rule")
 """Settings that all rows share: which images a split has, and how they are counted."""
 
@@ -127,7 +129,7 @@ def overridden_flags(rows: Rows, words: Sequence[str]) -> Iterator[tuple[str, st
 
 def _from_file(path: Path) -> Rows:
     try:
-        content = _parse(path.read_bytes().decode("utf-8"), str(path))
+        content = _parse(path.read_bytes().decode("utf-8-sig"), str(path))
     except OSError as error:
         raise ConfigError(f"The rows {path} cannot be read: {without_errno(str(error))}.") from error
     except UnicodeDecodeError as error:
@@ -145,6 +147,10 @@ def _from_file(path: Path) -> Rows:
         raise ConfigError(
             f"{path}: the row name {wrong[0]!r:.100} must be 1 to 64 letters, digits, '.', '_' or '-', beginning with "
             "a letter or a digit: it is the name of a folder."
+        )
+    if taken := [name for name in rows if name.casefold() in _TAKEN]:
+        raise ConfigError(
+            f"{path}: the row name {taken[0]!r} is that of a file which the comparison writes: rename the row."
         )
     if len({name.casefold() for name in rows}) < len(rows):
         raise ConfigError(f"{path}: names of rows must differ in more than case, as they are names of folders.")
@@ -175,6 +181,8 @@ def _nested(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
+        if name != key and name in values:
+            raise ConfigError(f"{place} has both {key} and {name}, which are the same setting: remove one of them.")
         if name == "preset":
             nested = _merged(_preset(value, place), nested)
             continue

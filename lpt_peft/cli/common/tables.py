@@ -38,14 +38,21 @@ def print_results(results: Mapping[str, ShotResult]) -> None:
 
 
 def print_extremes(result: ShotResult, class_names: Sequence[str], class_counts: Sequence[int], split: str) -> None:
-    """Print the five worst and best classes; of equal accuracies, those with more training images first."""
+    """Print the worst and best classes, at most five of each; of equal accuracies, more training images first.
+
+    No class is in both lists: of fewer than ten classes, half are among the best.
+    """
     found = [(accuracy, label) for label, accuracy in enumerate(result.per_class) if accuracy is not None]
     if not found:
         return
     never = sum(accuracy == 0 for accuracy, _ in found)
     print_text(f"{split}: {never} of {number(len(found), 'class')} never right")
-    for title, sign in (("worst", 1), ("best", -1)):
-        first = sorted(found, key=lambda entry: (sign * entry[0], -class_counts[entry[1]]))[:_EXTREMES]
+    worst = sorted(found, key=lambda entry: (entry[0], -class_counts[entry[1]]))[: min(_EXTREMES, -(-len(found) // 2))]
+    others = [entry for entry in found if entry not in worst]
+    best = sorted(others, key=lambda entry: (-entry[0], -class_counts[entry[1]]))[:_EXTREMES]
+    for title, first in (("worst", worst), ("best", best)):
+        if not first:
+            continue
         classes = ", ".join(f"{class_names[c]} {100 * accuracy:.0f} % ({class_counts[c]:,})" for accuracy, c in first)
         print_text(f"  {title}: {classes}")
 

@@ -15,9 +15,10 @@ import torch
 from accelerate import Accelerator
 
 from lpt_peft._numbers import checked_integer
+from lpt_peft._text import number
 from lpt_peft._version import __version__
 from lpt_peft.adapter import LongTailPromptAdapter
-from lpt_peft.analysis import Temperature, accuracy_shift, fit_temperature
+from lpt_peft.analysis import ClassMatch, Temperature, accuracy_shift, fit_temperature
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.errors import InputError
 from lpt_peft.metrics.shot_rules import SHOT_RULES
@@ -127,6 +128,8 @@ def analyse(
     has_groups = bool(groups) and model.phase == "group"
     size = len(class_names)
     left_out: dict[str, str] = {}
+    # Before the passes, since classes that do not match are an error.
+    matched = {name: matched_images(shifted, class_names) for name, (_, shifted) in images.shifts.items()}
     named = {"train": images.train, "evaluation": images.evaluation, "validation": images.validation}
     with reporter.unreadable_images(**{name: split for name, split in named.items() if split is not None}):
         temperature = run.temperature(images, left_out)
@@ -138,7 +141,11 @@ def analyse(
         subset = _subset(images.evaluation, max_variant_images)
         varied = run.measure(subset, "groups, noise and blur" if has_groups else "noise and blur", variants=variants)
         shifts = [_synthetic(name, *strengths[name], varied, size) for name in strengths]
-        shifts += [run.shift(name, *given, everything, class_names) for name, given in images.shifts.items()]
+        shifts += [
+            {"name": name, "kind": "folder", "strength": None, "source": images.shifts[name][0]}
+            | run.shift(name, kept, match, everything, class_names)
+            for name, (kept, match) in matched.items()
+        ]
         found: dict[str, Any] = {
             "classes": sections.classes_section(everything, class_names, class_counts, shot_rule),
             "accuracy": sections.accuracy_section(everything, class_counts, shot_rule),
@@ -198,7 +205,7 @@ class _Passes:
         self._reporter = reporter
 
     def measure(self, images: LabelledImages, name: str, **options: Any) -> Measured:
-        self._reporter.note(f"{name}: {len(images)} images")
+        self._reporter.note(f"{name}: {number(len(images), 'image')}")
         return measure(
             self._model,
             images,
@@ -226,7 +233,7 @@ class _Passes:
             left_out["temperature"] = "there is no validation split besides the evaluated images"
             return None
         subset = _subset(images.validation, max(1, _MOST_LOGITS // len(images.validation.class_names)))
-        self._reporter.note(f"validation images: {len(subset)} images")
+        self._reporter.note(f"validation images: {number(len(subset), 'image')}")
         output, target = predict(
             self._model,
             without_replacements(subset),
@@ -240,23 +247,15 @@ class _Passes:
             return None
 
     def shift(
-        self, name: str, source: str, images: LabelledImages, original: Measured, class_names: Sequence[str]
+        self, name: str, images: LabelledImages, match: ClassMatch, original: Measured, class_names: Sequence[str]
     ) -> dict[str, Any]:
-        """Accuracy on a shifted test set, over the classes that the original images have as well."""
-        kept, match = matched_images(images, class_names)
-        shifted = self.measure(kept, f"shift {name}")
+        """Accuracy on images of a shifted test set, over the classes that the original images have as well."""
+        shifted = self.measure(images, f"shift {name}")
         indices = torch.tensor([-1 if index is None else index for index in match.indices])
         counts = sections.counts_by_class(indices[shifted.target], shifted.prediction, len(class_names))
         before = sections.counts_by_class(original.target, original.prediction, len(class_names))
-        return {
-            "name": name,
-            "kind": "folder",
-            "strength": None,
-            "source": source,
-            **sections.plain(accuracy_shift(*before, *counts)),
-            "unmatched": list(match.unmatched),
-            "missing": list(match.missing),
-        }
+        shift = sections.plain(accuracy_shift(*before, *counts))
+        return {**shift, "unmatched": list(match.unmatched), "missing": list(match.missing)}
 
 
 def _synthetic(name: str, kind: str, strength: float, varied: Measured, size: int) -> dict[str, Any]:

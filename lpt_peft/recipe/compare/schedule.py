@@ -32,6 +32,7 @@ from lpt_peft.recipe.resume.interrupt import Interruption
 
 _POLL = 0.2  # seconds between looks at a requested stop
 _PATIENCE = 600.0  # seconds for a step and its checkpoint after Ctrl-C
+_LONGEST_ERROR = 10_000  # characters: the pipe, which is read after the process has ended, must hold them
 
 Work = Callable[[Cell], None]
 """Trains and evaluates a cell; pickled, so a function of a module, or a `functools.partial` of it."""
@@ -166,7 +167,8 @@ def _child(cell: Cell, work: Work, errors: Connection) -> None:
         sys.exit(130)
     except Exception as error:
         traceback.print_exc()
-        errors.send(str(error) if isinstance(error, LPTError) else f"{type(error).__name__}: {error}")
+        message = str(error) if isinstance(error, LPTError) else f"{type(error).__name__}: {error}"
+        errors.send(message[:_LONGEST_ERROR])
         sys.exit(1)
 
 

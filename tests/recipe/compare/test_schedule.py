@@ -32,6 +32,8 @@ def succeed_or_fail(cell):
         raise ConfigError("learning_rate is too high.")
     if cell.row == "bug":
         raise ValueError("a bug")
+    if cell.row == "long":
+        raise ConfigError("\u00e9" * 1_000_000)
     if cell.row == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     names = ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
@@ -41,7 +43,7 @@ def succeed_or_fail(cell):
 def test_failed_cells_do_not_stop_the_others(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = dict(os.environ)
-    planned = cells(tmp_path, ["library", "bug", "killed", "fine"])
+    planned = cells(tmp_path, ["library", "bug", "killed", "fine", "long"])
     outcome = run_cells(planned, succeed_or_fail, jobs=2)
     assert dict(os.environ) == before
     assert outcome.finished == [planned[3]]
@@ -49,6 +51,7 @@ def test_failed_cells_do_not_stop_the_others(tmp_path, monkeypatch, capfd):
     assert errors["library"] == "learning_rate is too high."
     assert errors["bug"] == "ValueError: a bug"
     assert "ended with signal 9" in errors["killed"]
+    assert errors["long"] == "\u00e9" * 10_000, "a longer message would fill the pipe, and the process never end"
     assert "Traceback" in (tmp_path / "bug" / "log.txt").read_text()
     environment = json.loads((tmp_path / "fine" / "environment").read_text())
     assert environment == {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2)), "LOCAL_WORLD_SIZE": "2"}
@@ -56,7 +59,7 @@ def test_failed_cells_do_not_stop_the_others(tmp_path, monkeypatch, capfd):
     captured = capfd.readouterr()
     assert captured.out == ""
     assert "fine, seed 0: finished" in captured.err
-    assert "4 of 4" in captured.err
+    assert "5 of 5" in captured.err
 
 
 def work_until_a_signal(cell):
