@@ -100,6 +100,17 @@ def test_a_picture_that_is_larger_than_any_of_ours_stays(local, run, monkeypatch
     assert kept.pictures == {"accuracy.png"}
 
 
+@pytest.mark.parametrize("path", ["accuracy.png", "README.md"])
+def test_nothing_is_committed_if_a_file_cannot_be_read(local, run, path):
+    pushed(run, REPO)
+    before = local.hub.repositories[REPO].refs["main"]
+    write_run(run, seed=1)
+    with local.fault("HEAD", f"/{path}$", 403, 10**6) as fault:
+        assert main(["push", str(run), REPO]) == 1
+        assert fault.met
+    assert local.hub.repositories[REPO].refs["main"] == before
+
+
 def test_a_subfolder_has_its_own_picture(local, run):
     assert pushed(run, REPO, "--subfolder", "a b/c") == []
     files = files_of(local)

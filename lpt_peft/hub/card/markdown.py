@@ -20,8 +20,8 @@ def code(text: object, most: int = 300) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; the cells must not contain line breaks or "|"."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("|" + "|".join("---" if cell == "---" else f" {cell} " for cell in cells) + "|" for cells in lines)
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (header, *rows))
+    return "\n".join([first, "|" + "---|" * len(header), *others])
 
 
 def percent(share: float) -> str:
