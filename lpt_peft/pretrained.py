@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import nn
 
-from lpt_peft._prompt_content import (
-    content_of,
-    replace_prompts,
-    warn_of,
-    with_classes,
-    wrap_content,
-)
+from lpt_peft._prompt_content import content_of, replace_prompts, warn_of, with_classes, wrap_content
 from lpt_peft.backbones import Backbone
 from lpt_peft.backbones.loading import build
 from lpt_peft.backbones.weights import FrozenWeights
@@ -237,6 +231,7 @@ class PretrainedMixin(StateMixin):
         datasets: str | Sequence[str] | None = None,
         tags: str | Sequence[str] = (),
         base_model: str | None = None,
+        pictures: Mapping[str, bytes] | None = None,
         timeout: float = 300.0,
     ) -> CommitInfo:
         """Push the prompts, without the backbone, to the Hub, with a model card if the repository has none.
@@ -258,13 +253,16 @@ class PretrainedMixin(StateMixin):
             datasets: Hub ids of the training data, for the card.
             tags: More tags for the card.
             base_model: Hub id of the backbone, for the card.
+            pictures: PNG files by name, such as "accuracy.png", which the card shows. A file of that name that was not
+                pushed by this library stays, and a warning names it.
             timeout: Seconds for each step (repository, listing, commit).
 
         Returns:
             The client's `CommitInfo`: `oid`, `commit_url`, `pr_url`.
 
         Raises:
-            InputError, StateError: The adapter cannot be saved with these arguments; nothing was sent.
+            InputError, StateError: The adapter cannot be saved with these arguments, or a picture is not a PNG file;
+                nothing was sent.
             HubError: The Hub refused or could not be reached, or the repository holds another library's `config.json`.
             ConfigError: An argument is out of range.
         """
@@ -285,5 +283,6 @@ class PretrainedMixin(StateMixin):
             datasets=datasets,
             tags=tags,
             base_model=base_model,
+            pictures=pictures,
             timeout=timeout,
         )

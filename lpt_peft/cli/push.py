@@ -27,7 +27,8 @@ def push(
     """Push a prompt file, and a model card if the repository has none. Log in first: hf auth login, or HF_TOKEN.
 
     Args:
-        folder: A prompt file, or the output folder of a run; only its prompts are sent.
+        folder: A prompt file, or the output folder of a run, of which the prompts are sent, and a picture of the
+            accuracy of each class.
         repo: owner/name; created if missing.
         revision: Branch, created if missing.
         subfolder: Folder inside the repository.
@@ -40,16 +41,20 @@ def push(
     """
     from lpt_peft.checkpoint import read_prompt_file
     from lpt_peft.cli.common.paths import model_folder, prompt_folder
+    from lpt_peft.cli.common.run_card import run_card
     from lpt_peft.cli.common.streams import print_json
     from lpt_peft.hub import push as push_content
+    from lpt_peft.recipe import TrainSettings
 
     if (model := model_folder(folder)) is not None:
         raise ConfigError(
             f"{folder} holds no prompts: push sends prompt files, and {model} holds the weights of a method without "
             f"prompts. Upload that folder with the Hub's own command: hf upload {repo} {model}"
         )
+    content = read_prompt_file(prompt_folder(folder))
+    results, pictures = run_card(folder, content)
     info = push_content(
-        read_prompt_file(prompt_folder(folder)),
+        content,
         repo,
         revision=revision,
         subfolder=subfolder,
@@ -58,6 +63,9 @@ def push(
         commit_message=message,
         license=license,
         datasets=dataset,
+        results=results,
+        default_recipe=TrainSettings().to_dict(),
+        pictures=pictures,
     )
     if as_json:
         print_json({"commit": info.oid, "url": str(info.commit_url), "pull_request": info.pr_url})

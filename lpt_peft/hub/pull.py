@@ -133,8 +133,23 @@ def pull_copy(location: HubLocation) -> bytes | None:
         HubError: The Hub did not deliver it.
         PromptFileFormatError: It is larger than such a copy can be.
     """
+    return pull_file(location, CONFIG_NAME, MAX_COPY_BYTES)
+
+
+def pull_file(location: HubLocation, name: str, most: int) -> bytes | None:
+    """Fetch a file beside a prompt file; None if it is missing.
+
+    Args:
+        location: Repository and folder.
+        name: Of the file.
+        most: Bytes that are read.
+
+    Raises:
+        HubError: The Hub did not deliver it.
+        PromptFileFormatError: It has more than `most` bytes.
+    """
     try:
-        return _fetch(location, CONFIG_NAME, MAX_COPY_BYTES)[0]
+        return _fetch(location, name, most)[0]
     except HubNotFoundError:
         return None
 

@@ -1,12 +1,14 @@
 """Pushing of prompt files to the Hugging Face Hub: one atomic commit, with a model card if the repository has none.
 
-Not here: what the files contain (`lpt_peft.checkpoint`), the text of the card (`card.py`).
+Not here: what the files contain (`lpt_peft.checkpoint`), the text of the card (`lpt_peft.hub.card`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
@@ -16,9 +18,10 @@ from lpt_peft._version import __version__
 from lpt_peft.checkpoint import CONFIG_NAME, WEIGHTS_NAME, PromptContent, encode
 from lpt_peft.checkpoint.files import foreign_config, is_own_config
 from lpt_peft.errors import ConfigError, HubConflictError, PromptFileFormatError
-from lpt_peft.hub.card import CARD_NAME, CardOptions, model_card
+from lpt_peft.hub.card import CARD_NAME, CardOptions, model_card, results_of_split
 from lpt_peft.hub.errors import Token, call_with_timeout, check_token, hub_errors
 from lpt_peft.hub.location import HubLocation, check_subfolder
+from lpt_peft.hub.pictures import Kept, check_pictures, kept_files, kept_notes
 from lpt_peft.hub.pull import pull_copy
 
 
@@ -37,13 +40,17 @@ def push(
     datasets: str | Sequence[str] | None = None,
     tags: str | Sequence[str] = (),
     base_model: str | None = None,
+    results: Mapping[str, Any] | None = None,
+    default_recipe: Mapping[str, Any] | None = None,
+    pictures: Mapping[str, bytes] | None = None,
     timeout: float = 300.0,
 ) -> CommitInfo:
     """Commit a prompt file to a repository.
 
     Nothing else in the repository changes: an existing README.md and other files stay, and a `config.json` of another
     library is never overwritten. If nothing would change, there is no commit. If another user pushes between the
-    listing and the commit, nothing is overwritten.
+    listing and the commit, nothing is overwritten. A warning names pictures that are not uploaded, because the
+    repository has another file of that name, or not shown, because it has a README.md without them.
 
     Args:
         content: What to push.
@@ -59,13 +66,17 @@ def push(
         datasets: Hub ids of the training data, for the card.
         tags: More tags for the card.
         base_model: Hub id of the backbone; None lets the card find it, if the weights prove it.
+        results: Content of `results.json` of the run, for the card.
+        default_recipe: Defaults of the settings in `training["recipe"]`, which the card then leaves out.
+        pictures: PNG files by name, such as "accuracy.png", beside the prompt file; the card shows them.
         timeout: Seconds for each step (repository, listing, commit); the client itself may wait forever.
 
     Returns:
         The client's `CommitInfo`: `oid`, `commit_url`, `pr_url`.
 
     Raises:
-        InputError, StateError: The content cannot be saved; nothing was sent.
+        InputError, StateError: The content cannot be saved, a picture is not a PNG file, or `results` are incomplete or
+            describe other prompts; nothing was sent.
         HubConflictError: The repository holds another library's `config.json`, or another user pushed meanwhile.
         HubError: The Hub refused or could not be reached; the commit is complete or does not exist.
         KeyboardInterrupt: Ctrl-C; a request that was sent may still take effect.
@@ -79,8 +90,16 @@ def push(
         raise ConfigError("commit_message must not be empty; leave it out for the default text.")
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= threading.TIMEOUT_MAX:
         raise ConfigError(f"timeout={timeout!r} must be a number of seconds greater than 0.")
-    encoded = encode(content)
-    options = CardOptions(license=license, datasets=_as_tuple(datasets), tags=_as_tuple(tags), base_model=base_model)
+    encoded, files = encode(content), check_pictures(pictures or {})
+    options = CardOptions(
+        license=license,
+        datasets=_as_tuple(datasets),
+        tags=_as_tuple(tags),
+        base_model=base_model,
+        results=results,
+        default_recipe=default_recipe,
+    )
+    results_of_split(content, results)  # raises before anything is sent
     api = HfApi(token=token, library_name="lpt_peft", library_version=__version__)
     with hub_errors("Creating", repo_id, token):
         full_id = call_with_timeout(
@@ -91,10 +110,21 @@ def push(
     location = HubLocation(repo_id=full_id, revision=revision, subfolder=subfolder, token=token)
     with hub_errors("Listing the files of", full_id, token):
         info = call_with_timeout(timeout, lambda: _list_files(api, location), f"Listing the files of {full_id}")
+    kept = Kept()
+    if files:
+        here = replace(location, revision=info.sha)
+        with hub_errors("Reading the card and pictures of", full_id, token):
+            kept = call_with_timeout(
+                timeout, lambda: kept_files(here, _names(info), files), f"Reading the pictures of {full_id}"
+            )
     prefix = f"{subfolder}/" if subfolder else ""
-    files = {prefix + CONFIG_NAME: encoded.copy, prefix + WEIGHTS_NAME: encoded.weights}
+    files = {prefix + name: data for name, data in files.items() if name not in kept.pictures}
+    shown = tuple(files)
+    files |= {prefix + CONFIG_NAME: encoded.copy, prefix + WEIGHTS_NAME: encoded.weights}
+    card = ""
+    if kept.card is not None or CARD_NAME not in _names(info):
+        card = model_card(content, full_id, options, subfolder=subfolder, revision=revision, pictures=shown)
     if CARD_NAME not in _names(info):
-        card = model_card(content, full_id, options, subfolder=subfolder, revision=revision)
         files[CARD_NAME] = card.encode("utf-8")
 
     def commit() -> CommitInfo:
@@ -109,7 +139,10 @@ def push(
         )
 
     with hub_errors("Committing to", full_id, token):
-        return call_with_timeout(timeout, commit, f"Committing to {full_id}")
+        result = call_with_timeout(timeout, commit, f"Committing to {full_id}")
+    for note in kept_notes(kept, full_id, card, shown):
+        warnings.warn(note, UserWarning, stacklevel=2)
+    return result
 
 
 def _list_files(api: HfApi, location: HubLocation) -> Any:

@@ -10,7 +10,15 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from lpt_peft.analysis.plots import figures, plot_calibration, plot_classes, plot_matching, plot_shift, png
+from lpt_peft.analysis.plots import (
+    figures,
+    plot_calibration,
+    plot_class_rows,
+    plot_classes,
+    plot_matching,
+    plot_shift,
+    png,
+)
 from lpt_peft.analysis.plots.style import PALETTE, SHOTS, STATES
 from tests.analysis.sample import sample_analysis
 
@@ -102,3 +110,48 @@ def test_accuracies_are_written_in_percent(analysis):
     assert not any("empty" in name for name in names)
     best = analysis["pool"]["rows"]["oracle"]["balanced_accuracy"]
     assert f"{100 * best:.1f}" in texts(figures(analysis)["pool"])
+
+
+def class_rows(classes):
+    """Rows of `results.json`; the last class has no images."""
+    rows = []
+    for label in range(classes):
+        share = label / classes
+        interval = {"accuracy": share, "low": share / 2, "high": (1 + share) / 2}
+        counts = {"train_images": 1 + 3 * label, "images": 10, "correct": 5}
+        rows.append({"name": f"c{label}", "shot": "few" if label < 7 else "medium", **counts, **interval})
+    rows[-1] |= {"images": 0, "correct": 0, "accuracy": None, "low": None, "high": None}
+    return rows
+
+
+def test_classes_of_a_run_have_their_accuracy_above_their_images_and_intervals():
+    rows = class_rows(10)
+    upper, lower = plot_class_rows(rows).axes
+    order = rows[::-1]  # the last class is the most frequent
+    points = {
+        tuple(point)
+        for item in upper.collections[:2]
+        for point in np.round(np.ma.filled(item.get_offsets(), np.nan), 6)
+    }
+    expected = {(place, round(100 * row["accuracy"], 6)) for place, row in enumerate(order) if row["images"]}
+    assert {point for point in points if not np.isnan(point[1])} == expected
+    heights = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in lower.patches}
+    assert heights == {place: row["train_images"] for place, row in enumerate(order)}
+    lines = {segment[0][0]: segment[:, 1] for segment in upper.collections[2].get_segments() if len(segment)}
+    for place, row in enumerate(order[1:], start=1):
+        assert np.allclose(lines[place], [100 * row["low"], 100 * row["high"]])
+    assert lower.get_ylim()[0] < 1  # a bar of one image is visible
+    assert [label.get_text() for label in lower.get_xticklabels()] == [row["name"] for row in order]
+
+
+def test_the_picture_of_a_run_repeats_byte_by_byte():
+    for classes in (10, 80):
+        first, second = (png(plot_class_rows(class_rows(classes))) for _ in range(2))
+        assert first == second
+        assert Image.open(BytesIO(first)).info.keys() <= {"dpi"}  # no date, no version
+    assert len(plot_class_rows(class_rows(80)).axes[0].collections) == 2  # no intervals for many classes
+
+
+def test_a_run_without_test_images_has_an_empty_picture():
+    rows = [row | {"accuracy": None, "low": None, "high": None} for row in class_rows(3)]
+    assert "few: no test images" in texts(plot_class_rows(rows))

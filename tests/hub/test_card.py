@@ -63,7 +63,7 @@ def test_figures_with_their_rule():
     rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \|$", body, re.MULTILINE)
     assert rows == [("many", "91.2"), ("medium", "80.0"), ("few", "70.0"), ("accuracy", "85.0")]
     assert f"Shot rule: `{RULE}`." in body
-    assert "- `decay`: `selected`\n- `learning_rate`: `0.1`" in body
+    assert "| setting | value |\n|---|---|\n| `decay` | `selected` |\n| `learning_rate` | `0.1` |\n" in body
 
     data, _ = split(model_card(content_with(training=TRAINING), "me/places-lt", CardOptions(datasets=("me/places",))))
     (model,) = data["model-index"]
@@ -128,7 +128,7 @@ def test_the_snippet_runs(tmp_path, monkeypatch, subfolder):
     folder = tmp_path / "me" / "places-lt" / (subfolder or "")
     adapter.save_pretrained(folder)
     card = model_card(read_prompt_file(folder), "me/places-lt", subfolder=subfolder)
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names = {"vit": tiny_vit()}
     exec(code, names)

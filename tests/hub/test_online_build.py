@@ -50,7 +50,7 @@ def test_built_pretrained_and_checked(local, pushed):
 
 def test_the_snippet_on_the_card_runs(local, pushed):
     card = local.hub.repositories[REPO].at("main").files["README.md"].content.decode()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     names = {}
     exec(code, names)
     assert names["logits"].shape == (1, 3)

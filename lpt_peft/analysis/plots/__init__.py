@@ -1,13 +1,13 @@
 """Pictures of an analysis, drawn from its JSON; they need the extra `lpt_peft[analysis]`.
 
-Every function takes the result of `lpt_peft.recipe.analyse.analyse` and returns a matplotlib figure 800 px wide at 100
-dots per inch. Colours are those of Okabe and Ito; the heat map uses cividis.
+Every function but `plot_class_rows` takes the result of `lpt_peft.recipe.analyse.analyse`. All return a matplotlib
+figure 800 px wide at 100 dots per inch. Colours are those of Okabe and Ito; the heat map uses cividis.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from lpt_peft.analysis.plots.classes import plot_classes, plot_confusion
+from lpt_peft.analysis.plots.classes import plot_class_rows, plot_classes, plot_confusion
 from lpt_peft.analysis.plots.features import plot_features, plot_pretraining, plot_projection
 from lpt_peft.analysis.plots.groups import plot_matching, plot_pool
 from lpt_peft.analysis.plots.reliability import plot_calibration, plot_shift
@@ -16,6 +16,7 @@ from lpt_peft.analysis.plots.style import png
 __all__ = [
     "figures",
     "plot_calibration",
+    "plot_class_rows",
     "plot_classes",
     "plot_confusion",
     "plot_features",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,15 @@ from lpt_peft.analysis.plots.style import BLACK, SHOTS, annotate_bars, legend, n
 
 _SMOOTHED = 50  # classes above which a moving mean is drawn
 _PAIRS = 15
+_COLUMNS = ("name", "train_images", "accuracy", "low", "high")
 
 
 def plot_classes(analysis: Mapping[str, Any]) -> Any:
     """Accuracy of each class, above the number of its training images; classes from frequent to rare.
 
     Args:
-        analysis: With the section "classes"; see `lpt_peft.recipe.analyse.analyse`.
+        analysis: With the section "classes"; see `lpt_peft.recipe.analyse.analyse`. Up to 50 classes have intervals, if
+            the section has the columns "low" and "high".
     """
     classes = analysis["classes"]
     counts = np.array(classes["train_images"])
@@ -35,6 +37,10 @@ def plot_classes(analysis: Mapping[str, Any]) -> Any:
             label = f"{shot}: {mean.mean():.1f} %" if len(mean) else f"{shot}: no test images"
             upper.scatter(place[own], accuracy[own], s=size, color=colour, label=label, alpha=0.85, linewidths=0)
         lower.bar(place[own], np.maximum(counts[order][own], 0.5), width=1.0, color=colour, linewidth=0)
+    if len(order) <= _SMOOTHED and "low" in classes:
+        low, high = (100 * numbers(classes[name])[order] for name in ("low", "high"))
+        colours = [SHOTS[shot] for shot in shots]
+        upper.vlines(place, low, high, color=colours, linewidth=1.2, alpha=0.6, label="95 % interval")
     if len(order) > _SMOOTHED:
         upper.plot(place, _moving_mean(accuracy), color=BLACK, linewidth=1.8, label="mean of neighbouring classes")
     upper.set_ylim(-3, 103)
@@ -43,11 +49,22 @@ def plot_classes(analysis: Mapping[str, Any]) -> Any:
     scale = 1.0 if size > 3 else 3.0
     figure.legend(handles, texts, loc="outside lower center", ncols=4, fontsize=10, frameon=False, markerscale=scale)
     lower.set_yscale("log")
+    lower.set_ylim(bottom=0.5)
     if len(order) <= 20:
         names = [short(classes["name"][label], 12) for label in order]
         lower.set_xticks(place, names, rotation=45 if max(map(len, names)) > 3 else 0, ha="center")
     tidy(lower, title="", x="class", y="training images")
     return figure
+
+
+def plot_class_rows(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Accuracy of each class of a run; see `plot_classes`.
+
+    Args:
+        rows: `classes` of a split in `results.json`; see `lpt_peft.recipe.class_report`.
+    """
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in _COLUMNS}
+    return plot_classes({"classes": {**columns, "shots": [row["shot"] for row in rows]}})
 
 
 def plot_confusion(analysis: Mapping[str, Any]) -> Any:
