@@ -11,7 +11,7 @@ from lpt_peft.cli.common.exit_codes import INCOMPLETE, OK
 from lpt_peft.cli.common.extras import requires_extra
 from lpt_peft.cli.common.options import Json
 from lpt_peft.cli.common.paths import SETTINGS
-from lpt_peft.errors import ConfigError, InputError, LPTError
+from lpt_peft.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from lpt_peft.data.images import LabelledImages
@@ -86,6 +86,8 @@ def _split(words: tuple[str, ...]) -> tuple[list[Path], str | None]:
     if not words:
         raise InputError("Name the output folder of lpt-peft train: lpt-peft report RUN.")
     has_data = len(words) > 1 and not is_run(Path(words[-1]))
+    if has_data and not Path(words[-1]).exists() and ":" not in words[-1]:
+        raise InputError(f"{words[-1]} does not exist: the last argument must be a run or the images of the runs.")
     folders = [Path(word) for word in (words[:-1] if has_data else words)]
     for folder in folders:
         check_finished(folder)
@@ -102,12 +104,7 @@ def _analyse(folder: Path, data: str | None, max_images: int, max_variant_images
     if source is not None and (data is None or Path(source) == Path(data)):
         return False
     notice(f"{folder} is analysed first" + ("" if source is None else f": its analysis is of {source}"))
-    try:
-        found = analyse_run(folder, data, shifts={}, max_images=max_images, max_variant_images=max_variant_images)
-    except InputError as error:
-        hint = "" if data is None else f" {data} is not a run either: it has no results.json."
-        raise InputError(f"{error}{hint}") from error
-    return found.incomplete
+    return analyse_run(folder, data, shifts={}, max_images=max_images, max_variant_images=max_variant_images).incomplete
 
 
 def _open(folder: Path, data: str | None) -> tuple[LabelledImages | None, str]:
@@ -118,20 +115,20 @@ def _open(folder: Path, data: str | None) -> tuple[LabelledImages | None, str]:
 
     run = read_run(folder, partial=True)
     split, names = run.analysis["data"]["split"], run.analysis["classes"]["name"]
-    try:
-        values = read_settings(folder / SETTINGS)
-        own = values.pop("data", None)
-        settings = RunSettings.from_dict(values)
-        if data is not None:
-            splits = open_test_splits(data, settings.images, settings.training.seed, names)
-        elif own is not None:
+    values = read_settings(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+    own = values.pop("data", None)
+    settings = RunSettings.from_dict({"backbone": "none", **values})
+    if data is not None:
+        splits = open_test_splits(data, settings.images, settings.training.seed, names)
+    elif own is None:
+        return None, f"{folder} does not name its data. Give DATA after RUN."
+    else:
+        try:
             splits = open_splits(str(own), settings.images, settings.training.seed)
-        else:
-            return None, "The run does not name its data: give DATA after RUN."
-    except LPTError as error:
-        return None, str(error)
+        except InputError as error:
+            return None, f"The images of the run cannot be opened: {error} Give DATA after RUN."
     if split not in splits:
-        return None, f"The data has no {split} split: give DATA after RUN."
+        return None, f"The data has no {split} split. Give DATA after RUN."
     return splits[split], ""
 
 

@@ -93,7 +93,7 @@ def write_report(
         ],
         pictures=pictures,
         picture_sections=sections,
-        shot_rule=f"Shots: {analysis['data']['shot_rule']} training images",
+        shot_rule=f"Classes by their n training images: {analysis['data']['shot_rule']}.",
         accuracy=Table(
             [Column("classes", "text"), Column("mean accuracy", "number"), Column("number of classes", "number")],
             [[shot, with_interval(analysis["accuracy"][shot]), _count(analysis, shot)] for shot in shots],
@@ -211,7 +211,9 @@ def _gallery_text(found: Gallery) -> str:
         f"The {number(len(found.thumbnails), 'mistake')} with the highest probability of the predicted class, of "
         f"{found.mistakes:,}: true class, → predicted class, probability."
     )
-    return text + (f" {number(found.unreadable, 'image')} cannot be read and were skipped." if found.unreadable else "")
+    return text + (
+        f" Skipped, because they cannot be read: {number(found.unreadable, 'image')}." if found.unreadable else ""
+    )
 
 
 def _comparison_answers(runs: Mapping[str, RunFiles], differences: comparison.Differences) -> list[Answer]:
