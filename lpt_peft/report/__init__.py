@@ -7,6 +7,8 @@ answers.py     sentences of the first screen
 classes.py     the table of classes, and its CSV
 gallery.py     thumbnails of the surest mistakes
 curves.py      pictures of training curves and of several runs
+pictures.py    captions, and texts for readers who do not see the pictures
+facts.py       facts about data and settings
 comparison.py  figures and paired differences of several runs
 page.py        rendering
 templates/     HTML, CSS and JavaScript

@@ -27,11 +27,19 @@ def run_names(runs: Sequence[RunFiles]) -> list[str]:
     raise InputError(f"{runs[0].folder} is given twice. Name different runs.")
 
 
+def accuracy_table(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
+    """Accuracies with their intervals."""
+    rows = [
+        [clip(name, 120), *(with_interval(run.analysis["accuracy"][shot]) for shot in _SHOTS)]
+        for run, name in zip(runs, names, strict=True)
+    ]
+    return Table([Column("run", "text"), *(Column(shot, "number") for shot in _SHOTS)], rows)
+
+
 def figures_table(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
-    """Method, backbone, and accuracies with their intervals."""
+    """Method, backbone, and figures without intervals."""
     columns = [Column("run", "text"), Column("method", "text"), Column("backbone", "text")]
-    columns += [Column(shot, "number") for shot in _SHOTS]
-    columns += [Column("never right", "number"), Column("gap of the probabilities", "number")]
+    columns += [Column("classes never right", "number"), Column("gap of the probabilities", "number")]
     columns += [Column("1-NN of the features", "number"), Column("evaluated images", "number")]
     rows = []
     for run, name in zip(runs, names, strict=True):
@@ -41,7 +49,6 @@ def figures_table(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
                 clip(name, 120),
                 method_name(analysis),
                 clip(str(run.settings.get("backbone", "–"))),
-                *(with_interval(analysis["accuracy"][shot]) for shot in _SHOTS),
                 f"{len(analysis['weak']['never_right']):,}",
                 percent(analysis["calibration"]["before"]["overall"]["error"]),
                 percent(_nearest(analysis)),

@@ -153,6 +153,7 @@ def write_comparison(folders: Sequence[Path], *, output: Path | None = None, par
         title=f"Comparison of {number(len(runs), 'run')}",
         subtitle=", ".join(names),
         answers=_comparison_answers(named, differences),
+        accuracy=comparison.accuracy_table(runs, names),
         figures=comparison.figures_table(runs, names),
         pictures=pictures,
         differences=comparison.differences_table(differences),

@@ -69,7 +69,7 @@ def test_methods_without_groups_or_prompts(analysis):
     assert "the plain ViT" in found[PROMPTS].text
 
 
-def test_parts_that_were_left_out(analysis):
+def test_left_out_sections(analysis):
     del analysis["pool"], analysis["features"]
     analysis["left_out"] = {"pool": "no time.", "features": "no passes."}
     found = answers(analysis)

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from scipy.stats import binomtest
 
+from lpt_peft.analysis.plots import plot_classes
 from lpt_peft.errors import InputError, StateError
 from lpt_peft.recipe.predictions import read_predictions, write_predictions
 from lpt_peft.report import write_report
@@ -29,8 +30,9 @@ def written(tmp_path_factory):
 
 
 @pytest.fixture
-def run(tmp_path):
-    """The folder of a run, to be changed."""
+def run(tmp_path, monkeypatch):
+    """The folder of a run, to be changed, whose report has a single picture: drawing takes most of the time."""
+    monkeypatch.setattr("lpt_peft.report.write.figures", lambda analysis: {"classes": plot_classes(analysis)})
     write_run(tmp_path / "run", classes=5, images=60)
     return tmp_path / "run"
 
