@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lpt_peft._text import number
-from lpt_peft.report.classes import clip, percent, points, with_interval
+from lpt_peft.report.classes import clip, count, percent, points, with_interval
 
 _SHOTS = ("many", "medium", "few")
 _STATES = {"plain": "the plain ViT", "shared": "the shared prompt", "group": "the trained model with groups"}
 _Z = 1.96
 _TRUSTED = 0.05
 _NAMED = 5
+_ROUNDED = 0.0005  # of numbers with one decimal in percent
 
 
 class Answer(NamedTuple):
@@ -48,7 +48,7 @@ def _accuracy(analysis: Mapping[str, Any]) -> Answer:
     if overall is None or not total:
         return Answer(question, "Not measured", "No image was evaluated.")
     text = (
-        f"Mean over {number(_measured(classes), 'class')}, on {total:,} images of the {data['split']} split; "
+        f"Mean over {count(_measured(classes), 'class')}, on {total:,} images of the {data['split']} split; "
         f"{percent(sum(classes['correct']) / total)} of these images are right. The model was trained on "
         f"{sum(classes['train_images']):,} images."
     )
@@ -64,7 +64,7 @@ def _failing(analysis: Mapping[str, Any]) -> Answer:
     verdict = f"Weakest: {_name(classes, weakest[0])}"
     if never:
         verb = "is" if len(never) == 1 else "are"
-        verdict = f"{len(never):,} of {number(_measured(classes), 'class')} {verb} never right"
+        verdict = f"{len(never):,} of {count(_measured(classes), 'class')} {verb} never right"
     text = f"Weakest: {named}."
     if len(analysis["weak"]["worst"]) > len(weakest):
         share, mean = percent(analysis["weak"]["share"]), percent(analysis["weak"]["worst_accuracy"])
@@ -73,7 +73,7 @@ def _failing(analysis: Mapping[str, Any]) -> Answer:
         pair = analysis["confused_pairs"][0]
         text += (
             f" Most confused: {_name(classes, pair['target'])}, classified as {_name(classes, pair['prediction'])} in "
-            f"{pair['images']:,} of {number(classes['images'][pair['target']], 'image')}."
+            f"{pair['images']:,} of {count(classes['images'][pair['target']], 'image')}."
         )
     return Answer(question, verdict, text)
 
@@ -123,7 +123,7 @@ def _prompts(analysis: Mapping[str, Any]) -> Answer:
         return Answer(question, "Not measured", f"Features were not compared: {_reason(analysis, 'knn', 'features')}.")
     text = ", ".join(f"{_STATES.get(state, state)} {percent(value)}" for state, value in found.items())
     last = list(found)[-1]
-    gain, margin = found[last] - found["plain"], _margin(analysis, found["plain"])
+    gain, margin = found[last] - found["plain"], _margin(analysis, min((found["plain"], found[last]), key=_from_half))
     text = (
         f"Accuracy of the nearest training image, mean over classes: {text}. Differences up to about "
         f"{points(margin, sign=False)} can be chance for this number of test images."
@@ -198,7 +198,13 @@ def _margin(analysis: Mapping[str, Any], accuracy: float) -> float:
     images, data = analysis["classes"]["images"], analysis["data"]
     share = data["feature_images"] / max(1, data["images"])
     inverse = [1 / max(1.0, share * count) for count in images if count]
-    return _Z * math.sqrt(2 * accuracy * (1 - accuracy) * sum(inverse)) / max(1, len(inverse))
+    margin = _Z * math.sqrt(2 * accuracy * (1 - accuracy) * sum(inverse)) / max(1, len(inverse))
+    return max(margin, _ROUNDED)
+
+
+def _from_half(value: float) -> float:
+    """Smallest where the variance of an accuracy is largest."""
+    return abs(value - 0.5)
 
 
 def _weighted(values: list[float | None], images: list[int]) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from typing import Any, NamedTuple
 
-from lpt_peft._text import printable
+from lpt_peft._text import number, printable
 from lpt_peft.analysis.proportion import wilson_interval
 
 STATIC_ROWS = 300
@@ -121,6 +121,16 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%".replace("-", "−")
 
 
+def count(images: int, noun: str) -> str:
+    """A count with separators, and its noun.
+
+    Example:
+        >>> count(1, "class"), count(8142, "class")
+        ('1 class', '8,142 classes')
+    """
+    return number(images, noun).replace(str(images), f"{images:,}", 1)
+
+
 def points(value: float, *, sign: bool = True) -> str:
     r"""A difference in percentage points.
 
@@ -128,7 +138,8 @@ def points(value: float, *, sign: bool = True) -> str:
         >>> points(-0.012), points(0.012, sign=False)
         ('−1.2\xa0points', '1.2\xa0points')
     """
-    return f"{100 * value:{'+' if sign else ''}.1f}\N{NO-BREAK SPACE}points".replace("-", "−")
+    rounded = round(100 * value, 1) + 0.0  # no negative zero
+    return f"{rounded:{'+' if sign else ''}.1f}\N{NO-BREAK SPACE}points".replace("-", "−")
 
 
 def with_interval(interval: Mapping[str, float] | None, form: Callable[[float], str] = percent) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lpt_peft._text import number
 from lpt_peft.recipe.settings import TrainSettings
-from lpt_peft.report.classes import Column, Table, clip, percent
+from lpt_peft.report.classes import Column, Table, clip, count, percent
 from lpt_peft.report.comparison import flatten, method_name
 from lpt_peft.report.files import RunFiles
 
@@ -50,12 +49,12 @@ def _data(run: RunFiles) -> list[tuple[str, str]]:
         most, least = max(present, key=counts.__getitem__), min(present, key=counts.__getitem__)
         ends = " down to ".join(f"{counts[label]:,} ({clip(names[label])})" for label in (most, least))
         ratio = f"{counts[most] / counts[least]:,.0f}"
-        text = f"{sum(counts):,} of {number(len(counts), 'class')}; from {ends}, imbalance {ratio}"
+        text = f"{sum(counts):,} of {count(len(counts), 'class')}; from {ends}, imbalance {ratio}"
         found.append(("Training images", text))
     shots = [f"{classes['shots'].count(shot):,} {shot}" for shot in ("many", "medium", "few")]
     found.append(("Classes by training images", f"{', '.join(shots)} ({data['shot_rule']})"))
     if empty := classes["images"].count(0):
-        found.append(("Without evaluated images", f"{number(empty, 'class')}; they do not affect the accuracy"))
+        found.append(("Without evaluated images", f"{count(empty, 'class')}; they do not affect the accuracy"))
     if run.left_out_files:
         found.append(("Files left out", f"see left_out.json in {clip(str(run.folder), 200)}"))
     return found
@@ -73,9 +72,7 @@ def _training(run: RunFiles) -> list[tuple[str, str]]:
     for record in run.history:
         phases[str(record["phase"])] = phases.get(str(record["phase"]), 0) + 1
     if phases:
-        found.append(
-            ("Phases", ", ".join(f"{clip(name)} {number(epochs, 'epoch')}" for name, epochs in phases.items()))
-        )
+        found.append(("Phases", ", ".join(f"{clip(name)} {count(epochs, 'epoch')}" for name, epochs in phases.items())))
     model = run.analysis["model"]
     if model["phase"] is not None:
         length = f"{prompts.get('prompt_length', '–')} tokens per block"

@@ -19,7 +19,7 @@ from lpt_peft.report.partial import partial_analysis
 
 SETTINGS = "settings.json"
 _SAME = 0.01  # share of images whose predictions may differ between devices
-_SECTIONS = ("model", "data", "classes", "accuracy", "weak", "confused_pairs", "calibration")
+_SECTIONS = ("model", "data", "left_out", "classes", "accuracy", "weak", "confused_pairs", "calibration")
 _COLUMNS = ("name", "train_images", "shots", "images", "correct", "accuracy", "confused_with", "confused_images")
 
 

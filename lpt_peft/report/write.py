@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lpt_peft._files import write_atomic
-from lpt_peft._text import number
 from lpt_peft._version import __version__
 from lpt_peft.analysis.plots import figures
 from lpt_peft.data.images import LabelledImages
@@ -16,7 +15,7 @@ from lpt_peft.errors import InputError
 from lpt_peft.recipe.resume.folders import write_errors
 from lpt_peft.report import comparison
 from lpt_peft.report.answers import Answer, answers
-from lpt_peft.report.classes import Column, Table, class_table, clip, csv_link, percent, points, with_interval
+from lpt_peft.report.classes import Column, Table, class_table, clip, count, csv_link, percent, points, with_interval
 from lpt_peft.report.curves import plot_histories, plot_history, plot_runs
 from lpt_peft.report.facts import facts, results_table, settings_table
 from lpt_peft.report.files import RunFiles, read_run
@@ -150,7 +149,7 @@ def write_comparison(folders: Sequence[Path], *, output: Path | None = None, par
     content = render(
         "comparison.html",
         version=__version__,
-        title=f"Comparison of {number(len(runs), 'run')}",
+        title=f"Comparison of {count(len(runs), 'run')}",
         subtitle=", ".join(names),
         answers=_comparison_answers(named, differences),
         accuracy=comparison.accuracy_table(runs, names),
@@ -179,8 +178,8 @@ def _subtitle(run: RunFiles) -> str:
     backbone = run.settings.get("backbone")
     on = f" on {clip(str(backbone))}" if backbone else ""
     return (
-        f"{comparison.method_name(run.analysis)}{on}: {number(data['images'], 'image')} of the {data['split']} split, "
-        f"{number(model['classes'], 'class')}"
+        f"{comparison.method_name(run.analysis)}{on}: {count(data['images'], 'image')} of the {data['split']} split, "
+        f"{count(model['classes'], 'class')}"
     )
 
 
@@ -209,11 +208,11 @@ def _gallery_text(found: Gallery) -> str:
     if not found.mistakes:
         return "There are no mistakes."
     text = (
-        f"The {number(len(found.thumbnails), 'mistake')} with the highest probability of the predicted class, of "
+        f"The {count(len(found.thumbnails), 'mistake')} with the highest probability of the predicted class, of "
         f"{found.mistakes:,}: true class, → predicted class, probability."
     )
     return text + (
-        f" Skipped, because they cannot be read: {number(found.unreadable, 'image')}." if found.unreadable else ""
+        f" Skipped, because they cannot be read: {count(found.unreadable, 'image')}." if found.unreadable else ""
     )
 
 
@@ -231,7 +230,7 @@ def _comparison_answers(runs: Mapping[str, RunFiles], differences: comparison.Di
     if intervals:
         text = "; ".join(f"{clip(name)} {with_interval(interval, points)}" for name, interval in intervals.items())
         clear = [name for name, interval in intervals.items() if not interval["low"] <= 0 <= interval["high"]]
-        verdict = f"{len(clear)} of {number(len(intervals), 'further run')} differ clearly from the first"
+        verdict = f"{len(clear)} of {count(len(intervals), 'further run')} differ clearly from the first"
         text = f"Difference to {next(iter(runs))} on the same images: {text}."
         found.append(Answer("Is the difference more than chance?", verdict, text))
     return found
