@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +173,20 @@ def test_rows_are_valid_and_have_a_tuned_family(module, name, tmp_path):
     assert len(plan.cells(name, again, [0, 1])) == 2 * len(rows.rows)
 
 
+def test_the_published_results_are_those_of_the_rows(module, tmp_path):
+    """As docs/results.md promises, the suite continues from them."""
+    plan, suite = module("_plan"), module("suite")
+    (tmp_path / "results.jsonl").write_bytes(gzip.decompress((FOLDER / "results.jsonl.gz").read_bytes()))
+    results = suite.Results(tmp_path / "results.jsonl")
+    tune, rows = (read_rows(str(FOLDER / f"{name}.toml")) for name in ("tune", "rows"))
+    scores = {line["row"]: line["validation"]["overall"] for line in results.lines if line["stage"] == "tune"}
+    cells = [*plan.cells("tune", tune, [100]), *plan.cells("rows", plan.tuned(rows, tune, scores), range(3))]
+    assert sum(results.of(cell) is not None for cell in cells) == len(results.lines)
+    for chosen, row in zip(cells[len(tune.rows) :], plan.cells("rows", rows, range(3)), strict=True):
+        assert chosen.run.training.plan == row.run.training.plan  # rows.toml has the rates that won
+        assert chosen.run.training.optimizer == row.run.training.optimizer
+
+
 def test_the_suite_resumes_and_its_tables_follow(module, data, tmp_path, capsys):
     output = tmp_path / "out" / "results.jsonl"
     arguments = [str(data), "--output", str(output), "--seeds", "2", "--jobs", "1"]
@@ -206,3 +224,28 @@ def test_the_suite_resumes_and_its_tables_follow(module, data, tmp_path, capsys)
         assert cells[2].split()[0] == f"{np.mean(means):.1f}"
     with Image.open(tmp_path / "emoji.png") as picture:
         assert picture.width == 1200
+
+
+def test_run_sh_unpacks_and_starts_the_suite(module, data, tmp_path):
+    save_file({"weight": torch.ones(2, 3)}, tmp_path / "vit.safetensors")
+    module("pack").pack(data, tmp_path / "vit.safetensors", tmp_path / "packed")
+    files = [word for name in ("tune", "rows", "ablations") for word in (f"--{name}", str(tmp_path / f"{name}.toml"))]
+    work = tmp_path / "work"
+    command = [
+        "sh",
+        str(FOLDER / "run.sh"),
+        str(tmp_path / "packed"),
+        str(work),
+        *files,
+        "--jobs",
+        "1",
+        "--minutes",
+        "0",
+    ]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(FOLDER.parents[2])}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 3, found.stderr
+    assert found.stdout.startswith("Runs are left")
+    assert (work / "vit.safetensors").exists()
+    assert len(list((work / "emoji_lt" / "train").rglob("*.png"))) == sum(COUNTS.values())

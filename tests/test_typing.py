@@ -34,7 +34,8 @@ from typing import Literal
 
 from lpt_peft import (
     SHOT_RULES, AdapterOutput, CosineClassifier, LongTailPromptAdapter, LPTError, PoolMatch, PromptConfig, PromptPool,
-    SharedPrompt, ShotMetrics, ShotResult, ShotRule, __version__, cosine_logits, decay_selected, shot_metrics,
+    SharedPrompt, ShotMetrics, ShotResult, ShotRule, ViTClassifier, __version__, cosine_logits, decay_selected,
+    shot_metrics,
 )
 
 
@@ -95,6 +96,20 @@ def files(vit: nn.Module) -> None:
     adapter.load_prompts("folder", part="some")  # error
     OwnAdapter.from_pretrained("folder", vit, check_backbone="maybe")  # error
     assert_type(adapter.push_to_hub("me/prompts", private=True), CommitInfo)
+
+
+def without_prompts(vit: nn.Module, images: Tensor) -> None:
+    model = ViTClassifier.wrap(vit, 5, method="full")
+    assert_type(model, ViTClassifier)
+    assert_type(model(images), Tensor)
+    assert_type(model(images, return_output=True), AdapterOutput)
+    assert_type(model.features(images), Tensor)
+    assert_type(model.train(), ViTClassifier)
+    assert_type(model.unwrap(), nn.Module)
+    ViTClassifier.wrap(vit, 5, method="lpt")  # error
+    ViTClassifier.wrap(vit, 5)  # error
+    model.save_pretrained("folder", label_names=["a"])
+    assert_type(ViTClassifier.from_pretrained("folder", vit), ViTClassifier)
 
 
 def parts(features: Tensor, keys: nn.Parameter) -> None:

@@ -177,6 +177,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     left.set_title("Agreement with the exact query")
     left.legend(loc="lower right", fontsize=9)
     right.axhline(100 * report["exact"]["accuracy"], color="black", linestyle="--", label="exact query")
+    accuracies = [report["exact"]["accuracy"]]
+    accuracies += [p["accuracy"] for router in report["routers"].values() for p in router["points"]]
+    right.set_ylim(100 * min(accuracies) - 2, 100 * max(accuracies) + 2)  # an image is 0.2 points, no more than noise
     right.set_ylabel("test accuracy in % (mean over classes)")
     right.set_title("Accuracy")
     right.legend(loc="lower right", fontsize=9)

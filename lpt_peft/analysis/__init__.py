@@ -11,6 +11,7 @@ from lpt_peft.analysis.matching import Matching, group_histogram, matching_stati
 from lpt_peft.analysis.neighbours import knn_predict
 from lpt_peft.analysis.pool_value import Accuracy, PoolValue, accuracy_of, pool_value, predicted_classes
 from lpt_peft.analysis.projection import Discriminant, TwoSets, linear_discriminant, two_sets
+from lpt_peft.analysis.proportion import wilson_interval
 from lpt_peft.analysis.separability import Separability, separability
 from lpt_peft.analysis.shift import ClassMatch, Shift, accuracy_shift, add_noise, blur, match_classes
 
@@ -48,4 +49,5 @@ __all__ = [
     "separability",
     "two_sets",
     "weak_classes",
+    "wilson_interval",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -43,10 +43,13 @@ def evaluate(
         from lpt_peft.cli.common.load_run import load_run
         from lpt_peft.cli.common.open_data import open_splits, open_test_splits, set_transforms
         from lpt_peft.cli.common.split_summary import print_summaries
-        from lpt_peft.cli.common.tables import print_results
+        from lpt_peft.cli.common.streams import print_json
+        from lpt_peft.cli.common.tables import print_extremes, print_results
         from lpt_peft.metrics import ShotMetrics, ShotResult
+        from lpt_peft.recipe.class_report import split_results
         from lpt_peft.recipe.evaluate import evaluate as measure
         from lpt_peft.recipe.left_out import has_unreadable
+        from lpt_peft.recipe.predictions import PredictionRecorder
         from lpt_peft.recipe.progress import Reporter
         from lpt_peft.recipe.train import make_accelerator
 
@@ -77,10 +80,12 @@ def evaluate(
     print_summaries(splits)
     notice(f"device {accelerator.device}")
     results: dict[str, ShotResult] = {}
+    entries: dict[str, dict[str, Any]] = {}
     workers = run.training.num_workers
     with Reporter(True, accelerator.is_main_process).unreadable_images(**splits):
         for name in ("validation", "test"):
             if name in splits:
+                recorder = PredictionRecorder()
                 results[name] = measure(
                     run.model,
                     splits[name],
@@ -89,8 +94,16 @@ def evaluate(
                     accelerator=accelerator,
                     crops=crops,
                     post_hoc_tau=post_hoc_tau,
+                    recorder=recorder,
                 )
-    print_results(results, as_json=as_json)
+                assert recorder.result is not None  # noqa: S101 - narrows the type
+                entries[name] = split_results(results[name], recorder.result, run.class_names, counts, metrics.rule)
+    if as_json:
+        print_json(entries)
+    else:
+        print_results(results)
+        for name, result in results.items():
+            print_extremes(result, run.class_names, counts, name)
     return INCOMPLETE if has_unreadable(splits) else OK
 
 

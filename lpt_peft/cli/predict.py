@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from lpt_peft._text import printable
+from lpt_peft._text import number, printable
 from lpt_peft.cli.common.exit_codes import FAILED, INCOMPLETE, OK
 from lpt_peft.cli.common.extras import requires_extra
-from lpt_peft.cli.common.messages import without_errno
+from lpt_peft.cli.common.messages import notice, without_errno
 from lpt_peft.cli.common.options import Json
 from lpt_peft.cli.common.streams import dump_json
 from lpt_peft.errors import ConfigError, InputError
@@ -33,6 +33,7 @@ def predict(
     images: tyro.conf.Positional[tuple[Path, ...]],
     /,
     show: int | None = None,
+    min_probability: float = 0.0,
     as_json: Json = False,
 ) -> int:
     """Print the most probable classes of images; images that cannot be read are left out and named at the end.
@@ -41,6 +42,7 @@ def predict(
         folder: Output folder of `lpt-peft train`, or a prompt file or model file.
         images: Image files; - reads their paths from standard input, one per line or separated by NUL.
         show: Classes to print for each image, the most probable first; None: 3, or all of fewer.
+        min_probability: Reject images whose most probable class has a lower probability; they are marked and counted.
         as_json: Print a JSON list with an object for each image: its classes, or the error of reading it.
     """
     with requires_extra("lpt-peft predict", "train"):
@@ -52,23 +54,36 @@ def predict(
         raise InputError("predict needs images: lpt-peft predict DIR IMAGE ..., or - to read paths from stdin.")
     if show is not None and show < 1:
         raise ConfigError(f"--show {show} must be at least 1.")
+    if not 0 <= min_probability <= 1:
+        raise ConfigError(f"--min-probability {min_probability:g} must be a probability, from 0 to 1.")
     run = load_run(folder)
+    if min_probability and run.model.metadata.temperature is None:
+        notice("the probabilities are not calibrated: the run had no validation split to fit a temperature on")
     num_classes = len(run.class_names)
     if show is not None and show > num_classes:
         raise ConfigError(f"--show {show} must be from 1 to {num_classes}, the number of classes.")
     failed: list[dict[str, Any]] = []
+    rejected = 0
     separator = "["
     for answers in _predictions(run, paths, min(show or _SHOW, num_classes)):
         failed += [answer for answer in answers if "error" in answer]
+        for answer in answers:
+            if min_probability and "classes" in answer:
+                answer["rejected"] = answer["classes"][0]["probability"] < min_probability
+                rejected += answer["rejected"]
         if as_json:
             for answer in answers:
                 print(separator, dump_json(answer), sep="\n", end="")
                 separator = ","
-        elif rows := [(a["image"], *map(_cell, a["classes"])) for a in answers if "classes" in a]:
+        elif rows := [_row(answer) for answer in answers if "classes" in answer]:
             print_table(rows)
         sys.stdout.flush()  # answers before an interruption are not lost
     if as_json:
         print("\n]")
+    if rejected:
+        notice(
+            f"{rejected} of {number(len(paths), 'image')} rejected: no class has a probability of {min_probability:g}"
+        )
     if not failed:
         return OK
     print(f"lpt-peft: {len(failed)} of {len(paths)} images cannot be read and were left out:", file=sys.stderr)
@@ -140,6 +155,11 @@ def _given_paths(images: Sequence[Path]) -> Iterator[Path]:
         for name in content.split(b"\0" if b"\0" in content else b"\n"):
             if name := name.removesuffix(b"\r"):  # of lists written on Windows
                 yield Path(os.fsdecode(name))
+
+
+def _row(answer: dict[str, Any]) -> tuple[str, ...]:
+    first, *others = map(_cell, answer["classes"])
+    return (answer["image"], f"rejected ({first})" if answer.get("rejected") else first, *others)
 
 
 def _cell(entry: dict[str, Any]) -> str:

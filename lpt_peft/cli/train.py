@@ -7,6 +7,7 @@ Not here: the training (`lpt_peft.recipe`), the settings (`common/run_settings.p
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -96,7 +97,7 @@ def run_training(
         from lpt_peft.cli.common.build_adapter import build_model
         from lpt_peft.cli.common.find_rate import find_rate
         from lpt_peft.cli.common.open_data import check_output, open_splits, set_transforms
-        from lpt_peft.cli.common.streams import print_text
+        from lpt_peft.cli.common.streams import print_json, print_text
         from lpt_peft.cli.common.tables import print_results
         from lpt_peft.recipe.experiment import LEFT_OUT, RESULTS, Splits, fit, write_json
         from lpt_peft.recipe.left_out import has_unreadable
@@ -141,11 +142,13 @@ def run_training(
     if not accelerator.is_main_process:
         return status
     write_json(output / SETTINGS, {"data": data, **settings})
-    print_results(results, as_json=as_json)
-    if not as_json:
-        listed = f", {LEFT_OUT}" if (output / LEFT_OUT).exists() else ""
-        result = method_of(model, run.training).folder
-        print_text(f"Written to {output}/: {result}/, {RESULTS}, history.json, {SETTINGS}{listed}, checkpoints/")
+    if as_json:
+        print_json(json.loads((output / RESULTS).read_bytes()))
+        return status
+    print_results(results)
+    listed = f", {LEFT_OUT}" if (output / LEFT_OUT).exists() else ""
+    result = method_of(model, run.training).folder
+    print_text(f"Written to {output}/: {result}/, {RESULTS}, history.json, {SETTINGS}{listed}, checkpoints/")
     return status
 
 

@@ -19,7 +19,13 @@ from lpt_peft.vit_classifier import ViTClassifier
 
 EPOCHS = 10
 SIZES: Mapping[str, Any] = {"prompt_length": 8, "pool_size": 10, "top_k": 2}
-_BASE = TrainSettings(batch_size=32, samples_per_class=1, clip_norm=5.0, num_workers=0)  # digits are in memory
+_BASE = TrainSettings(
+    batch_size=16,
+    samples_per_class=1,
+    init_head="class_mean",
+    clip_norm=5.0,
+    num_workers=0,  # digits are in memory
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +45,12 @@ class Row:
 
 
 def rows(epochs: int = EPOCHS) -> list[Row]:
-    """Return the five rows; each trains for `epochs` epochs of steps of 32 images."""
+    """Return the five rows; each trains for `epochs` epochs of steps of 16 images."""
     skipped = PhaseSettings(epochs=0)
     plain: dict[str, Any] = {"sampling": "instance", "loss": "cross_entropy"}
     probe = PhaseSettings(epochs=epochs, learning_rate=2.0, weight_decay=0.01)
     prompts = PhaseSettings(epochs=epochs, learning_rate=0.4, weight_decay=0.01)
-    second = max(1, epochs // 4) if epochs > 1 else 0
+    second = max(1, epochs // 5) if epochs > 1 else 0
     first = replace(prompts, epochs=epochs - second)
     group = PhaseSettings(epochs=second, learning_rate=0.2, weight_decay=0.01)
     head, deep = replace(_BASE, method="linear_probe", shared=probe), replace(_BASE, method="vpt_deep", shared=prompts)
@@ -53,5 +59,5 @@ def rows(epochs: int = EPOCHS) -> list[Row]:
         Row(name="linear probe, A-GCL", settings=head),
         Row(name="VPT-Deep, cross-entropy", settings=replace(deep, **plain)),
         Row(name="LPT, phase 1", settings=replace(_BASE, shared=prompts, group=skipped)),
-        Row(name="LPT", settings=replace(_BASE, shared=first, group=group)),
+        Row(name="LPT", settings=replace(_BASE, shared=first, group=group), prompts={**SIZES, "query": "block_k"}),
     ]

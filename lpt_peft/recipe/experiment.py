@@ -5,7 +5,7 @@
     model/         the model file
     history.json   a record per epoch
     predictions.safetensors  predictions of the validation and test splits
-    results.json   shot metrics of the validation and test splits
+    results.json   of the validation and test splits: shot metrics, and those of `class_report.py`
     left_out.json  files that were left out or cannot be read, if any
 
 Not here: training (`train.py`), and opening data and backbone (`lpt_peft.cli`).
@@ -15,19 +15,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from lpt_peft._files import write_atomic
+from lpt_peft._text import number
+from lpt_peft.analysis import fit_temperature
 from lpt_peft.checkpoint.files import read_copy, refuse_foreign_config
 from lpt_peft.data.images import LabelledImages
-from lpt_peft.errors import ConfigError, StateError
+from lpt_peft.errors import ConfigError, InputError, StateError
 from lpt_peft.metrics import ShotMetrics, ShotResult
 from lpt_peft.metrics.result import SHOTS
 from lpt_peft.recipe.checks import check_evaluation_split
+from lpt_peft.recipe.class_report import split_results
 from lpt_peft.recipe.evaluate import evaluate
 from lpt_peft.recipe.left_out import left_out_files
 from lpt_peft.recipe.methods import Model, method_of
@@ -41,6 +46,7 @@ from lpt_peft.recipe.train import make_accelerator, train
 
 CHECKPOINTS, HISTORY, RESULTS = "checkpoints", "history.json", "results.json"
 LEFT_OUT = "left_out.json"
+_MOST_LOGITS = 10**8  # numbers: validation images times classes of which the temperature is fitted
 
 
 class Splits(NamedTuple):
@@ -121,8 +127,6 @@ def fit(
     reporter = Reporter(progress, accelerator.is_main_process)
     if splits.test is not None:
         reporter.note(f"Test: {describe_split(splits.test, model.num_classes)}")
-    results = {}
-    predictions: dict[str, Predictions] = {}
     with reporter.unreadable_images(**splits._asdict()):
         history = train(
             model,
@@ -141,20 +145,10 @@ def fit(
             resume=resume,
             progress=progress,
         )
-        for name, split in (("validation", splits.validation), ("test", splits.test)):
-            if split is not None:
-                recorder = PredictionRecorder()
-                results[name] = evaluate(
-                    model,
-                    split,
-                    metrics,
-                    num_workers=settings.num_workers,
-                    distributed=True,
-                    accelerator=accelerator,
-                    recorder=recorder,
-                )
-                assert recorder.result is not None  # noqa: S101 - narrows the type
-                predictions[name] = recorder.result
+        model.metadata = replace(model.metadata, temperature=None)  # of earlier weights
+        results, predictions = _measure(
+            model, splits, metrics, num_workers=settings.num_workers, accelerator=accelerator, reporter=reporter
+        )
         for split in splits:
             if isinstance(split, LabelledImages):
                 split.unreadable_images.add(gather_numbers(accelerator, split.unreadable_images.positions()))
@@ -165,7 +159,9 @@ def fit(
             save(figures)
             write_predictions(output / PREDICTIONS, predictions)
         write_json(output / HISTORY, history)
-        write_json(output / RESULTS, {name: result.to_dict() for name, result in results.items()})
+        about_classes = (splits.train.class_names, splits.train.class_counts, metrics.rule)
+        entries = {name: split_results(results[name], found, *about_classes) for name, found in predictions.items()}
+        write_json(output / RESULTS, entries)
         if left_out := left_out_files(splits._asdict()):
             write_json(output / LEFT_OUT, left_out)
             reporter.note(f"Files that were left out or cannot be read: {output / LEFT_OUT}")
@@ -174,6 +170,54 @@ def fit(
 
     on_main_process(accelerator, write)
     return results
+
+
+def _measure(
+    model: Model,
+    splits: Splits,
+    metrics: ShotMetrics,
+    *,
+    num_workers: int | None,
+    accelerator: Accelerator,
+    reporter: Reporter,
+) -> tuple[dict[str, ShotResult], dict[str, Predictions]]:
+    """Evaluate the validation split, which also gives the temperature, and the test split."""
+    results: dict[str, ShotResult] = {}
+    predictions: dict[str, Predictions] = {}
+    for name, split in (("validation", splits.validation), ("test", splits.test)):
+        if split is None:
+            continue
+        most = max(1, _MOST_LOGITS // model.num_classes)
+        every = max(1, -(-len(split) // most)) if name == "validation" else None  # type: ignore[arg-type]
+        recorder = PredictionRecorder(logits_every=every)
+        results[name] = evaluate(
+            model,
+            split,
+            metrics,
+            num_workers=num_workers,
+            distributed=True,
+            accelerator=accelerator,
+            recorder=recorder,
+        )
+        assert recorder.result is not None  # noqa: S101 - narrows the type
+        predictions[name] = recorder.result
+        if recorder.logits is not None:
+            _calibrate(model, *recorder.logits, reporter)
+    return results, predictions
+
+
+def _calibrate(model: Model, logits: Tensor, target: Tensor, reporter: Reporter) -> None:
+    """Fit the temperature of a model on validation images; its file stores it, and predictions use it."""
+    try:
+        value = fit_temperature(logits, target).value
+    except InputError as error:
+        reporter.note(f"note: no temperature calibrates the probabilities: {error}")
+        value = None
+    else:
+        reporter.note(
+            f"Temperature of the probabilities, fitted on {number(len(target), 'validation image')}: {value:.3g}"
+        )
+    model.metadata = replace(model.metadata, temperature=value)
 
 
 def write_json(path: Path, content: Any) -> None:

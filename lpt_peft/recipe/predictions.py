@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lpt_peft._files import write_atomic
 from lpt_peft._json import dumps, loads
+from lpt_peft._numerics import at_least_float32
 from lpt_peft.errors import InputError, StateError
 from lpt_peft.metrics.accumulator import predict_labels
 
@@ -60,13 +61,21 @@ class Predictions(NamedTuple):
 class PredictionRecorder:
     """Collects predictions batch by batch, on the model's device, without waiting for it.
 
+    Args:
+        logits_every: Also keep the logits of every n-th image of a process; None keeps none.
+
     Attributes:
         result: Predictions of the last complete evaluation; None before.
+        logits: Kept logits (n, C) of that evaluation on the CPU, of all processes, and their true classes (n,); None if
+            none are kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, logits_every: int | None = None) -> None:
         self.result: Predictions | None = None
+        self.logits: tuple[Tensor, Tensor] | None = None
+        self._every, self._seen = logits_every, 0
         self._batches: list[tuple[Tensor, ...]] = []
+        self._logits: list[tuple[Tensor, Tensor]] = []
 
     def update(self, output: Any, target: Tensor) -> None:
         """Record a batch.
@@ -79,6 +88,10 @@ class PredictionRecorder:
         groups = getattr(output, "groups", None)
         groups = prediction.new_empty(len(prediction), 0) if groups is None else groups
         self._batches.append((target, prediction, probability.float(), groups))
+        if self._every is not None:
+            kept = slice(-self._seen % self._every, None, self._every)
+            self._seen += len(target)
+            self._logits.append((at_least_float32(output[0])[kept], target[kept]))
 
     def gather(self, positions: list[int], size: int, *, images: str | None = None, distributed: bool = False) -> None:
         """Set `result` to the recorded predictions in the order of the split, and forget them.
@@ -90,6 +103,12 @@ class PredictionRecorder:
             distributed: Join the images of all processes, which must all call this.
         """
         batches, self._batches = self._batches, []
+        kept, self._logits, self._seen = self._logits, [], 0
+        if self._every is not None:
+            own = [torch.cat(field).cpu() for field in zip(*kept, strict=True)] if kept else None
+            parts = [part for part in (_all_shards(own) if distributed else [own]) if part is not None]
+            joined = [torch.cat(field) for field in zip(*parts, strict=True)] if parts else None
+            self.logits = None if joined is None else (joined[0], joined[1])
         shard: list[Tensor] | None = None
         if batches:
             fields = (torch.cat(field).cpu() for field in zip(*batches, strict=True))

@@ -25,6 +25,12 @@ def test_evaluate_gives_the_results_of_the_run(run, data, capsys):
     out = capsys.readouterr().out
     assert f"{100 * expected['test']['overall']:.2f}" in out
     assert "many: n > 100, medium: 20 < n <= 100, few: n <= 20" in out
+    rows = expected["test"]["classes"]
+    worst = min(rows, key=lambda row: (row["accuracy"], -row["train_images"]))
+    assert f"worst: {worst['name']} {100 * worst['accuracy']:.0f} % ({worst['train_images']})" in out
+    never = sum(row["accuracy"] == 0 for row in rows)
+    assert f"test: {never} of 3 classes never right" in out
+    assert expected["test"]["never_right"] == never
 
 
 def test_evaluate_uses_the_precision_of_the_run(data, tmp_path, capsys):

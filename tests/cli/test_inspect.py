@@ -102,7 +102,7 @@ def test_the_output_folder_of_a_run(folder, capsys):
     (run / "settings.json").write_text("{}")
     folder.rename(run / "elsewhere")
     assert main(["inspect", str(run)]) == 1
-    assert "holds no prompts yet" in capsys.readouterr().err
+    assert "holds no result yet" in capsys.readouterr().err
 
 
 def test_a_file_in_place_of_a_folder(folder, capsys):

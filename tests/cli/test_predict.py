@@ -28,7 +28,10 @@ def test_predict_names_classes(run, data, capsys):
     assert [answer["image"] for answer in answers] == images
     assert all(len(answer["classes"]) == 2 for answer in answers)
     pixels = torch.stack([torch.from_numpy(np.array(Image.open(image))) for image in images]).permute(0, 3, 1, 2)
-    expected = load_adapter(run / "prompts").eval()(pixels / 127.5 - 1).softmax(1)  # 32 px, mean and std 0.5
+    adapter = load_adapter(run / "prompts").eval()
+    logits = adapter(pixels / 127.5 - 1)  # 32 px, mean and std 0.5
+    assert adapter.metadata.temperature not in (None, 1.0), "fitted on the validation split"
+    expected = (logits / adapter.metadata.temperature).softmax(1)
     for answer, probabilities in zip(answers, expected, strict=True):
         best = probabilities.argsort(descending=True).tolist()[:2]
         assert [entry["class"] for entry in answer["classes"]] == [NAMES[label] for label in best]
@@ -40,9 +43,26 @@ def test_predict_names_classes(run, data, capsys):
     assert [line.split()[1] for line in lines] == [answer["classes"][0]["class"] for answer in answers]
 
 
+def test_images_without_a_probable_class_are_rejected(run, pair_run, data, capsys):
+    images = [str(data / "test" / name / "0.png") for name in NAMES]
+    assert main(["predict", str(run), *images, "--json"]) == 0
+    highest = sorted(answer["classes"][0]["probability"] for answer in json.loads(capsys.readouterr().out))
+    between = str((highest[0] + highest[1]) / 2)
+    assert main(["predict", str(run), *images, "--json", "--min-probability", between]) == 0
+    out, err = capsys.readouterr()
+    answers = json.loads(out)
+    assert sorted(answer["classes"][0]["probability"] for answer in answers if answer["rejected"]) == highest[:1]
+    assert "1 of 3 images rejected: no class has a probability of" in err
+    assert main(["predict", str(run), *images, "--min-probability", between]) == 0
+    assert sum(" rejected (" in line for line in capsys.readouterr().out.splitlines()) == 1
+    assert main(["predict", str(pair_run), images[0], "--min-probability", "0.1"]) == 0
+    assert "not calibrated: the run had no validation split" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["predict", "RUN", "a.png", "--min-probability", "1.5"], "--min-probability 1.5 must be a probability"),
         (["predict", "RUN", "broken.png"], "broken.png: not an image"),
         (["predict", "RUN", "nowhere.png"], "nowhere.png: No such file or directory"),
         (["predict", "RUN", "nowhere.png", "--show", "4"], "--show 4 must be from 1 to 3"),

@@ -9,6 +9,7 @@ import pytest
 from lpt_peft.checkpoint import read_prompt_file
 from lpt_peft.cli import main
 from tests.cli.runs import BACKBONE, SMALL
+from tests.test_routing import TRAINING, trained_adapter
 
 
 def test_a_run_in_a_single_pass(data, tmp_path, capsys):
@@ -43,3 +44,13 @@ def test_refused_flags(tmp_path, capsys, flags, message):
     assert status
     streams = capsys.readouterr()
     assert message in streams.err + streams.out
+
+
+def test_inspect_describes_a_router(tmp_path, capsys):
+    adapter = trained_adapter()
+    adapter.fit_router(TRAINING, features="random", width=8, blocks=2, progress=False)
+    adapter.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "router          tokens of the 2 block boundaries up to K and 8 random features of them" in text
+    assert "router.weight" in text

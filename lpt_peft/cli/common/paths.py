@@ -47,7 +47,7 @@ def prompt_folder(folder: Path) -> Path:
     Another folder is returned unchanged.
 
     Raises:
-        StateError: The run has not written its prompts yet.
+        StateError: The run has not written its prompts yet, or was trained by a method without prompts.
     """
     if folder.name == _WEIGHTS and folder.is_file():
         return folder.parent
@@ -59,7 +59,7 @@ def prompt_folder(folder: Path) -> Path:
                 "prompt file. Its weights are in model/."
             )
         raise StateError(
-            f"{folder} holds no prompts yet: its training was interrupted. The same lpt-peft train command resumes it."
+            f"{folder} holds no result yet: its training was interrupted. The same lpt-peft train command resumes it."
         )
     return prompts if prompts.is_dir() and not (folder / _WEIGHTS).exists() else folder
 
@@ -100,7 +100,8 @@ def existing_prompt_folder(folder: Path) -> Path:
         return prompts
     problem = f"has no {_WEIGHTS}" if folder.is_dir() else "does not exist" if not folder.exists() else "is not a run"
     raise PromptFileNotFoundError(
-        f"{folder} {problem}: give the output folder of lpt-peft train, or a folder with {_WEIGHTS}, before the images."
+        f"{folder} {problem}: give the output folder of lpt-peft train, or a folder with {_WEIGHTS} or "
+        f"{_MODEL_WEIGHTS}, before the images."
     )
 
 

@@ -12,20 +12,18 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from lpt_peft._text import printable
-from lpt_peft.cli.common.streams import print_json, print_text
+from lpt_peft._text import number, printable
+from lpt_peft.cli.common.streams import print_text
 from lpt_peft.metrics import ShotResult
 from lpt_peft.metrics.result import SHOTS
 
 _FIGURES = (*SHOTS, "accuracy", "worst_accuracy")
+_EXTREMES = 5
 _UNLIMITED = 1_000_000  # columns, in a file or a pipe
 
 
-def print_results(results: Mapping[str, ShotResult], *, as_json: bool) -> None:
-    """Print a row for each split, in percent, and the shot rule; or one JSON object."""
-    if as_json:
-        print_json({name: result.to_dict() for name, result in results.items()})
-        return
+def print_results(results: Mapping[str, ShotResult]) -> None:
+    """Print a row for each split, in percent, and the shot rule."""
     if not results:
         print_text("There is neither a validation nor a test split, so nothing was measured.")
         return
@@ -37,6 +35,19 @@ def print_results(results: Mapping[str, ShotResult], *, as_json: bool) -> None:
     print_table(rows, header)
     for rule in dict.fromkeys(result.rule for result in results.values()):
         print_text(rule)
+
+
+def print_extremes(result: ShotResult, class_names: Sequence[str], class_counts: Sequence[int], split: str) -> None:
+    """Print the five worst and best classes; of equal accuracies, those with more training images first."""
+    found = [(accuracy, label) for label, accuracy in enumerate(result.per_class) if accuracy is not None]
+    if not found:
+        return
+    never = sum(accuracy == 0 for accuracy, _ in found)
+    print_text(f"{split}: {never} of {number(len(found), 'class')} never right")
+    for title, sign in (("worst", 1), ("best", -1)):
+        first = sorted(found, key=lambda entry: (sign * entry[0], -class_counts[entry[1]]))[:_EXTREMES]
+        classes = ", ".join(f"{class_names[c]} {100 * accuracy:.0f} % ({class_counts[c]:,})" for accuracy, c in first)
+        print_text(f"  {title}: {classes}")
 
 
 def print_table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:

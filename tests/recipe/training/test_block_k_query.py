@@ -67,3 +67,14 @@ def test_a_run_with_the_other_query_is_not_resumed(tmp_path):
     train(tiny_adapter(), dataset, labels, settings, checkpoints=tmp_path, progress=False)
     with pytest.raises(StateError, match="prompts.query is 'block_k' now and was 'final'"):
         train(tiny_adapter(query="block_k"), dataset, labels, settings, checkpoints=tmp_path, progress=False)
+
+
+def test_training_removes_a_router(capsys):
+    dataset, labels = striped_data()
+    adapter = tiny_adapter()
+    adapter.phase = "group"
+    adapter.fit_router(dataset.tensors[0], progress=False)
+    settings = replace(SHORT, shared=replace(PHASE, epochs=0), group=replace(PHASE, epochs=1), init_keys="random")
+    train(adapter, dataset, labels, settings)
+    assert adapter.router is None
+    assert "The router was removed, since training changes the queries" in capsys.readouterr().err
