@@ -99,6 +99,7 @@ def _commands(words: Sequence[str]) -> dict[str, Callable[..., Any]]:
     from lpt_peft.cli.predict import predict
     from lpt_peft.cli.pull import pull
     from lpt_peft.cli.push import push
+    from lpt_peft.cli.report import report
     from lpt_peft.cli.train import train_command
 
     return {
@@ -113,5 +114,6 @@ def _commands(words: Sequence[str]) -> dict[str, Callable[..., Any]]:
         "predict": predict,
         "pull": pull,
         "push": push,
+        "report": report,
         "train": train_command(words),
     }

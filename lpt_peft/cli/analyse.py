@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tyro
 
@@ -50,8 +50,52 @@ def analyse(
         as_json: Print the content of analysis.json instead of tables.
     """
     with requires_extra("lpt-peft analyse", "train"):
-        from lpt_peft.cli.common.load_run import load_run
         from lpt_peft.cli.common.streams import print_json, print_text
+
+    found = analyse_run(
+        run,
+        data,
+        shifts=_named_paths(shift),
+        pretraining=pretraining,
+        output=output,
+        max_images=max_images,
+        max_variant_images=max_variant_images,
+    )
+    if as_json:
+        print_json(found.analysis)
+    else:
+        _print_tables(found.analysis)
+        print_text(f"Written to {found.written[0].parent}/: {', '.join(path.name for path in found.written)}")
+    return INCOMPLETE if found.incomplete else OK
+
+
+class AnalysedRun(NamedTuple):
+    """An analysis that was written."""
+
+    analysis: dict[str, Any]
+    written: list[Path]
+    """analysis.json and pictures."""
+    incomplete: bool
+    """Whether images could not be read."""
+
+
+def analyse_run(
+    run: Path,
+    data: str | None,
+    *,
+    shifts: Mapping[str, Path],
+    pretraining: Path | None = None,
+    output: Path | None = None,
+    max_images: int,
+    max_variant_images: int,
+) -> AnalysedRun:
+    """Analyse a run and write the files; see `analyse`.
+
+    Raises:
+        LPTError: The run or the images are not usable, or a library is missing.
+    """
+    with requires_extra("lpt-peft analyse", "train"):
+        from lpt_peft.cli.common.load_run import load_run
         from lpt_peft.cli.evaluate import available_precision
         from lpt_peft.recipe.analyse import ANALYSIS_FOLDER, analyse, write_analysis
         from lpt_peft.recipe.left_out import has_unreadable
@@ -59,7 +103,6 @@ def analyse(
     with requires_extra("lpt-peft analyse", "analysis"):
         import matplotlib  # noqa: F401 - before the passes, not after them
 
-    sources = _named_paths(shift)
     loaded = load_run(run)
     counts = loaded.model.metadata.class_counts
     if counts is None:
@@ -67,7 +110,7 @@ def analyse(
             f"The model in {run} has no class counts, which decide the many-, medium- and few-shot classes. Save it "
             "with class_counts."
         )
-    images, splits = _open(loaded, run, data, sources, pretraining)
+    images, splits = _open(loaded, run, data, shifts, pretraining)
     training = available_precision(loaded.training)
     analysis = analyse(
         loaded.model,
@@ -80,14 +123,8 @@ def analyse(
         max_images=max_images,
         max_variant_images=max_variant_images,
     )
-    folder = output or (run.parent if run.is_file() else run) / ANALYSIS_FOLDER
-    written = write_analysis(analysis, folder)
-    if as_json:
-        print_json(analysis)
-    else:
-        _print_tables(analysis)
-        print_text(f"Written to {folder}/: {', '.join(path.name for path in written)}")
-    return INCOMPLETE if has_unreadable(splits) else OK
+    written = write_analysis(analysis, output or (run.parent if run.is_file() else run) / ANALYSIS_FOLDER)
+    return AnalysedRun(analysis, written, has_unreadable(splits))
 
 
 def _named_paths(given: tuple[str, ...]) -> dict[str, Path]:
