@@ -16,7 +16,7 @@ def demo(
     """Train in five ways on the digits, compare them, and write a table, a figure and a prompt file.
 
     Args:
-        output: Folder for prompts/, test/, results.json and digits.png.
+        output: Folder for prompts/, test/, results.json, digits.png and report.html.
         seeds: Number of seeds, for mean and spread.
         epochs: Passes over the training images, the same for every row.
         resume: Resume an interrupted run in that folder; --no-resume starts again.
@@ -45,6 +45,7 @@ def demo(
     print_text(f"Groups that no training image chose: {result.dead_groups or 'none'}.")
     print_text("The prompt file was loaded on a new backbone: all predictions are identical.")
     print_text(f"Written to {output}/: prompts/ (the prompt file), test/ (the test images), results.json, digits.png")
+    print_text(f"Which classes fail, and why: open {output}/report.html in a browser.")
     print("Try next:")
     for words in next_commands(output):
         print(f"  {shlex.join(words)}")

@@ -22,13 +22,16 @@ from lpt_peft.demo.result import DemoResult, RowResult
 from lpt_peft.demo.rows import EPOCHS, Row, rows
 from lpt_peft.errors import ConfigError, LPTError
 from lpt_peft.metrics import ShotResult
-from lpt_peft.recipe import Splits, fit, predict
+from lpt_peft.recipe import Splits, TrainSettings, fit, predict
+from lpt_peft.recipe.analyse.run import AnalysedImages, analyse
 from lpt_peft.recipe.experiment import RESULTS, write_json
 from lpt_peft.recipe.methods import PROMPTS, Model
 from lpt_peft.recipe.training.phase_init import trained_parameters
+from lpt_peft.report import write_report
 
-RUNS, IMAGES = "runs", "test"
+RUNS, IMAGES, REPORT = "runs", "test", "report.html"
 SHOT_RULE = "lpt"
+NAMES = [str(digit) for digit in range(NUM_CLASSES)]
 
 
 class DemoError(LPTError):
@@ -38,7 +41,7 @@ class DemoError(LPTError):
 def run_demo(
     output: Path, *, seeds: int = 1, epochs: int = EPOCHS, resume: bool = True, progress: bool = True
 ) -> DemoResult:
-    """Train and test; write `results.json`, `digits.png` and the folders `prompts` and `test` into `output`.
+    """Train and test; write `results.json`, pictures, a report, and the folders `prompts` and `test` into `output`.
 
     Args:
         output: Folder to write into; created if missing. Its `runs/` holds the trained rows until the run is complete.
@@ -90,6 +93,8 @@ def run_demo(
     write_json(output / RESULTS, demo_result.to_dict())
     draw(demo_result, output / "digits.png")
     save_images(output / IMAGES)
+    best = output / RUNS / f"row{len(table) - 1}-seed0"
+    _report(lpt, best, output / REPORT, (mean, std), progress=progress)
     for folder in trained:  # and nothing else that a folder of this name may hold
         shutil.rmtree(folder)
     with suppress(OSError):
@@ -112,10 +117,41 @@ def train_row(
     with seeded(seed):
         model = row.build()
     bar = progress and f"{row.name}, seed {seed}"
-    train_images = from_dataset(train_set, class_names=[str(digit) for digit in range(NUM_CLASSES)])
+    train_images = from_dataset(train_set, class_names=NAMES)
     splits = Splits(train=train_images, test=test_set)
     results = fit(model, splits, settings, folder, shot_rule=SHOT_RULE, resume=resume, progress=bar)
     return model, results["test"]
+
+
+def _report(
+    adapter: LongTailPromptAdapter,
+    folder: Path,
+    output: Path,
+    norm: tuple[tuple[float, ...], tuple[float, ...]],
+    *,
+    progress: bool,
+) -> None:
+    """Analyse the run of the last row on the test images, and write its page."""
+    mean, std = norm
+    train, test = (from_dataset(DigitsLT(split, mean=mean, std=std), class_names=NAMES) for split in ("train", "test"))
+    images = AnalysedImages(evaluation=test, split="test", source="handwritten digits of scikit-learn", train=train)
+    analysis = analyse(
+        adapter,
+        images,
+        class_names=NAMES,
+        class_counts=train.class_counts,
+        shot_rule=SHOT_RULE,
+        settings=TrainSettings(num_workers=0),
+        progress=progress,
+    )
+    plain = DigitsLT("test", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    write_report(
+        folder,
+        output=output,
+        analysis=analysis,
+        images=from_dataset(plain, class_names=NAMES),
+        command=["lpt-peft", "demo", "--output", str(output.parent)],
+    )
 
 
 def save_images(folder: Path) -> None:

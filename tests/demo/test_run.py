@@ -84,7 +84,14 @@ def test_the_command_resumes_and_writes_its_documented_files(tmp_path, capsys, m
     at = None
     assert main(words) == 0
     assert len(steps) == 2 * 41 - 5 + 2 * 41, "the first three rows are not trained again"
-    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "digits.png", "prompts", "test", "runs"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "results.json",
+        "digits.png",
+        "report.html",
+        "prompts",
+        "test",
+        "runs",
+    }
     assert list((tmp_path / "runs").iterdir()) == [other]
     out = capsys.readouterr().out
     assert all(name in out for name in NAMES)
