@@ -10,10 +10,13 @@ from html import unescape
 from io import BytesIO, StringIO
 
 import pytest
+import torch
 from PIL import Image
 from scipy.stats import binomtest
+from torch.utils.data import TensorDataset
 
 from lpt_peft.analysis.plots import plot_classes
+from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.errors import InputError, StateError
 from lpt_peft.recipe.predictions import read_predictions, write_predictions
 from lpt_peft.report import write_report
@@ -274,3 +277,14 @@ def test_thousands_of_classes(tmp_path):
     assert "the first 300 of 1,200 rows" in page
     rows = re.search(r'(?s)<script type="application/json" id="class-table-rows">(.*?)</script>', page)[1]
     assert len(json.loads(rows)) == 1200
+
+
+def test_images_of_tensors_have_thumbnails(run):
+    predictions = read_predictions(run / "predictions.safetensors")["test"]._replace(images=None)
+    position = torch.arange(60).view(60, 1, 1, 1) / 60
+    pixels = torch.cat([torch.zeros(60, 3, 4, 8), position.expand(60, 3, 4, 8), torch.ones(60, 3, 4, 8)], dim=2)
+    images = from_dataset(TensorDataset(pixels, predictions.target))
+    found = gallery(predictions, images, json.loads((run / "analysis/analysis.json").read_text())["classes"])
+    wrong = [row for row in range(60) if predictions.target[row] != predictions.prediction[row]]
+    surest = max(wrong, key=lambda row: predictions.probability[row])
+    assert abs(red_of(found.thumbnails[0].picture) - 255 * surest / 60) <= 6
