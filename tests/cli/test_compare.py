@@ -250,3 +250,11 @@ def test_a_damaged_cell_is_named(no_training, copied, data, rows, capsys):
     (copied / "lpt" / "seed0" / "cell.json").write_text("{}")
     assert main(words_of(data, rows, copied)) == 1
     assert "seed0/cell.json is damaged" in capsys.readouterr().err
+
+
+def test_lost_predictions_are_computed_again(copied, data, rows, capsys):
+    before = results(copied)
+    (copied / "lpt" / "seed0" / "predictions.safetensors").unlink()
+    assert main(words_of(data, rows, copied)) == 0
+    assert "3 of 4 runs are finished" in capsys.readouterr().err
+    assert results(copied) == before

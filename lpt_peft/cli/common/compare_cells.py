@@ -64,7 +64,7 @@ class Comparer:
         Raises:
             StateError: They are of other images than DATA has now.
         """
-        if self._plan.split not in measured(cell.folder)["splits"]:
+        if self._plan.split not in measured(cell.folder)["splits"] or not (cell.folder / PREDICTIONS).exists():
             return False
         self._predictions(cell)
         return True
