@@ -27,8 +27,8 @@ class LearningRateCurve:
     Example:
         >>> rates = [10 ** (step / 10) for step in range(-30, 11)]
         >>> losses = [4 / (1 + rate / 0.1) + rate**2 for rate in rates]  # falls around 0.1, rises above 1
-        >>> round(LearningRateCurve(phase="shared", rates=rates, losses=losses).suggestion, 1)
-        0.2
+        >>> LearningRateCurve(phase="shared", rates=rates, losses=losses).suggestion
+        0.13
     """
 
     phase: str
@@ -53,7 +53,10 @@ class LearningRateCurve:
         if len(smoothed) < 2 * _RECENT:
             return None
         start, lowest = _start(self.losses), min(smoothed)
-        noise = math.sqrt(sum((a - b) ** 2 for a, b in zip(self.losses, smoothed, strict=True)) / len(smoothed))
+        until = smoothed.index(lowest) + 1  # where the loss rises, smoothing changes it by more than the noise
+        if until <= _start_steps(self.losses):
+            return None
+        noise = math.sqrt(sum((a - b) ** 2 for a, b in zip(self.losses[:until], smoothed[:until], strict=True)) / until)
         if start - lowest <= noise:
             return None
         level = start - _SHARE * (start - lowest)
@@ -100,5 +103,9 @@ def has_risen(losses: Sequence[float]) -> bool:
 
 def _start(losses: Sequence[float]) -> float:
     """Mean of the first tenth, at least five steps."""
-    first = losses[: max(_RECENT, len(losses) // 10)]
+    first = losses[: _start_steps(losses)]
     return sum(first) / len(first)
+
+
+def _start_steps(losses: Sequence[float]) -> int:
+    return max(_RECENT, len(losses) // 10)
