@@ -21,7 +21,6 @@ EPOCHS = 10
 SIZES: Mapping[str, Any] = {"prompt_length": 8, "pool_size": 10, "top_k": 2}
 _BASE = TrainSettings(
     batch_size=16,
-    samples_per_class=1,
     init_head="class_mean",
     clip_norm=5.0,
     num_workers=0,  # digits are in memory
@@ -48,6 +47,7 @@ def rows(epochs: int = EPOCHS) -> list[Row]:
     """Return the five rows; each trains for `epochs` epochs of steps of 16 images."""
     skipped = PhaseSettings(epochs=0)
     plain: dict[str, Any] = {"sampling": "instance", "loss": "cross_entropy"}
+    dual: dict[str, Any] = {"samples_per_class": 1}
     probe = PhaseSettings(epochs=epochs, learning_rate=2.0, weight_decay=0.01)
     prompts = PhaseSettings(epochs=epochs, learning_rate=0.4, weight_decay=0.01)
     second = max(1, epochs // 5) if epochs > 1 else 0
@@ -56,8 +56,12 @@ def rows(epochs: int = EPOCHS) -> list[Row]:
     head, deep = replace(_BASE, method="linear_probe", shared=probe), replace(_BASE, method="vpt_deep", shared=prompts)
     return [
         Row(name="linear probe, cross-entropy", settings=replace(head, **plain)),
-        Row(name="linear probe, A-GCL", settings=head),
+        Row(name="linear probe, A-GCL", settings=replace(head, **dual)),
         Row(name="VPT-Deep, cross-entropy", settings=replace(deep, **plain)),
-        Row(name="LPT, phase 1", settings=replace(_BASE, shared=prompts, group=skipped)),
-        Row(name="LPT", settings=replace(_BASE, shared=first, group=group), prompts={**SIZES, "query": "block_k"}),
+        Row(name="LPT, phase 1", settings=replace(_BASE, shared=prompts, group=skipped, **dual)),
+        Row(
+            name="LPT",
+            settings=replace(_BASE, shared=first, group=group, **dual),
+            prompts={**SIZES, "query": "block_k"},
+        ),
     ]
