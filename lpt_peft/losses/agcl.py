@@ -10,7 +10,7 @@ from torch import Tensor
 from lpt_peft.losses.agcl_definition import Branches, Noise
 from lpt_peft.losses.agcl_rows import agcl_rows
 from lpt_peft.losses.base import ClassCountsLoss, compute_delta
-from lpt_peft.losses.checks import Reduction, check_batch, check_settings, checked_class_counts, loss_dtype, reduce_rows
+from lpt_peft.losses.checks import Reduction, check_batch, check_settings, counts_for_batch, loss_dtype, reduce_rows
 
 
 def agcl_loss(
@@ -87,9 +87,7 @@ def agcl_loss(
         gamma_neg=gamma_neg,
         label_smoothing=label_smoothing,
     )
-    counts = checked_class_counts(class_counts)
-    counts = counts.to(logits.device) if isinstance(logits, Tensor) else counts
-    check_batch(logits, target, noise, counts)
+    counts = counts_for_batch(logits, target, class_counts, noise=noise)
     delta = compute_delta(counts, loss_dtype(logits), normalize)
     branches = Branches((gamma_pos,), (gamma_neg,), scale, margin, noise_scale, label_smoothing, delta)
     return reduce_rows(agcl_rows(logits, target, Noise.NONE if noise is None else noise, branches), reduction)

@@ -178,6 +178,21 @@ def _check_probabilities(target: Tensor) -> None:
         )
 
 
+def counts_for_batch(
+    logits: Tensor,
+    target: Tensor,
+    class_counts: Sequence[int] | Mapping[int, int] | Tensor,
+    *,
+    noise: Tensor | None = None,
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """Check counts and a batch; return the counts `(C,)` on the device of the logits."""
+    counts = checked_class_counts(class_counts)
+    counts = counts.to(logits.device) if isinstance(logits, Tensor) else counts
+    check_batch(logits, target, noise, counts, class_weights)
+    return counts
+
+
 def can_read_values(tensor: Tensor) -> bool:
     """Whether reading values neither synchronizes a device nor breaks a graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not functorch_is_active()

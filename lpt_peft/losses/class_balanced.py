@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from lpt_peft.losses.base import ClassCountsLoss
-from lpt_peft.losses.checks import Reduction, check_batch, check_settings, checked_class_counts, loss_dtype, reduce_rows
+from lpt_peft.losses.checks import (
+    Reduction,
+    check_batch,
+    check_settings,
+    checked_class_counts,
+    counts_for_batch,
+    loss_dtype,
+    reduce_rows,
+)
 from lpt_peft.losses.label_rows import label_rows
 
 
@@ -109,9 +117,7 @@ def class_balanced_loss(
         tensor(0.8395)
     """
     check_settings(reduction, beta=beta, gamma=gamma)
-    counts = checked_class_counts(class_counts)
-    counts = counts.to(logits.device) if isinstance(logits, Tensor) else counts
-    check_batch(logits, target, None, counts)
+    counts = counts_for_batch(logits, target, class_counts)
     weights = _weights(counts, beta, loss_dtype(logits))
     return reduce_rows(label_rows(logits, target, gamma=gamma, class_weights=weights), reduction)
 

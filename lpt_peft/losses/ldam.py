@@ -13,8 +13,8 @@ from lpt_peft.losses.checks import (
     Reduction,
     check_batch,
     check_settings,
-    checked_class_counts,
     checked_class_weights,
+    counts_for_batch,
     loss_dtype,
     reduce_rows,
 )
@@ -70,11 +70,9 @@ def ldam_loss(
         tensor([0.0067, 0.6931])
     """
     check_settings(reduction, scale=scale, max_margin=max_margin)
-    counts = checked_class_counts(class_counts)
-    counts = counts.to(logits.device) if isinstance(logits, Tensor) else counts
     if class_weights is not None:
         class_weights = checked_class_weights(class_weights)
-    check_batch(logits, target, None, counts, class_weights)
+    counts = counts_for_batch(logits, target, class_counts, class_weights=class_weights)
     margins = scale * _margins(counts, max_margin, loss_dtype(logits))
     return reduce_rows(label_rows(logits, target, margins=margins, class_weights=class_weights), reduction)
 

@@ -12,7 +12,15 @@ from torch import Tensor
 from lpt_peft.errors import InputError
 from lpt_peft.losses.agcl_definition import LOGIT_LIMIT, is_distribution
 from lpt_peft.losses.base import ClassCountsLoss, compute_delta
-from lpt_peft.losses.checks import Reduction, check_batch, check_settings, checked_class_counts, loss_dtype, reduce_rows
+from lpt_peft.losses.checks import (
+    Reduction,
+    check_batch,
+    check_settings,
+    checked_class_counts,
+    counts_for_batch,
+    loss_dtype,
+    reduce_rows,
+)
 
 _NO_LABEL = torch.iinfo(torch.int64).min  # ignore_index of torch, whose default -100 would hide unlabeled rows
 
@@ -63,9 +71,7 @@ def logit_adjusted_loss(
         tensor(10.)
     """
     check_settings(reduction, tau=tau, label_smoothing=label_smoothing)
-    counts = checked_class_counts(class_counts)
-    counts = counts.to(logits.device) if isinstance(logits, Tensor) else counts
-    check_batch(logits, target, None, counts)
+    counts = counts_for_batch(logits, target, class_counts)
     delta = compute_delta(counts, loss_dtype(logits), normalize=False)
     return reduce_rows(_rows(logits, target, tau * delta, label_smoothing), reduction)
 
