@@ -95,8 +95,7 @@ def analyse_run(
         LPTError: The run or the images are not usable, or a library is missing.
     """
     with requires_extra("lpt-peft analyse", "train"):
-        from lpt_peft.cli.common.load_run import load_run
-        from lpt_peft.cli.evaluate import available_precision
+        from lpt_peft.cli.common.load_run import available_precision, class_counts_of, load_run
         from lpt_peft.recipe.analyse import ANALYSIS_FOLDER, analyse, write_analysis
         from lpt_peft.recipe.left_out import has_unreadable
         from lpt_peft.recipe.train import make_accelerator
@@ -104,12 +103,7 @@ def analyse_run(
         import matplotlib  # noqa: F401 - before the passes, not after them
 
     loaded = load_run(run)
-    counts = loaded.model.metadata.class_counts
-    if counts is None:
-        raise ConfigError(
-            f"The model in {run} has no class counts, which decide the many-, medium- and few-shot classes. Save it "
-            "with class_counts."
-        )
+    counts = class_counts_of(loaded, run)
     images, splits = _open(loaded, run, data, shifts, pretraining)
     training = available_precision(loaded.training)
     analysis = analyse(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,7 +38,7 @@ def evaluate(
         as_json: Print one JSON object instead of the table.
     """
     with requires_extra("lpt-peft evaluate", "train"):
-        from lpt_peft.cli.common.load_run import load_run
+        from lpt_peft.cli.common.load_run import available_precision, class_counts_of, load_run
         from lpt_peft.cli.common.open_data import open_splits, open_test_splits, set_transforms
         from lpt_peft.cli.common.split_summary import print_summaries
         from lpt_peft.cli.common.streams import print_json
@@ -56,12 +54,7 @@ def evaluate(
     if not 0 <= post_hoc_tau < float("inf"):
         raise ConfigError(f"--post-hoc-tau {post_hoc_tau} must be at least 0 and finite.")
     run = load_run(folder)
-    counts = run.model.metadata.class_counts
-    if counts is None:
-        raise ConfigError(
-            f"The file in {folder} has no class counts, which decide the many-, medium- and few-shot classes. "
-            "Save it with class_counts."
-        )
+    counts = class_counts_of(run, folder)
     if data is None and run.data is None:
         raise ConfigError(f"{folder} does not name its training data; name the images: lpt-peft evaluate DIR DATA.")
     if data is None:
@@ -117,17 +110,3 @@ def _note_other_loss(training: TrainSettings) -> None:
             f"--post-hoc-tau is for runs with --loss cross_entropy --sampling instance; this run was trained with "
             f"loss {loss} and sampling {sampling}, which account for class frequencies already"
         )
-
-
-def available_precision(training: TrainSettings) -> TrainSettings:
-    """The run's settings, in a precision that this machine supports."""
-    import torch
-
-    if training.mixed_precision != "fp16" or torch.accelerator.is_available():
-        return training
-    warnings.warn(
-        "The run was measured in fp16, which needs a GPU. Here the model computes in float32, so the figures may "
-        "differ from the run's in the last digits.",
-        stacklevel=2,
-    )
-    return replace(training, mixed_precision="no")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,6 +13,7 @@ from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.cli.common.build_adapter import build_run_backbone
 from lpt_peft.cli.common.paths import SETTINGS, existing_prompt_folder, model_folder
 from lpt_peft.cli.common.run_settings import ImageSettings, RunSettings, read_settings
+from lpt_peft.errors import ConfigError
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.vit_classifier import ViTClassifier
 
@@ -63,3 +66,29 @@ def load_run(folder: Path) -> LoadedRun:
         training=TrainSettings() if run is None else run.training,
         data=data,
     )
+
+
+def class_counts_of(run: LoadedRun, folder: Path) -> tuple[int, ...]:
+    """Return the training images of each class.
+
+    Raises:
+        ConfigError: The file of the model does not have them.
+    """
+    if (counts := run.model.metadata.class_counts) is None:
+        raise ConfigError(
+            f"The file in {folder} has no class counts, which decide the many-, medium- and few-shot classes. "
+            "Save it with class_counts."
+        )
+    return counts
+
+
+def available_precision(training: TrainSettings) -> TrainSettings:
+    """The run's settings, in a precision that this machine supports."""
+    if training.mixed_precision != "fp16" or torch.accelerator.is_available():
+        return training
+    warnings.warn(
+        "The run was measured in fp16, which needs a GPU. Here the model computes in float32, so the figures may "
+        "differ from the run's in the last digits.",
+        stacklevel=2,
+    )
+    return replace(training, mixed_precision="no")
