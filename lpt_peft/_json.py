@@ -243,3 +243,17 @@ def _finite(digits: str) -> float:
 
 def _constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects by dotted name; an empty object is a value.
+
+    Example:
+        >>> flatten({"loss": "lpt", "shared": {"epochs": 40}})
+        {'loss': 'lpt', 'shared.epochs': 40}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat

@@ -13,7 +13,7 @@ from lpt_peft.analysis._inputs import check_labels, check_rows, chunks
 from lpt_peft.errors import InputError
 from lpt_peft.metrics.accumulator import BINS, UNIT, calibration_counters
 from lpt_peft.metrics.checks import Counts, first_true
-from lpt_peft.metrics.shot_rules import SHOT_RULES, ShotRule, shot_groups
+from lpt_peft.metrics.shot_rules import SHOT_NAMES, SHOT_RULES, ShotRule, shot_groups
 
 _BOUNDS = (0.01, 100.0)
 _STEPS = 100
@@ -105,7 +105,7 @@ def reliability_by_shots(
     groups = shot_groups(class_counts, rule)
     shots = groups[check_labels("target", target, len(confidence), len(groups))]
     values, right = confidence.cpu(), torch.as_tensor(correct).cpu()
-    for group, name in enumerate(("many", "medium", "few")):
+    for group, name in enumerate(SHOT_NAMES):
         found[name] = reliability(values[shots == group], right[shots == group])
     return found
 

@@ -25,7 +25,8 @@ from lpt_peft.metrics import ShotResult
 from lpt_peft.recipe import Splits, TrainSettings, fit, predict
 from lpt_peft.recipe.analyse.run import AnalysedImages, analyse
 from lpt_peft.recipe.experiment import RESULTS, write_json
-from lpt_peft.recipe.methods import PROMPTS, Model
+from lpt_peft.recipe.method_settings import PROMPTS
+from lpt_peft.recipe.methods import Model
 from lpt_peft.recipe.training.phase_init import trained_parameters
 from lpt_peft.report import write_report
 

@@ -6,15 +6,16 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from lpt_peft.errors import ConfigError, InputError
 from lpt_peft.metrics.checks import Counts, as_integers, first_true
-from lpt_peft.metrics.shot_rules import SHOT_RULES, ShotRule, shot_groups
+from lpt_peft.metrics.shot_rules import SHOT_NAMES, SHOT_RULES, ShotRule, shot_groups
 
 Average = Literal["class", "image"]
 
-SHOTS = ("overall", "many", "medium", "few")
+SHOTS = ("overall", *SHOT_NAMES)
 """Names of the accuracies that summarize a `ShotResult`."""
 
 
@@ -60,6 +61,18 @@ class ShotResult:
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dictionary for strict JSON: `json.dumps(result.to_dict(), allow_nan=False)`."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def counts_by_class(target: Tensor, prediction: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Count the correct images and all images of each class, (C,) int64 each: the first arguments of `shot_metrics`.
+
+    Args:
+        target: True classes (N,) int64.
+        prediction: Predicted classes (N,) int64.
+        num_classes: Number of classes C.
+    """
+    correct = torch.bincount(target[prediction == target], minlength=num_classes)
+    return correct, torch.bincount(target, minlength=num_classes)
 
 
 def shot_metrics(

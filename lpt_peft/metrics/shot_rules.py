@@ -10,6 +10,9 @@ from torch import Tensor
 from lpt_peft.errors import ConfigError
 from lpt_peft.metrics.checks import Counts, as_integers
 
+SHOT_NAMES = ("many", "medium", "few")
+"""Names of the numbers 0, 1 and 2 of `shot_groups`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShotRule:

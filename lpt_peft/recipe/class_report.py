@@ -6,15 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from lpt_peft.analysis import bootstrap_accuracy, reliability_by_shots, weak_classes, wilson_interval
+from lpt_peft.analysis.bootstrap import default_draws
 from lpt_peft.metrics import ShotResult
-from lpt_peft.metrics.shot_rules import ShotRule, shot_groups
+from lpt_peft.metrics.result import counts_by_class
+from lpt_peft.metrics.shot_rules import SHOT_NAMES, ShotRule, shot_groups
 from lpt_peft.recipe.predictions import Predictions
 
 LEVEL = 0.95
-_SHOTS = ("many", "medium", "few")
 
 
 def split_results(
@@ -48,20 +47,21 @@ def class_report(
     """
     size = len(class_names)
     target, correct = predictions.target, predictions.correct
-    total = torch.bincount(target, minlength=size)
-    right = torch.bincount(target[correct], minlength=size)
+    right, total = counts_by_class(target, predictions.prediction, size)
     low, high = wilson_interval(right, total, level=LEVEL)
     columns = {
         "name": list(class_names),
         "train_images": [int(count) for count in class_counts],
-        "shot": [_SHOTS[group] for group in shot_groups(class_counts, rule).tolist()],
+        "shot": [SHOT_NAMES[group] for group in shot_groups(class_counts, rule).tolist()],
         "images": total.tolist(),
         "correct": right.tolist(),
         "accuracy": _values((right / total.double()).tolist()),
         "low": _values(low.tolist()),
         "high": _values(high.tolist()),
     }
-    intervals = bootstrap_accuracy(correct, target, class_counts, rule, level=LEVEL) if len(target) else {}
+    intervals = {}
+    if len(target):
+        intervals = bootstrap_accuracy(correct, target, class_counts, rule, draws=default_draws(size), level=LEVEL)
     errors = reliability_by_shots(predictions.probability.clamp(max=1), correct, target, class_counts, rule)
     return {
         "classes": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 MethodName = Literal["lpt", "vpt_deep", "vpt_shallow", "linear_probe", "full"]
 METHODS: tuple[MethodName, ...] = ("lpt", "vpt_deep", "vpt_shallow", "linear_probe", "full")
 
+PROMPTS, MODEL = "prompts", "model"
+"""In the output folder of a run: its prompt file, or its model file."""
+
 MODEL_METHODS: tuple[MethodName, ...] = ("linear_probe", "full")
 """Methods without prompts."""
 

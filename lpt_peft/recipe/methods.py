@@ -17,6 +17,7 @@ from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.checkpoint.model_file import MODEL_FORMAT
 from lpt_peft.checkpoint.schema import FORMAT
 from lpt_peft.errors import ConfigError, StateError
+from lpt_peft.recipe.method_settings import MODEL, PROMPTS
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.training.image_passes import ImagePasses
@@ -25,9 +26,6 @@ from lpt_peft.vit_classifier import ViTClassifier
 
 Model = LongTailPromptAdapter | ViTClassifier
 """A model that a run trains."""
-
-PROMPTS, MODEL = "prompts", "model"
-"""In the output folder of a run: its prompt file, or its model file."""
 
 
 class Method(Protocol):

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from lpt_peft.metrics.shot_rules import SHOT_NAMES
 from lpt_peft.report.classes import clip, count, percent, points, with_interval
 
-_SHOTS = ("many", "medium", "few")
 _STATES = {"plain": "the plain ViT", "shared": "the shared prompt", "group": "the trained model with groups"}
 _Z = 1.96
 _TRUSTED = 0.05
@@ -80,7 +80,7 @@ def _failing(analysis: Mapping[str, Any]) -> Answer:
 
 def _tail(analysis: Mapping[str, Any]) -> Answer:
     question, accuracy, classes = "Is it the tail?", analysis["accuracy"], analysis["classes"]
-    groups = [shot for shot in _SHOTS if accuracy[shot] is not None]
+    groups = [shot for shot in SHOT_NAMES if accuracy[shot] is not None]
     text = "; ".join(f"{shot}-shot classes {with_interval(accuracy[shot])}" for shot in groups) + "."
     text = text[:1].upper() + text[1:]
     weakest = max(_weakest(classes), analysis["weak"]["worst"], key=len)

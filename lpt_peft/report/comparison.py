@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
+from lpt_peft._json import flatten
 from lpt_peft.analysis import bootstrap_difference
 from lpt_peft.errors import InputError
+from lpt_peft.metrics.result import SHOTS
 from lpt_peft.metrics.shot_rules import SHOT_RULES
 from lpt_peft.report.classes import Column, Table, by_frequency, clip, percent, points, with_interval
 from lpt_peft.report.files import RunFiles
 
 Differences = Mapping[str, Mapping[str, Mapping[str, float] | None]]
-_SHOTS = ("overall", "many", "medium", "few")
 
 
 def run_names(runs: Sequence[RunFiles]) -> list[str]:
@@ -30,10 +31,10 @@ def run_names(runs: Sequence[RunFiles]) -> list[str]:
 def accuracy_table(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
     """Accuracies with their intervals."""
     rows = [
-        [clip(name, 120), *(with_interval(run.analysis["accuracy"][shot]) for shot in _SHOTS)]
+        [clip(name, 120), *(with_interval(run.analysis["accuracy"][shot]) for shot in SHOTS)]
         for run, name in zip(runs, names, strict=True)
     ]
-    return Table([Column("run", "text"), *(Column(shot, "number") for shot in _SHOTS)], rows)
+    return Table([Column("run", "text"), *(Column(shot, "number") for shot in SHOTS)], rows)
 
 
 def figures_table(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
@@ -89,7 +90,7 @@ def differences_table(found: Differences) -> Table:
         [clip(name, 120), *(with_interval(interval, points) for interval in difference.values())]
         for name, difference in found.items()
     ]
-    return Table([Column("run", "text"), *(Column(shot, "number") for shot in _SHOTS)], rows)
+    return Table([Column("run", "text"), *(Column(shot, "number") for shot in SHOTS)], rows)
 
 
 def classes_table(runs: Sequence[RunFiles], names: Sequence[str]) -> Table | None:
@@ -124,14 +125,6 @@ def settings_table(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
     return Table([Column("setting", "text"), *(Column(clip(name), "text") for name in names)], rows)
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def _difference(run: RunFiles, first: RunFiles) -> dict[str, dict[str, float] | None] | str:
     split = first.analysis["data"]["split"]
     own, base = run.predictions.get(split), first.predictions.get(split)
@@ -145,7 +138,7 @@ def _difference(run: RunFiles, first: RunFiles) -> dict[str, dict[str, float] | 
     rule = SHOT_RULES.get(first.settings.get("shot_rule", "lpt"), SHOT_RULES["lpt"])
     draws = first.analysis["accuracy"].get("draws", 10_000)
     found = bootstrap_difference(own.correct, base.correct, own.target, counts, rule, draws=draws)
-    intervals = {shot: found[shot] for shot in _SHOTS}
+    intervals = {shot: found[shot] for shot in SHOTS}
     return {shot: None if interval is None else interval._asdict() for shot, interval in intervals.items()}
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lpt_peft._json import flatten
+from lpt_peft.metrics.result import SHOTS
+from lpt_peft.metrics.shot_rules import SHOT_NAMES
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.report.classes import Column, Table, clip, count, percent
-from lpt_peft.report.comparison import flatten, method_name
+from lpt_peft.report.comparison import method_name
 from lpt_peft.report.files import RunFiles
 
-_FIGURES = ("overall", "many", "medium", "few", "accuracy")
+_FIGURES = (*SHOTS, "accuracy")
 
 
 def facts(run: RunFiles) -> list[tuple[str, str]]:
@@ -51,7 +54,7 @@ def _data(run: RunFiles) -> list[tuple[str, str]]:
         ratio = f"{counts[most] / counts[least]:,.0f}"
         text = f"{sum(counts):,} of {count(len(counts), 'class')}; from {ends}, imbalance {ratio}"
         found.append(("Training images", text))
-    shots = [f"{classes['shots'].count(shot):,} {shot}" for shot in ("many", "medium", "few")]
+    shots = [f"{classes['shots'].count(shot):,} {shot}" for shot in SHOT_NAMES]
     found.append(("Classes by training images", f"{', '.join(shots)} ({data['shot_rule']})"))
     if empty := classes["images"].count(0):
         found.append(("Without evaluated images", f"{count(empty, 'class')}; they do not affect the accuracy"))

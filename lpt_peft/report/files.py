@@ -12,6 +12,7 @@ import torch
 
 from lpt_peft._json import loads, parse
 from lpt_peft.errors import InputError, StateError
+from lpt_peft.metrics.result import counts_by_class
 from lpt_peft.recipe.analyse import ANALYSIS, ANALYSIS_FOLDER
 from lpt_peft.recipe.experiment import HISTORY, LEFT_OUT, RESULTS
 from lpt_peft.recipe.predictions import PREDICTIONS, Predictions, read_predictions
@@ -146,9 +147,7 @@ def _differs(analysis: Mapping[str, Any], predictions: Mapping[str, Predictions]
     classes, found = analysis["classes"], predictions.get(analysis["data"]["split"])
     if found is None:
         return False
-    size = len(classes["name"])
-    correct = torch.bincount(found.target[found.correct], minlength=size)
-    images = torch.bincount(found.target, minlength=size)
+    correct, images = counts_by_class(found.target, found.prediction, len(classes["name"]))
     if len(images) != len(classes["images"]) or images.tolist() != classes["images"]:
         return True
     changed = int((correct - torch.tensor(classes["correct"])).abs().sum())

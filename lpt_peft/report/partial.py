@@ -15,7 +15,7 @@ from lpt_peft.errors import InputError, StateError
 from lpt_peft.metrics.shot_rules import SHOT_RULES
 from lpt_peft.recipe.analyse import sections
 from lpt_peft.recipe.analyse.probe import Measured
-from lpt_peft.recipe.methods import MODEL, PROMPTS
+from lpt_peft.recipe.method_settings import MODEL, PROMPTS
 from lpt_peft.recipe.predictions import Predictions
 
 _REASON = "it needs passes over images, which --no-analysis leaves out. Run lpt-peft analyse, then lpt-peft report"
@@ -91,11 +91,7 @@ def partial_analysis(
             "variant_images": 0,
         },
         "left_out": left_out,
-        "classes": sections.classes_section(measured, names, counts, shot_rule),
-        "accuracy": sections.accuracy_section(measured, counts, shot_rule),
-        "weak": sections.weak_section(measured, size),
-        "confused_pairs": sections.pairs_section(measured, size),
-        "calibration": sections.calibration_section(measured, counts, shot_rule, None),
+        **sections.prediction_sections(measured, names, counts, shot_rule),
     }
     if groups is not None:
         analysis["matching"] = sections.matching_section(measured, size, groups)

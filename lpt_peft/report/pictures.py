@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lpt_peft.metrics.shot_rules import SHOT_NAMES
 from lpt_peft.report.classes import clip, percent, with_interval
 
 SECTIONS = (
@@ -42,8 +43,7 @@ def describe(name: str, analysis: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _classes(analysis: Mapping[str, Any]) -> str:
-    shots = ("many", "medium", "few")
-    means = ", ".join(f"{shot}-shot {with_interval(analysis['accuracy'][shot])}" for shot in shots)
+    means = ", ".join(f"{shot}-shot {with_interval(analysis['accuracy'][shot])}" for shot in SHOT_NAMES)
     return f"Accuracy of {len(analysis['classes']['name']):,} classes above their training images. Means: {means}."
 
 

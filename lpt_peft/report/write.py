@@ -12,6 +12,7 @@ from lpt_peft._version import __version__
 from lpt_peft.analysis.plots import figures
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.errors import InputError
+from lpt_peft.metrics.result import SHOTS
 from lpt_peft.recipe.resume.folders import write_errors
 from lpt_peft.report import comparison
 from lpt_peft.report.answers import Answer, answers
@@ -73,7 +74,7 @@ def write_report(
         left_out["mistakes"] = found
     text = found if isinstance(found, str) else _gallery_text(found)
     no_command = run.missing.get("settings", "the settings of the run are not those of lpt-peft train")
-    shots = [shot for shot in ("overall", "many", "medium", "few") if analysis["accuracy"][shot] is not None]
+    shots = [shot for shot in SHOTS if analysis["accuracy"][shot] is not None]
     sections = [(id, heading, [n for n in names if n in pictures]) for id, heading, names in SECTIONS]
     sections = [section for section in sections if section[2]]
     content = render(

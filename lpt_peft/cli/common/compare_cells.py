@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lpt_peft._files import write_atomic
+from lpt_peft._json import flatten
 from lpt_peft.cli.common.build_adapter import build_model
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.open_data import open_splits
@@ -21,7 +22,7 @@ from lpt_peft.recipe.compare.figure import draw
 from lpt_peft.recipe.compare.results import Comparison, Row, Run, compare
 from lpt_peft.recipe.compare.table import markdown
 from lpt_peft.recipe.experiment import RESULTS, write_json
-from lpt_peft.recipe.methods import MODEL, PROMPTS
+from lpt_peft.recipe.method_settings import MODEL, PROMPTS
 from lpt_peft.recipe.predictions import PREDICTIONS, Predictions, image_names, read_predictions
 from lpt_peft.recipe.resume.folders import write_errors
 from lpt_peft.recipe.settings import RESUME_IGNORED_FIELDS
@@ -118,8 +119,8 @@ class Comparer:
         file = cell.folder / SETTINGS
         if not file.exists():
             return
-        expected = _flat(self._plan.run(cell).to_dict())
-        found = _flat(read_settings(file))
+        expected = flatten(self._plan.run(cell).to_dict())
+        found = flatten(read_settings(file))
         changed = [
             f"{name} is {expected.get(name)!r:.80} now and was {found.get(name)!r:.80}"
             for name in sorted(expected.keys() & found.keys())
@@ -177,10 +178,3 @@ def _file_bytes(folder: Path) -> int:
     """Size of the prompt file or model file of a run."""
     files = (file for name in (PROMPTS, MODEL) for file in (folder / name).glob("*") if file.is_file())
     return sum(file.stat().st_size for file in files)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

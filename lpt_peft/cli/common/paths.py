@@ -9,10 +9,10 @@ from typing import Any
 
 from lpt_peft._json import loads
 from lpt_peft.errors import ConfigError, PromptFileNotFoundError, StateError
-from lpt_peft.recipe.method_settings import MODEL_METHODS
+from lpt_peft.recipe.method_settings import MODEL, MODEL_METHODS, PROMPTS
 
-SETTINGS, PROMPTS, MODEL = "settings.json", "prompts", "model"
-"""In the output folder of a run: its settings, and its prompt file or model file."""
+SETTINGS = "settings.json"
+"""In the output folder of a run."""
 _WEIGHTS, _MODEL_WEIGHTS = "prompts.safetensors", "model.safetensors"
 
 _HOME = re.compile(r"((?:--[\w.-]+=)?(?:hf:|cifar100?-lt[-\d.]*:)?)(~(?:[/\\].*)?)", re.DOTALL)

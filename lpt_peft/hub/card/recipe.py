@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lpt_peft._json import flatten
 from lpt_peft._version import __version__
 from lpt_peft.hub.card.markdown import code, table
 
@@ -23,8 +24,8 @@ def recipe_section(recipe: Mapping[str, Any], defaults: Mapping[str, Any] | None
         recipe: Settings of a run, plain JSON.
         defaults: Their defaults. Most settings that equal them are left out; None shows all.
     """
-    rows = dict(_flatten(recipe))
-    known = dict(_flatten(defaults or {}))
+    rows = flatten(recipe)
+    known = flatten(defaults or {})
     kept = [
         name for name in sorted(rows) if name in _ALWAYS or name not in known or not _equal(rows[name], known[name])
     ]
@@ -39,14 +40,6 @@ def recipe_section(recipe: Mapping[str, Any], defaults: Mapping[str, Any] | None
         yield f"The other {omitted} settings have the defaults of lpt_peft {__version__}."
     if len(kept) > _MOST_ROWS:
         yield f"{len(kept) - _MOST_ROWS} more settings are in the prompt file."
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _equal(first: Any, second: Any) -> bool:

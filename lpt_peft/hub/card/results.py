@@ -24,9 +24,10 @@ from lpt_peft.checkpoint import PromptContent
 from lpt_peft.config import MAX_CLASSES
 from lpt_peft.errors import InputError
 from lpt_peft.hub.card.markdown import code, line, percent, table
+from lpt_peft.metrics.result import SHOTS
+from lpt_peft.metrics.shot_rules import SHOT_NAMES
 
-_SHOTS = ("many", "medium", "few")
-_ACCURACIES = ("overall", *_SHOTS)  # besides names that end with "accuracy"
+_ACCURACIES = SHOTS  # besides names that end with "accuracy"
 _SPLITS = ("test", "validation")
 
 
@@ -38,7 +39,7 @@ def _share(value: Any, path: str) -> None:
 _ROW = {
     "name": text,
     "train_images": integer(0),
-    "shot": one_of(*_SHOTS),
+    "shot": one_of(*SHOT_NAMES),
     "images": integer(0),
     "correct": integer(0),
     **dict.fromkeys(("accuracy", "low", "high"), nullable(_share)),
@@ -112,7 +113,7 @@ def hub_results(training: Mapping[str, Any], datasets: tuple[str, ...]) -> Itera
     rule, figures = _rule(training), figures_of(training)
     if rule is None or len(datasets) != 1:
         return
-    for shot in _SHOTS:
+    for shot in SHOT_NAMES:
         if shot in figures:
             yield EvalResult(
                 task_type="image-classification",
@@ -127,7 +128,7 @@ def hub_results(training: Mapping[str, Any], datasets: tuple[str, ...]) -> Itera
 def results_section(training: Mapping[str, Any], details: Mapping[str, Any] | None) -> Iterator[str]:
     """A table of accuracies, shots first, and how they were measured."""
     figures, rule = figures_of(training), _rule(training)
-    names = [name for name in _SHOTS if name in figures] + sorted(figures.keys() - set(_SHOTS))
+    names = [name for name in SHOT_NAMES if name in figures] + sorted(figures.keys() - set(SHOT_NAMES))
     split = split_of(training["metrics"])
     header = [f"accuracy on the {split} split" if split else "accuracy on", "%"]
     rows = [[code(name), percent(figures[name])] for name in names]

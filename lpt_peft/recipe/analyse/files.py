@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lpt_peft._files import write_atomic
+from lpt_peft._files import make_folder, write_atomic
 from lpt_peft.analysis.plots import figures, png
-from lpt_peft.errors import StateError
 from lpt_peft.recipe.experiment import write_json
+from lpt_peft.recipe.resume.folders import write_errors
 
 ANALYSIS, ANALYSIS_FOLDER = "analysis.json", "analysis"
 
@@ -26,13 +26,9 @@ def write_analysis(analysis: Mapping[str, Any], folder: Path) -> list[Path]:
         MissingExtraError: matplotlib is not installed.
     """
     pictures = {f"{name}.png": png(figure) for name, figure in figures(analysis).items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with write_errors(folder):
+        make_folder(folder)
         for name, content in pictures.items():
             write_atomic(folder / name, content)
-    except OSError as error:
-        raise StateError(
-            f"{folder} cannot be written: {error.strerror or error}. Choose a writable folder, or free disk space."
-        ) from error
     write_json(folder / ANALYSIS, analysis)
     return [folder / ANALYSIS, *(folder / name for name in pictures)]

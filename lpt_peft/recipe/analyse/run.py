@@ -21,6 +21,7 @@ from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.analysis import ClassMatch, Temperature, accuracy_shift, fit_temperature
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.errors import InputError
+from lpt_peft.metrics.result import counts_by_class
 from lpt_peft.metrics.shot_rules import SHOT_RULES
 from lpt_peft.recipe.analyse import sections
 from lpt_peft.recipe.analyse.probe import Measured, measure, pool_variants, shift_variants
@@ -147,12 +148,8 @@ def analyse(
             for name, (kept, match) in matched.items()
         ]
         found: dict[str, Any] = {
-            "classes": sections.classes_section(everything, class_names, class_counts, shot_rule),
-            "accuracy": sections.accuracy_section(everything, class_counts, shot_rule),
-            "weak": sections.weak_section(everything, size),
-            "confused_pairs": sections.pairs_section(everything, size),
+            **sections.prediction_sections(everything, class_names, class_counts, shot_rule, temperature),
             "features": sections.features_section(test, train, size),
-            "calibration": sections.calibration_section(everything, class_counts, shot_rule, temperature),
             "shift": shifts,
         }
         if train is None:
@@ -252,15 +249,15 @@ class _Passes:
         """Accuracy on images of a shifted test set, over the classes that the original images have as well."""
         shifted = self.measure(images, f"shift {name}")
         indices = torch.tensor([-1 if index is None else index for index in match.indices])
-        counts = sections.counts_by_class(indices[shifted.target], shifted.prediction, len(class_names))
-        before = sections.counts_by_class(original.target, original.prediction, len(class_names))
+        counts = counts_by_class(indices[shifted.target], shifted.prediction, len(class_names))
+        before = counts_by_class(original.target, original.prediction, len(class_names))
         shift = sections.plain(accuracy_shift(*before, *counts))
         return {**shift, "unmatched": list(match.unmatched), "missing": list(match.missing)}
 
 
 def _synthetic(name: str, kind: str, strength: float, varied: Measured, size: int) -> dict[str, Any]:
-    before = sections.counts_by_class(varied.target, varied.prediction, size)
-    after = sections.counts_by_class(varied.target, varied.variants[name], size)
+    before = counts_by_class(varied.target, varied.prediction, size)
+    after = counts_by_class(varied.target, varied.variants[name], size)
     shift = sections.plain(accuracy_shift(*before, *after))
     own = {"name": name, "kind": kind, "strength": strength, "source": None}
     return {**own, **shift, "unmatched": [], "missing": []}

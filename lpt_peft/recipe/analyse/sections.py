@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lpt_peft.analysis import (
+    Temperature,
     accuracy_of,
     bootstrap_accuracy,
     bootstrap_difference,
@@ -24,11 +25,12 @@ from lpt_peft.analysis import (
     two_sets,
     weak_classes,
 )
-from lpt_peft.metrics.shot_rules import SHOT_RULES, shot_groups
+from lpt_peft.analysis.bootstrap import default_draws
+from lpt_peft.metrics.result import counts_by_class
+from lpt_peft.metrics.shot_rules import SHOT_NAMES, SHOT_RULES, shot_groups
 from lpt_peft.recipe.analyse.probe import Measured
 from lpt_peft.recipe.analyse.subsets import stratified_indices
 
-_SHOTS = ("many", "medium", "few")
 _LEVEL, _WORST = 0.95, 0.05
 _MOST_PAIRS, _MOST_CLASSES, _MOST_POINTS = 50, 10, 1500
 _DIGITS = 6
@@ -47,13 +49,30 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def prediction_sections(
+    measured: Measured,
+    class_names: Sequence[str],
+    class_counts: Sequence[int],
+    shot_rule: str,
+    temperature: Temperature | None = None,
+) -> dict[str, Any]:
+    """The sections that need predictions alone."""
+    size = len(class_names)
+    return {
+        "classes": classes_section(measured, class_names, class_counts, shot_rule),
+        "accuracy": accuracy_section(measured, class_counts, shot_rule),
+        "weak": weak_section(measured, size),
+        "confused_pairs": pairs_section(measured, size),
+        "calibration": calibration_section(measured, class_counts, shot_rule, temperature),
+    }
+
+
 def classes_section(
     measured: Measured, class_names: Sequence[str], class_counts: Sequence[int], shot_rule: str
 ) -> dict[str, Any]:
     """Accuracy of every class, and the class that it is most confused with."""
     size = len(class_names)
-    total = torch.bincount(measured.target, minlength=size)
-    correct = _correct(measured, size)
+    correct, total = counts_by_class(measured.target, measured.prediction, size)
     pairs = confused_pairs(measured.target, measured.prediction, size)
     confused: dict[int, tuple[int, int]] = {}
     for target, prediction, images in zip(*(column.tolist() for column in pairs[:3]), strict=True):
@@ -62,7 +81,7 @@ def classes_section(
     return {
         "name": list(class_names),
         "train_images": list(class_counts),
-        "shots": [_SHOTS[group] for group in groups],
+        "shots": [SHOT_NAMES[group] for group in groups],
         "images": total.tolist(),
         "correct": correct.tolist(),
         "accuracy": plain(correct.double() / total),
@@ -73,7 +92,7 @@ def classes_section(
 
 def accuracy_section(measured: Measured, class_counts: Sequence[int], shot_rule: str) -> dict[str, Any]:
     """Balanced accuracies with bootstrap intervals."""
-    draws = _draws(class_counts)
+    draws = default_draws(len(class_counts))
     intervals = bootstrap_accuracy(
         measured.prediction == measured.target,
         measured.target,
@@ -87,8 +106,8 @@ def accuracy_section(measured: Measured, class_counts: Sequence[int], shot_rule:
 
 def weak_section(measured: Measured, size: int) -> dict[str, Any]:
     """Classes that are never right, and the worst 5 % of classes."""
-    total = torch.bincount(measured.target, minlength=size)
-    return {"share": _WORST, **plain(weak_classes(_correct(measured, size), total, share=_WORST))}
+    counts = counts_by_class(measured.target, measured.prediction, size)
+    return {"share": _WORST, **plain(weak_classes(*counts, share=_WORST))}
 
 
 def pairs_section(measured: Measured, size: int) -> list[dict[str, Any]]:
@@ -174,7 +193,7 @@ def pool_section(measured: Measured, class_counts: Sequence[int], groups: int) -
             predicted == measured.target,
             measured.target,
             class_counts,
-            draws=_draws(class_counts),
+            draws=default_draws(len(class_counts)),
             level=_LEVEL,
         )
         differences[name] = plain(intervals["overall"])
@@ -191,7 +210,7 @@ def pool_section(measured: Measured, class_counts: Sequence[int], groups: int) -
 
 
 def calibration_section(
-    measured: Measured, class_counts: Sequence[int], shot_rule: str, temperature: Any
+    measured: Measured, class_counts: Sequence[int], shot_rule: str, temperature: Temperature | None
 ) -> dict[str, Any]:
     """Calibration by shot group, before and after the temperature, if it is given."""
     correct, rule = measured.prediction == measured.target, SHOT_RULES[shot_rule]
@@ -200,17 +219,3 @@ def calibration_section(
     if temperature is not None:
         after = reliability_by_shots(measured.calibrated, correct, measured.target, class_counts, rule)
     return {"temperature": plain(temperature), "before": plain(before), "after": plain(after)}
-
-
-def counts_by_class(target: Tensor, prediction: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Correct and all images of each class, (C,) int64."""
-    return torch.bincount(target[prediction == target], minlength=size), torch.bincount(target, minlength=size)
-
-
-def _correct(measured: Measured, size: int) -> Tensor:
-    return counts_by_class(measured.target, measured.prediction, size)[0]
-
-
-def _draws(class_counts: Sequence[int]) -> int:
-    """Bootstrap draws: fewer for thousands of classes, whose draws take long and vary little."""
-    return 10_000 if len(class_counts) <= 500 else 1_000

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from lpt_peft._version import __version__
-from lpt_peft.analysis.bootstrap import Interval, bootstrap_accuracy, bootstrap_difference
+from lpt_peft.analysis.bootstrap import Interval, bootstrap_accuracy, bootstrap_difference, default_draws
 from lpt_peft.errors import InputError
-from lpt_peft.metrics.result import SHOTS, ShotResult, shot_metrics
+from lpt_peft.metrics.result import SHOTS, ShotResult, counts_by_class, shot_metrics
 from lpt_peft.metrics.shot_rules import SHOT_RULES
 from lpt_peft.recipe.predictions import Predictions
 
 LEVEL = 0.95
-_MANY_CLASSES = 1000  # beyond this, 10,000 draws take more than a minute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +122,7 @@ def compare(
         InputError: Two runs of the same seed were evaluated on different images.
     """
     rows = [row for row in rows if row.runs]
-    draws = 10_000 if len(class_counts) <= _MANY_CLASSES else 1_000
+    draws = default_draws(len(class_counts))
     found = [_with_figures(row, class_counts, rule, draws) for row in rows]
     base = next((row for row in found if row.name == baseline), None)
     if base is not None:
@@ -192,9 +191,7 @@ def _same_images(first: Predictions, second: Predictions) -> bool:
 
 
 def _shot_result(predictions: Predictions, class_counts: Sequence[int], rule: str) -> ShotResult:
-    size = len(class_counts)
-    total = torch.bincount(predictions.target, minlength=size)
-    correct = torch.bincount(predictions.target[predictions.correct], minlength=size)
+    correct, total = counts_by_class(predictions.target, predictions.prediction, len(class_counts))
     return shot_metrics(correct, total, class_counts, SHOT_RULES[rule])
 
 
