@@ -232,7 +232,7 @@ def test_control_c_saves_and_names_the_way_to_resume(run, data, tmp_path, monkey
     assert "images.flip is 0.5 now and was 0.0" in capsys.readouterr().err
     assert (tmp_path / "settings.json").read_text() == before
     assert main(["evaluate", str(tmp_path)]) == 1
-    assert "no prompts yet" in capsys.readouterr().err
+    assert "no result yet" in capsys.readouterr().err
     assert main(words) == 0
     assert same_prompts(run, tmp_path)
 

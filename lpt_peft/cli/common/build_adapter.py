@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -19,8 +20,10 @@ from lpt_peft.cli.common.paths import prompt_folder
 from lpt_peft.cli.common.run_settings import RunSettings
 from lpt_peft.errors import ConfigError
 from lpt_peft.hub import read_prompts
-from lpt_peft.recipe.methods import Model
 from lpt_peft.vit_classifier import ViTClassifier
+
+if TYPE_CHECKING:  # predict works without accelerate
+    from lpt_peft.recipe.methods import Model
 
 
 def build_run_backbone(run: RunSettings) -> nn.Module:

@@ -70,9 +70,7 @@ def _drawn(curve: LearningRateCurve, path: Path) -> bool:
 def _sentence(curve: LearningRateCurve, settings: TrainSettings) -> str:
     smoothed, rates = curve.smoothed, curve.rates
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
-    tested = (
-        f"{len(rates)} steps of {settings.batch_size} images, learning rates from {rates[0]:.3g} to {rates[-1]:.3g}"
-    )
+    tested = f"{len(rates)} steps of {settings.batch_size} images, rates from {rates[0]:.3g} to {rates[-1]:.3g}"
     if curve.suggestion is None:
         return (
             f"Phase {curve.phase}, {tested}: the loss did not fall by more than its noise, so there is no suggestion. "

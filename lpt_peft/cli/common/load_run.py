@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -11,9 +11,11 @@ from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.cli.common.build_adapter import build_run_backbone
 from lpt_peft.cli.common.paths import SETTINGS, existing_prompt_folder, model_folder
 from lpt_peft.cli.common.run_settings import ImageSettings, RunSettings, read_settings
-from lpt_peft.recipe.methods import Model
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.vit_classifier import ViTClassifier
+
+if TYPE_CHECKING:  # predict works without accelerate
+    from lpt_peft.recipe.methods import Model
 
 
 class LoadedRun(NamedTuple):

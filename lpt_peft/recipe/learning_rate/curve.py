@@ -88,17 +88,14 @@ def smooth(losses: Sequence[float], width: float = _WIDTH) -> list[float]:
 
 
 def has_risen(losses: Sequence[float]) -> bool:
-    """Whether the mean of the last steps is back above half of the drop, or far above the start.
+    """Whether the mean of the last steps is half as high again as the start, more than the noise of a batch.
 
     Args:
         losses: Losses so far.
     """
     if len(losses) < 4 * _RECENT:
         return False
-    start, recent = _start(losses), sum(losses[-_RECENT:]) / _RECENT
-    lowest = min(smooth(losses))
-    half = start - (start - lowest) / 2
-    return recent > 1.5 * start or (recent > half and start - lowest > 0.2 * start)
+    return sum(losses[-_RECENT:]) / _RECENT > 1.5 * _start(losses)
 
 
 def _start(losses: Sequence[float]) -> float:

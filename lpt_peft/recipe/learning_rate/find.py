@@ -53,7 +53,7 @@ def find_learning_rate(
 
     The steps are those of `train`, with the same images, loss and optimizer, from the state in which the phase begins.
     Only the schedule differs: step i has the rate `lowest * (highest / lowest) ** (i / (steps - 1))`. The test ends
-    early when the loss has risen. Then parameters, buffers and random generators are restored.
+    early when the loss has risen far above its start. Then parameters, buffers and random generators are restored.
 
     It works for every `method`. Phase "group" begins with the current shared prompt and head, so test it on an adapter
     whose phase "shared" is trained.
