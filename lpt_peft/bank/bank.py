@@ -14,18 +14,16 @@ from lpt_peft.backbones.base import execution_device
 from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.backbones.weights import FrozenWeights
 from lpt_peft.bank.forward import mode_of
-from lpt_peft.bank.inputs import digest_of, tasks_of
+from lpt_peft.bank.inputs import tasks_of
 from lpt_peft.bank.masks import MaskSupport
 from lpt_peft.bank.output import BankOutput
+from lpt_peft.bank.reader import Source, TaskReader, check_keywords
 from lpt_peft.bank.registry import Registry
 from lpt_peft.bank.runner import Runner
 from lpt_peft.bank.streams import StreamOrder
-from lpt_peft.bank.tables import KEYWORDS, Sizes, SlotTables, check_limits, numbers_of
-from lpt_peft.checkpoint import PromptContent, check_match
+from lpt_peft.bank.tables import Sizes, SlotTables, numbers_of
+from lpt_peft.checkpoint import CheckBackbone, PromptContent
 from lpt_peft.errors import BackboneError, InputError, StateError
-from lpt_peft.hub import read_prompts
-
-Source = str | PathLike[str]
 
 
 class PromptBank:
@@ -50,6 +48,8 @@ class PromptBank:
         max_pool_size: Most groups `m`.
         max_top_k: Most selected groups `k`.
         max_group_layers: Most blocks with group prompts, `L - K`.
+        check_backbone: For prompts of another backbone or of other weights: "error" refuses, "warn" warns, "off" does
+            not check.
 
     Raises:
         BackboneError: The model cannot take prompts, is already wrapped, or is on the meta device.
@@ -83,6 +83,7 @@ class PromptBank:
         max_pool_size: int | None = None,
         max_top_k: int | None = None,
         max_group_layers: int | None = None,
+        check_backbone: CheckBackbone = "error",
     ) -> None:
         checked_integer("capacity", capacity, 1)
         backbone = find_backbone(vit)
@@ -94,9 +95,7 @@ class PromptBank:
             "top_k": max_top_k,
             "group_layers": max_group_layers,
         }
-        for name, limit in limits.items():
-            if limit is not None:
-                checked_integer(KEYWORDS[name], limit, 1, depth if name == "group_layers" else None)
+        check_keywords(limits, depth)
         device = execution_device(vit)
         if device.type == "meta":
             raise BackboneError(
@@ -107,7 +106,6 @@ class PromptBank:
         reserved = Sizes(**{name: limit or 0 for name, limit in limits.items()}, key_dim=key_dim)
         self.vit = vit
         self.backbone = backbone
-        self._limits = limits
         self._order = StreamOrder(device)
         self._tables = SlotTables(
             capacity=capacity,
@@ -119,6 +117,7 @@ class PromptBank:
         )
         self._registry = Registry(self._tables, capacity, self._order)
         self._weights = FrozenWeights(backbone)
+        self._reader = TaskReader(backbone, self._weights, limits, check_backbone)
         self._masks = MaskSupport(backbone)
         self._runner = Runner(backbone, device)
         backbone.attach()
@@ -244,9 +243,8 @@ class PromptBank:
     def compile(self, **options: Any) -> None:
         """Compile the forward with `torch.compile(fullgraph=True)` at its first call; once for all tasks.
 
-        A graph is compiled for each kind of batch when it first occurs: without groups, with groups, with groups of
-        the block-K query, each with equal or with unequal prompt lengths. Batches of another size, and tasks larger
-        than all before, compile again; reserve sizes when you create the bank to prevent the latter.
+        A graph is compiled for each kind of batch when it first occurs: see `lpt_peft.bank.forward.Mode`. Batches of
+        another size, and tasks larger than all before, compile again; reserved sizes prevent the latter.
 
         Args:
             **options: Of `torch.compile`, such as `mode` or `dynamic`.
@@ -279,12 +277,10 @@ class PromptBank:
 
     def _read(self, source: Source, **location: Any) -> tuple[str, PromptContent]:
         """Read and check a prompt file; returns its digest and content."""
-        content = read_prompts(source, **location)
-        check_match(content, self.backbone, "error", self._weights.fingerprint())
-        check_limits(content, self._limits)
+        digest, content = self._reader.read(source, **location)
         if self._tables.would_pad(numbers_of(content)):
             self._masks.require()
-        return digest_of(content), content
+        return digest, content
 
     def _check_open(self) -> None:
         if "vit" not in vars(self):

@@ -1,14 +1,12 @@
-"""Arguments of a bank: tasks of a batch, and the identity of prompt files."""
+"""Validation of a batch: images and their tasks."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from lpt_peft.checkpoint import PromptContent, encode
 from lpt_peft.errors import InputError
 
 
@@ -33,8 +31,3 @@ def tasks_of(images: Any, tasks: Any) -> list[str | None]:
     if wrong := [name for name in names if name is not None and not isinstance(name, str)]:
         raise InputError(f"tasks must be names of tasks or None for the plain model, not {wrong[0]!r:.80}.")
     return names
-
-
-def digest_of(content: PromptContent) -> str:
-    """Hash of a prompt file; equal prompts with equal metadata have the same."""
-    return hashlib.sha256(encode(content).weights).hexdigest()

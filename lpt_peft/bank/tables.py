@@ -7,7 +7,6 @@ task is in which slot (`registry.py`), and the forward (`forward.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +16,6 @@ from torch import Tensor
 from lpt_peft._numerics import at_least_float32
 from lpt_peft.bank.streams import StreamOrder
 from lpt_peft.checkpoint import PromptContent
-from lpt_peft.errors import ConfigError
-
-KEYWORDS = {
-    "num_classes": "max_classes",
-    "prompt_length": "max_prompt_length",
-    "pool_size": "max_pool_size",
-    "top_k": "max_top_k",
-    "group_layers": "max_group_layers",
-}
-"""Arguments of `PromptBank` that limit a size of `Sizes`."""
 
 
 class Tables(NamedTuple):
@@ -217,27 +206,6 @@ class SlotTables:
             )
         tables.numbers[0] = torch.tensor(TaskNumbers(0, self._depth, 0, 0, 0))
         return tables
-
-
-def check_limits(content: PromptContent, limits: Mapping[str, int | None]) -> None:
-    """Check a task against the limits of a bank, by the names of `Sizes`.
-
-    Raises:
-        ConfigError: It has shallow prompts, or is larger than a limit.
-    """
-    if not content.config.has_groups:
-        raise ConfigError(
-            'The prompts have placement="shallow", which a bank cannot mix with prompts in every block. Use '
-            "LongTailPromptAdapter.from_pretrained and load_prompts for this task, or train it with deep prompts."
-        )
-    sizes = sizes_of(content)
-    for name, limit in limits.items():
-        found = getattr(sizes, name)
-        if limit is not None and found > limit:
-            raise ConfigError(
-                f"The prompts have {name}={found}, and the bank was created with {KEYWORDS[name]}={limit}. Create the "
-                f"bank with {KEYWORDS[name]}={found}, or without that limit."
-            )
 
 
 def _used(content: PromptContent) -> dict[str, Tensor]:

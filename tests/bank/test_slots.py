@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from lpt_peft import LongTailPromptAdapter, PromptBank
+from lpt_peft._prompt_content import content_of
+from lpt_peft.checkpoint import WEIGHTS_NAME, encode
 from lpt_peft.errors import (
     BackboneError,
     BackboneMismatchError,
@@ -192,6 +195,15 @@ def test_refused_files_change_nothing(adapters: Any, tmp_path: Path) -> None:
         save(make_adapter(weights, 0), tmp_path / "weights"): BackboneMismatchError,
         save(shallow, tmp_path / "shallow"): ConfigError,
     }
+    loose = bank_of(tmp_path, ["a"], check_backbone="warn")
+    with pytest.warns(UserWarning, match="other weights"):
+        loose.add("b", tmp_path / "weights")
+    wide = save(make_adapter(tiny_vit(depth=3), 0), tmp_path / "deep")
+    deeper = pytest.raises(BackboneMismatchError, match="width 24, 3 blocks.*has 24, 2")
+    with pytest.warns(UserWarning, match="another architecture"), deeper:
+        loose.add("c", wide)
+    with pytest.raises(ConfigError, match="check_backbone"):
+        bank_of(tmp_path, [], check_backbone="maybe")
     before = slots(bank), bank.memory()
     for folder, error in refused.items():
         with pytest.raises(error):
@@ -245,15 +257,18 @@ def test_unwrap_and_wrong_models(adapters: Any, tmp_path: Path) -> None:
         moved(images_of(1), None)
 
 
+@pytest.mark.slow
 def test_memory_of_1000_tasks(tmp_path: Path) -> None:
     """Slots take what the sizes say, whatever the number of tasks."""
     config = {"num_classes": 3, "prompt_length": 1, "pool_size": 2, "top_k": 1}
     adapter = make_adapter(tiny_vit(), 0, **config)
+    content = content_of(adapter)
     bank = PromptBank(tiny_vit(), capacity=8)
     for number in range(1000):
-        with torch.no_grad():
-            adapter.head.weight[0, 0] = number
-        bank.add(str(number), save(adapter, tmp_path / "task"))
+        tensors = {**content.tensors, "head.weight": content.tensors["head.weight"] + number}
+        # Without the waits for the disk of save_pretrained.
+        (tmp_path / WEIGHTS_NAME).write_bytes(encode(replace(content, tensors=tensors)).weights)
+        bank.add(str(number), tmp_path)
     parameters = sum(parameter.numel() for parameter in adapter.adapter_state_dict().values())
     bookkeeping = 9 * (8 * (2 + 1 + 3) + 8 + 5 * 8)  # norms, weights, scale and numbers of 9 rows
     assert bank.memory()["slots"] == 9 * 4 * parameters + bookkeeping

@@ -46,6 +46,7 @@ def prompt_files() -> tuple[tuple[Path, Tensor], ...]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _files() -> Any:
+    prompt_files()  # before threads need it: building a ViT uses the global generator
     yield
     shutil.rmtree(prompt_files()[0][0].parent)
     prompt_files.cache_clear()
