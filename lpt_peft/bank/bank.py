@@ -44,10 +44,8 @@ class PromptBank:
         capacity: Slots for tasks.
         max_classes: Most classes of a task, reserved from the start. For this and the following sizes, None grows with
             the tasks, which compiles a compiled bank again.
-        max_prompt_length: Most prompt tokens `n`.
-        max_pool_size: Most groups `m`.
-        max_top_k: Most selected groups `k`.
-        max_group_layers: Most blocks with group prompts, `L - K`.
+        max_prompt_length, max_pool_size, max_top_k, max_group_layers: The same for prompt tokens `n`, groups `m`,
+            selected groups `k`, and blocks with group prompts `L - K`.
         check_backbone: For prompts of another backbone or of other weights: "error" refuses, "warn" warns, "off" does
             not check.
 
@@ -98,9 +96,7 @@ class PromptBank:
         check_keywords(limits, depth)
         device = execution_device(vit)
         if device.type == "meta":
-            raise BackboneError(
-                f"This {type(vit).__name__} has no weights: it is on the meta device. Load its weights first."
-            )
+            raise BackboneError(f"This {type(vit).__name__} is on the meta device: load its weights first.")
         # The width of keys is reserved with the groups: that of the feature, or of the tokens with query="block_k".
         key_dim = max(backbone.dim, backbone.feature_dim) if max_pool_size is not None else 0
         reserved = Sizes(**{name: limit or 0 for name, limit in limits.items()}, key_dim=key_dim)

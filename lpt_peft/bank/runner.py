@@ -39,7 +39,7 @@ class Runner:
         task = torch.tensor(slots).to(self._device)
         if self._compiled and self._static is not tables:
             for table in tables:
-                torch._dynamo.mark_static(table)  # a larger table is compiled anew, not with a dynamic size
+                torch._dynamo.mark_static(table)  # a larger table compiles another graph, without dynamic sizes
             self._static = tables
         try:
             return self._forward(self._backbone, tables, mode, images, task)

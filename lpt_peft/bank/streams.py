@@ -1,6 +1,6 @@
 """Order between streams of an accelerator: a slot is not written while a kernel reads it, and not read too early.
 
-A batch returns before its kernels have run. Threads with streams of their own therefore wait for events of a slot's
+A batch returns before its kernels have run. Threads that use other streams therefore wait for events of a slot's
 last readers and of its last writer. On the CPU there is nothing to wait for.
 """
 

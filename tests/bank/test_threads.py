@@ -1,6 +1,6 @@
 """Adding, replacing, removing and asking at random: never another task's answer, never a stale version, no lost slot.
 
-The answers of the prompt files are known from single adapters, so that the bank may be asked in any order.
+The answers of the prompt files are known from single adapters, so that calls may come in any order.
 """
 
 from __future__ import annotations
