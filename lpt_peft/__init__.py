@@ -10,6 +10,7 @@ from lpt_peft._version import __version__
 
 if TYPE_CHECKING:
     from lpt_peft.adapter import LongTailPromptAdapter
+    from lpt_peft.bank import PromptBank
     from lpt_peft.config import PromptConfig
     from lpt_peft.errors import LPTError
     from lpt_peft.heads import CosineClassifier, cosine_logits
@@ -32,6 +33,7 @@ __all__ = [
     "LogitAdjustedLoss",
     "LongTailPromptAdapter",
     "PoolMatch",
+    "PromptBank",
     "PromptConfig",
     "PromptPool",
     "SharedPrompt",
@@ -51,6 +53,7 @@ import_on_first_use(  # must match the imports above; a test compares them
     __name__,
     {
         "adapter": ["LongTailPromptAdapter"],
+        "bank": ["PromptBank"],
         "config": ["PromptConfig"],
         "errors": ["LPTError"],
         "heads": ["CosineClassifier", "cosine_logits"],

@@ -16,7 +16,7 @@ Recorder = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
 
 class CapturedPrompt:
-    """The prompt of one call of a block: `normed` (1 or B, n, d) for each of its attentions."""
+    """The prompt of one call of a block: `normed` (1 or B, n, d) for each of its attentions; `mask` (B, n) or None."""
 
     def __init__(self, block: nn.Module, sites: int) -> None:
         self.block = block
@@ -24,16 +24,19 @@ class CapturedPrompt:
         self.normed: list[tuple[nn.Module, Tensor]] = []
         self.capturing = True
         self.length = 0
+        self.mask = call_state.mask
 
 
 class _CallState(threading.local):
     """The prompt that a block on this thread passes to its attentions, and the active recorder of calls.
 
     `carried` is the number of prompt tokens at the end of the tokens of the block, which its arguments do not cover.
+    `mask` (B, n) is False for tokens of the next block's prompt that are padding.
     """
 
     prompt: CapturedPrompt | None = None
     carried: int = 0
+    mask: Tensor | None = None
     recording: tuple[Sequence[nn.Module], Recorder] | None = None
 
 

@@ -1,6 +1,7 @@
 """Masks, biases and rotary tables of blocks and attentions, extended by the rows of a prompt.
 
-A prompt has no position: it is not rotated, its bias is 0, and all tokens may attend to it.
+A prompt has no position: it is not rotated, its bias is 0, and all tokens may attend to it, unless a mask excludes
+tokens of it (`exclude_prompts`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lpt_peft.errors import BackboneError
+
+_MASKS = ("attn_mask", "attention_mask")  # arguments of attentions that take a mask (B, 1, N, N), added to the logits
 _COSINES, _SINES = ("rope_cos", "cos"), ("rope_sin", "sin")  # arguments that hold a rotary table (..., N, e)
 
 
@@ -26,6 +30,41 @@ def extend_arguments(
     if named.pop("is_causal", False):  # takes precedence over a mask; every token attends to every prompt
         named["attn_mask"] = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()
     return {name: _extend(name, value, count, length) for name, value in named.items()}
+
+
+def exclude_prompts(names: Sequence[str], context: dict[str, Any], tokens: Tensor, mask: Tensor) -> dict[str, Any]:
+    """Return the extended arguments of an attention with a mask that excludes prompt tokens.
+
+    Args:
+        names: Names of the attention's arguments after the tokens.
+        context: Arguments by name, extended for n more tokens.
+        tokens: (B, N, d), without the prompt.
+        mask: (B, n) bool, True for prompt tokens that may be attended to.
+
+    Raises:
+        BackboneError: The attention takes no mask, or has a mask that cannot be combined.
+    """
+    name = next((name for name in _MASKS if name in names), None)
+    if name is None:
+        raise BackboneError("This attention takes no mask, so images of a batch cannot have prompts of unequal length.")
+    added = excluded_keys(tokens, mask)[:, None, None]
+    given = context.get(name)
+    if given is None:
+        return {**context, name: added}
+    if given.ndim != 4:
+        raise BackboneError(
+            f"This attention has a mask of shape {tuple(given.shape)}, which cannot be combined with a mask of the "
+            "prompts: use images that need no mask."
+        )
+    if given.is_floating_point():
+        return {**context, name: given + added.to(given.dtype)}
+    return {**context, name: given.bool() & (added == 0)}
+
+
+def excluded_keys(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Return what is added to the attention logits of all keys (B, N + n): -inf for prompt tokens outside the mask."""
+    excluded = torch.cat([mask.new_ones(*tokens.shape[:2]), mask], 1).logical_not()
+    return torch.zeros(excluded.shape, dtype=tokens.dtype, device=tokens.device).masked_fill(excluded, -torch.inf)
 
 
 def _extend(name: str, value: Any, count: int, length: int) -> Any:

@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from lpt_peft._call_state import CapturedPrompt, call_state, recorder_of
-from lpt_peft._positions import extend_arguments
+from lpt_peft._positions import exclude_prompts, excluded_keys, extend_arguments
 from lpt_peft.errors import BackboneError, StateError
 
 _BIAS_METHODS = ("_get_rel_pos_bias", "get_bias")  # return a bias (1, h, N, N) inside an attention
@@ -104,6 +104,7 @@ def _block_forward(self: Any, *given: Any, prompt: Tensor | None = None, carried
     if prompt is None and (outer is None or captured):
         return original.forward(self, tokens, *args, **kwargs)
     if prompt is not None and not self.sites:  # no attention module: prompts pass through the whole block
+        _refuse_mask(original)
         count = tokens.shape[1]
         context = extend_arguments(self.arguments[1:], args, kwargs, tokens, prompt.shape[1])
         return original.forward(self, _append(tokens, prompt), **context)[:, :count]
@@ -170,6 +171,8 @@ def _attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     joined = _join(self, captured, tokens, 1)
     count = tokens.shape[1]
     context = extend_arguments(self.arguments[1:], args[1:], kwargs, tokens, captured.length)
+    if captured.mask is not None:
+        context = exclude_prompts(self.arguments[1:], context, tokens, captured.mask)
     out = original.forward(self, joined, **context)
     if self.outputs is None:
         type(self).outputs = len(out) if isinstance(out, tuple) else 0
@@ -200,10 +203,23 @@ def _multihead_forward(
     for name, rows in (("key_padding_mask", 0), ("attn_mask", carried)):  # here True means masked, and 0 is added
         if (mask := kwargs.get(name)) is not None:
             kwargs[name] = F.pad(mask, (0, extra, 0, rows))
+    if captured is not None and captured.mask is not None:
+        if kwargs.get("key_padding_mask") is not None:
+            _refuse_mask(original)
+        batch_first = query if self.batch_first else query.transpose(0, 1)
+        kwargs["key_padding_mask"] = excluded_keys(batch_first, captured.mask)
     kwargs["is_causal"] = False  # a hint that `attn_mask` is causal; the padded mask is not
     # The same tensor as key and value: both projections are then one product.
     attended: tuple[Tensor, Tensor | None] = original.forward(self, query, joined, joined, **kwargs)
     return attended
+
+
+def _refuse_mask(original: type[nn.Module]) -> None:
+    if call_state.mask is not None:
+        raise BackboneError(
+            f"{original.__name__} cannot exclude tokens of a prompt, so images of a batch cannot have prompts of "
+            "unequal length."
+        )
 
 
 def _head_forward(self: Any, features: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lpt_peft._call_state import Recorder, recording
+from lpt_peft._call_state import Recorder, call_state, recording
 from lpt_peft._prompted import Prompted, checkpoint_in_graph, prompted_class
 from lpt_peft._self_check import check_block, gradient_gap
 from lpt_peft.errors import BackboneError
@@ -41,6 +41,7 @@ __all__ = [
     "prompt_arguments",
     "recording",
     "run_block",
+    "set_prompt_mask",
 ]
 
 Prompt = Tensor | int | None
@@ -138,6 +139,18 @@ def prompt_arguments(prompt: Prompt, dtype: torch.dtype) -> dict[str, Any]:
 def batched(prompt: Tensor) -> Tensor:
     """Return a prompt (n, d) or (B, n, d) as (1 or B, n, d)."""
     return prompt if prompt.ndim == 3 else prompt.unsqueeze(0)
+
+
+def set_prompt_mask(mask: Tensor | None) -> None:
+    """Exclude tokens of the prompts of the next calls on this thread, until the mask is set to None.
+
+    Images with fewer prompt tokens than others of their batch are padded with excluded tokens. Attention modules that
+    take no mask raise `BackboneError` when they run.
+
+    Args:
+        mask: (B, n) bool, True for the tokens that count; None for prompts without padding.
+    """
+    call_state.mask = mask
 
 
 def find_gradient_gap(blocks: Sequence[nn.Module], dim: int) -> str | None:

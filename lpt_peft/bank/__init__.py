@@ -1,0 +1,9 @@
+"""Many tasks on one backbone: `PromptBank` answers batches in which every image has its own task.
+
+Not here: a single task (`lpt_peft.adapter`), prompt files (`lpt_peft.checkpoint`).
+"""
+
+from lpt_peft.bank.bank import PromptBank
+from lpt_peft.bank.output import BankOutput, TaskPrediction
+
+__all__ = ["BankOutput", "PromptBank", "TaskPrediction"]

@@ -1,0 +1,87 @@
+"""Results of a bank: padded tensors of the batch, and a prediction per image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, overload
+
+from torch import Tensor
+
+
+class TaskPrediction(NamedTuple):
+    """Result of one image."""
+
+    task: str | None
+    """Name of the task; None for the plain model."""
+    logits: Tensor
+    """(C,) float32 or float64, with the classes of the task; (0,) for the plain model, which has no classes here."""
+    features: Tensor
+    """(feature_dim,) input of the classifier."""
+    groups: Tensor
+    """(k,) int64 selected groups; (0,) without groups."""
+    label_names: tuple[str, ...] | None
+    """Names of the C classes, if the prompt file has them."""
+    temperature: float
+    """Divisor of the logits that calibrates the probabilities; 1 if the prompt file has none."""
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(C,) `softmax(logits / temperature)`."""
+        return (self.logits / self.temperature).softmax(-1)
+
+
+class TaskFacts(NamedTuple):
+    """What a result needs of a task, from its prompt file."""
+
+    name: str | None
+    num_classes: int
+    top_k: int
+    label_names: tuple[str, ...] | None
+    temperature: float
+
+
+@dataclass(frozen=True, eq=False)
+class BankOutput(Sequence[TaskPrediction]):
+    """Results of a batch of B images: a sequence of `TaskPrediction`.
+
+    Attributes:
+        logits: (B, C) float32 or float64, C of the largest task of the bank; -inf beyond the classes of an image's
+            task.
+        features: (B, feature_dim) inputs of the classifiers.
+        groups: (B, k) int64, k of the largest task; valid up to the `top_k` of an image's task.
+        facts: For each image, its task.
+    """
+
+    logits: Tensor
+    features: Tensor
+    groups: Tensor
+    facts: tuple[TaskFacts, ...]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.facts)
+
+    @overload
+    def __getitem__(self, index: int) -> TaskPrediction: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[TaskPrediction]: ...
+
+    def __getitem__(self, index: int | slice) -> TaskPrediction | list[TaskPrediction]:
+        """Return the prediction of an image, with the number of classes of its task."""
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        facts = self.facts[index]
+        return TaskPrediction(
+            facts.name,
+            self.logits[index, : facts.num_classes],
+            self.features[index],
+            self.groups[index, : facts.top_k],
+            facts.label_names,
+            facts.temperature,
+        )
+
+    def cpu(self) -> BankOutput:
+        """Copy all tensors to the CPU at once."""
+        return replace(self, logits=self.logits.cpu(), features=self.features.cpu(), groups=self.groups.cpu())
