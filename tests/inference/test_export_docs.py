@@ -17,7 +17,7 @@ from lpt_peft.inference import export_model
 from tests.inference.digit_models import NAMES, digit_adapter, digits
 
 PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "export.md").read_text("utf-8")
-(CODE,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+PREPARE, USE, *_ = re.findall(r"^```py(?:thon)?\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 BLOCK = 'import sys\nsys.modules.update(dict.fromkeys(["lpt_peft", "torch", "torchvision", "timm"]))\n'
 
 
@@ -37,7 +37,7 @@ def test_the_page_names_the_classes_of_the_model(tmp_path):
     model = digit_adapter("group")
     export_model(model, tmp_path / "export", preprocess={"crop_pct": 0.9})
     write_digits(tmp_path / "export")
-    words = [sys.executable, "-X", "utf8", "-c", BLOCK + CODE]
+    words = [sys.executable, "-X", "utf8", "-c", BLOCK + PREPARE + USE]
     done = subprocess.run(words, capture_output=True, cwd=tmp_path / "export", check=False)
     assert done.returncode == 0, done.stderr
     transform = transforms({**model.preprocess(), "crop_pct": 0.9}, train=False)
@@ -57,7 +57,7 @@ def test_the_page_prepares_images_as_the_library_does(tmp_path, crop_pct, interp
     write_digits(tmp_path)
     preprocess = {**digit_adapter("shared").preprocess(), "crop_pct": crop_pct, "interpolation": interpolation}
     page = {"__name__": "page"}
-    exec(CODE[: CODE.index("session =")], page)
+    exec(PREPARE, page)
     for name in ("a.jpg", "b.jpg"):
         found = page["prepare"](tmp_path / name, preprocess)
         expected = transforms(preprocess, train=False)(Image.open(tmp_path / name))

@@ -175,7 +175,7 @@ def _check_arguments(
     if task is not None and task in (tasks or {}):
         raise ConfigError(f"Two tasks have the name {task!r}: rename one of them.")
     if path.exists():
-        raise ConfigError(f"{path} exists already: give the path of a new folder, or remove this one first.")
+        raise ConfigError(f"{path} exists already: give the path of a new folder, or remove this folder first.")
 
 
 def _description(model: Model, graph: Graph, format: str, dtype: str) -> dict[str, Any]:
