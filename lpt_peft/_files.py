@@ -6,8 +6,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -52,13 +52,35 @@ def write_atomic_folder(path: Path, files: Mapping[str, bytes]) -> None:
         ConfigError: A parent is a file.
         OSError: The disk is full, the parent is not writable, or the folder exists; nothing is left behind.
     """
+    with new_folder(path) as temporary:
+        for name, data in files.items():
+            (temporary / name).write_bytes(data)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a new folder in one step: a context with a temporary folder, which is renamed to `path` at its end.
+
+    Args:
+        path: The folder, which does not exist yet; parents are created if missing.
+
+    Yields:
+        The temporary folder beside it, empty. After an exception it is removed.
+
+    Raises:
+        ConfigError: A parent is a file.
+        OSError: The disk is full, the parent is not writable, or the folder exists; nothing is left behind.
+    """
     make_folder(path.parent)
     temporary = path.with_name(f"{path.name}.{uuid4().hex}.tmp")
     try:
         temporary.mkdir()
-        for name, data in files.items():
-            _write_synced(temporary / name, data)
-        _sync_folder(temporary)
+        yield temporary
+        for folder in (temporary, *(item for item in temporary.rglob("*") if item.is_dir())):
+            for file in folder.iterdir():
+                if file.is_file():
+                    _sync_file(file)
+            _sync_folder(folder)
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -85,6 +107,11 @@ def _write_synced(path: Path, data: bytes) -> None:
     with path.open("xb") as stream:
         stream.write(data)
         stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as stream:
         os.fsync(stream.fileno())
 
 

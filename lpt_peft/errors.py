@@ -31,6 +31,10 @@ class BackboneError(LPTError, TypeError):
     """The model cannot take prompts; the message names its class and the nearest alternative that works."""
 
 
+class ExportError(LPTError, RuntimeError):
+    """A model cannot be exported, or the exported file returns other results than the model."""
+
+
 class MissingExtraError(LPTError, ImportError):
     """An optional library is not installed; the message names the extra that installs it."""
 

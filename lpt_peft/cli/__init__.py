@@ -95,6 +95,7 @@ def _commands(words: Sequence[str]) -> dict[str, Callable[..., Any]]:
     from lpt_peft.cli.demo import demo
     from lpt_peft.cli.doctor import doctor
     from lpt_peft.cli.evaluate import evaluate
+    from lpt_peft.cli.export import export
     from lpt_peft.cli.inspect import inspect
     from lpt_peft.cli.predict import predict
     from lpt_peft.cli.pull import pull
@@ -110,6 +111,7 @@ def _commands(words: Sequence[str]) -> dict[str, Callable[..., Any]]:
         "demo": demo,
         "doctor": doctor,
         "evaluate": evaluate,
+        "export": export,
         "inspect": inspect,
         "predict": predict,
         "pull": pull,

@@ -49,7 +49,20 @@ def test_errors_of_the_file_system_have_a_cure(tmp_path, capsys):
 # torch, and libraries that import it or take as long
 HEAVY = ("accelerate", "huggingface_hub", "matplotlib", "numpy", "open_clip", "PIL", "safetensors", "sklearn", "timm")
 HEAVY += ("torch", "torchvision", "transformers")
-COMMANDS = ("analyse", "check", "convert", "demo", "doctor", "evaluate", "inspect", "predict", "pull", "push", "train")
+COMMANDS = (
+    "analyse",
+    "check",
+    "convert",
+    "demo",
+    "doctor",
+    "evaluate",
+    "export",
+    "inspect",
+    "predict",
+    "pull",
+    "push",
+    "train",
+)
 
 
 def modules_after(*words):

@@ -21,7 +21,7 @@ from lpt_peft.cli.common.tables import print_table
 from tests.data.make import write_png
 
 COMMAND = [sys.executable, "-m", "lpt_peft"]
-COMMANDS = ("check", "convert", "demo", "doctor", "evaluate", "inspect", "predict", "pull", "push", "train")
+COMMANDS = ("check", "convert", "demo", "doctor", "evaluate", "export", "inspect", "predict", "pull", "push", "train")
 
 
 def call(*words, stdin=None, cwd=None, **environment):

@@ -1,0 +1,58 @@
+"""Models whose classes, groups and head come from images of digits, without training. No tests here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from lpt_peft import LongTailPromptAdapter
+from lpt_peft.backbones.bundled.glyph_vit import glyph_vit
+from lpt_peft.data.digits import DigitsLT
+from lpt_peft.heads import class_sums
+from lpt_peft.vit_classifier import ViTClassifier
+
+NAMES = ("zéro", "one", "two", "三", "four", "five", "six", "seven", "eight", "nine")
+
+
+def digits(split="test", count=60):
+    """Images (count, 3, 32, 32) and labels (count,), evenly spaced over the split."""
+    data = DigitsLT(split)
+    rows = [round(row) for row in torch.linspace(0, len(data) - 1, count).tolist()]
+    images, labels = zip(*(data[row] for row in rows), strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def fit_head(model, classes, temperature):
+    """Set the head to class means, with one class fewer than ten for `classes=9` and so on."""
+    images, labels = digits("train", 120)
+    with torch.no_grad():
+        features = model.features(images)
+    model.head.init_class_means(class_sums(features, labels % classes, classes))
+    model.metadata = replace(model.metadata, label_names=NAMES[:classes], temperature=temperature)
+
+
+def digit_adapter(phase, query="final", *, seed=0, classes=10, pool_size=8, temperature=0.7, **options):
+    """An adapter of the bundled ViT whose groups differ, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vit = glyph_vit()
+        sizes = {"prompt_length": 3, "pool_size": pool_size, "logit_scale": 20.0 + seed}
+        if options.get("placement") == "shallow":
+            sizes.pop("pool_size")
+        adapter = LongTailPromptAdapter.wrap(vit, classes, query=query, **{**sizes, **options}).eval()
+        if adapter.prompt_config.has_groups:
+            adapter.pool.init_keys(adapter.queries(digits("train", 120)[0]))
+            with torch.no_grad():
+                adapter.pool.prompts.normal_(std=0.5)
+        adapter.phase = phase
+        adapter.eval()
+        fit_head(adapter, classes, temperature)
+    return adapter
+
+
+def digit_classifier(method, *, classes=10, temperature=1.3):
+    """A classifier without prompts on the bundled ViT, in eval mode."""
+    model = ViTClassifier.wrap(glyph_vit(), classes, method=method).eval()
+    fit_head(model, classes, temperature)
+    return model
