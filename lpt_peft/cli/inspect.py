@@ -34,8 +34,8 @@ def inspect(
     """
     from lpt_peft.checkpoint import encode
     from lpt_peft.checkpoint.files import compare_copy
-    from lpt_peft.cli.common.paths import model_folder
     from lpt_peft.cli.common.streams import print_json, print_text
+    from lpt_peft.inference.run_folder import model_folder
 
     if (model := model_folder(Path(source, subfolder or ""))) is not None:
         _inspect_model(source, model, as_json)
@@ -73,8 +73,8 @@ def _read(source: str, revision: str | None, subfolder: str | None) -> tuple[Pro
     """The content, and the bytes of config.json beside it."""
     from lpt_peft.checkpoint import decode
     from lpt_peft.checkpoint.files import read_copy
-    from lpt_peft.cli.common.paths import prompt_folder
     from lpt_peft.hub import HubLocation, check_subfolder, folder_named, is_repository, pull, pull_copy, read_prompts
+    from lpt_peft.inference.run_folder import prompt_folder
 
     if not is_repository(source):
         check_subfolder(subfolder)

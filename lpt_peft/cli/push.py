@@ -39,9 +39,9 @@ def push(
         as_json: Print one JSON object.
     """
     from lpt_peft.checkpoint import read_prompt_file
-    from lpt_peft.cli.common.paths import model_folder, prompt_folder
     from lpt_peft.cli.common.streams import print_json
     from lpt_peft.hub import push as push_content
+    from lpt_peft.inference.run_folder import model_folder, prompt_folder
 
     if (model := model_folder(folder)) is not None:
         raise ConfigError(

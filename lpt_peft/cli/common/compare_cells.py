@@ -12,10 +12,10 @@ from lpt_peft._files import write_atomic
 from lpt_peft.cli.common.build_adapter import build_model
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.open_data import open_splits
-from lpt_peft.cli.common.paths import SETTINGS
 from lpt_peft.cli.common.run_settings import read_settings
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.errors import ConfigError, InputError, LPTError, MissingExtraError, StateError
+from lpt_peft.inference.run_folder import SETTINGS
 from lpt_peft.recipe.compare.cells import Cell, measured
 from lpt_peft.recipe.compare.figure import draw
 from lpt_peft.recipe.compare.results import Comparison, Row, Run, compare

@@ -1,0 +1,32 @@
+"""Predictions of a trained model: images in, label names with probabilities out.
+
+    classifier.py   Classifier: labels, preprocessing, temperature, batches, worker processes
+    prediction.py   Prediction: the result for an image
+    image_paths.py  image files of paths, folders and patterns
+    items.py        images of any kind as a tensor
+    source.py       models from run folders, prompt files, model files and the Hub
+    run_folder.py   where a run keeps its weights and its backbone
+
+It needs the core dependencies only. Public names are imported on first use. Not here: training and evaluation
+(`lpt_peft.recipe`).
+"""
+
+from typing import TYPE_CHECKING
+
+from lpt_peft._lazy import import_on_first_use
+
+if TYPE_CHECKING:
+    from lpt_peft.inference.classifier import Classifier
+    from lpt_peft.inference.image_paths import image_paths
+    from lpt_peft.inference.prediction import Prediction
+
+__all__ = ["Classifier", "Prediction", "image_paths"]
+
+import_on_first_use(  # must match the imports above; a test compares them
+    __name__,
+    {
+        "classifier": ["Classifier"],
+        "image_paths": ["image_paths"],
+        "prediction": ["Prediction"],
+    },
+)
