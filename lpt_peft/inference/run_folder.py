@@ -129,7 +129,7 @@ def prompt_folder(folder: Path) -> Path:
 
 
 def model_folder(folder: Path) -> Path | None:
-    """Return the folder of model.safetensors, if the path names one: RUN/model of a run, or that of the file itself.
+    """Return the folder of model.safetensors, if any: RUN/model of a run, or that of the file itself.
 
     A run in whose folder another method was trained before has a prompt file as well; its settings name the method.
     """
