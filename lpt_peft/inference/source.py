@@ -71,8 +71,8 @@ def load_model(
     }
     if isinstance(source, nn.Module):
         raise ConfigError(
-            f'source is a {type(source).__name__}; it must be a folder, or "owner/name" on the Hugging Face Hub. Give '
-            "it before the ViT: from_pretrained(source, vit)."
+            f'source={type(source).__name__} must be a folder, or "owner/name" on the Hugging Face Hub. Give it before '
+            "the ViT: from_pretrained(source, vit)."
         )
     if device is not None:
         _check_device(device)
