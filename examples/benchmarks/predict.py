@@ -1,6 +1,6 @@
 """Speed of `Classifier` compared with its model alone, and the memory of `lpt-peft predict`.
 
-    python examples/benchmarks/predict.py                                    # 5,000 images: an hour on two cores
+    python examples/benchmarks/predict.py                                    # 5,000 images of 96 px
     python examples/benchmarks/predict.py --num-images 500 --model vit_tiny_patch16_224
 
 Writes small JPEGs into a temporary folder. The model alone classifies batches that are in memory, without reading,
