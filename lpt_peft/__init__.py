@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lpt_peft.config import PromptConfig
     from lpt_peft.errors import LPTError
     from lpt_peft.heads import CosineClassifier, cosine_logits
+    from lpt_peft.inference import Classifier
     from lpt_peft.losses import AGCLLoss, LogitAdjustedLoss, LPTLoss, agcl_loss, logit_adjusted_loss
     from lpt_peft.metrics import SHOT_RULES, ShotMetrics, ShotResult, ShotRule, shot_metrics
     from lpt_peft.output import AdapterOutput
@@ -26,6 +27,7 @@ __all__ = [
     "AGCLLoss",
     "AdapterOutput",
     "ClassBalancedSampler",
+    "Classifier",
     "CosineClassifier",
     "DualSampler",
     "LPTError",
@@ -57,6 +59,7 @@ import_on_first_use(  # must match the imports above; a test compares them
         "config": ["PromptConfig"],
         "errors": ["LPTError"],
         "heads": ["CosineClassifier", "cosine_logits"],
+        "inference": ["Classifier"],
         "losses": ["AGCLLoss", "LogitAdjustedLoss", "LPTLoss", "agcl_loss", "logit_adjusted_loss"],
         "metrics": ["SHOT_RULES", "ShotMetrics", "ShotResult", "ShotRule", "shot_metrics"],
         "output": ["AdapterOutput"],

@@ -14,19 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lpt_peft._run_folder import ModelMethod
 from lpt_peft.backbones import Backbone, find_backbone
 from lpt_peft.backbones.fingerprint import fingerprint
 from lpt_peft.backbones.freezing import feature_tensors
 from lpt_peft.backbones.loading import build
 from lpt_peft.backbones.weights import FrozenWeights, cast_dtype
 from lpt_peft.checkpoint.match import check_match
-from lpt_peft.checkpoint.model_file import (
-    ModelContent,
-    ModelMethod,
-    check_model_writable,
-    read_model_file,
-    write_model_file,
-)
+from lpt_peft.checkpoint.model_file import ModelContent, check_model_writable, read_model_file, write_model_file
 from lpt_peft.config import PromptMetadata
 from lpt_peft.errors import ModelFileError
 from lpt_peft.heads import CosineClassifier

@@ -12,15 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from lpt_peft._run_folder import MODEL_METHODS, ModelMethod
 from lpt_peft.backbones.base import Backbone, execution_device
 from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.backbones.freezing import FrozenState, feature_parameters
 from lpt_peft.backbones.input_errors import explain_failure
 from lpt_peft.backbones.weights import FrozenWeights
-from lpt_peft.checkpoint.model_file import (
-    MODEL_METHODS,
-    ModelMethod,
-)
 from lpt_peft.config import PromptMetadata
 from lpt_peft.errors import BackboneError, ConfigError, LPTError, StateError
 from lpt_peft.heads import CosineClassifier

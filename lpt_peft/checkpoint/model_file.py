@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lpt_peft._json import BrokenRule, dumps, integer, loads, object_of, one_of, require, sha256
+from lpt_peft._run_folder import MODEL_METHODS, ModelMethod
 from lpt_peft._version import __version__
 from lpt_peft.backbones import BackboneInfo
 from lpt_peft.checkpoint.description import (
@@ -39,9 +40,6 @@ MODEL_NAME, HEAD_NAME = "model.safetensors", "head.safetensors"
 HEAD_WEIGHT = "head.weight"
 MAX_MODEL_BYTES = MAX_TENSOR_BYTES
 """Size of the largest file of weights that is read."""
-
-ModelMethod = Literal["linear_probe", "full"]
-MODEL_METHODS: tuple[ModelMethod, ...] = ("linear_probe", "full")
 
 _FILES: dict[ModelMethod, tuple[str, ...]] = {"linear_probe": (MODEL_NAME,), "full": (MODEL_NAME, HEAD_NAME)}
 _WEIGHTS = object_of({"bytes": integer(0, MAX_MODEL_BYTES), "sha256": sha256})

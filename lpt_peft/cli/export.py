@@ -84,7 +84,7 @@ def _task_names(folders: list[Path]) -> list[str]:
 
 
 def _source(folder: Path) -> Path:
-    from lpt_peft.cli.common.paths import existing_prompt_folder, model_folder
+    from lpt_peft._run_folder import existing_prompt_folder, model_folder
 
     return model_folder(folder) or existing_prompt_folder(folder)
 

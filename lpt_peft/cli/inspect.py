@@ -32,9 +32,9 @@ def inspect(
         subfolder: Folder inside the folder or repository.
         as_json: Print the configuration in the header of prompts.safetensors, or config.json of a model file.
     """
+    from lpt_peft._run_folder import model_folder
     from lpt_peft.checkpoint import encode
     from lpt_peft.checkpoint.files import compare_copy
-    from lpt_peft.cli.common.paths import model_folder
     from lpt_peft.cli.common.streams import print_json, print_text
 
     if (model := model_folder(Path(source, subfolder or ""))) is not None:
@@ -71,9 +71,9 @@ def _inspect_model(source: str, folder: Path, as_json: bool) -> None:
 
 def _read(source: str, revision: str | None, subfolder: str | None) -> tuple[PromptContent, bytes | None]:
     """The content, and the bytes of config.json beside it."""
+    from lpt_peft._run_folder import prompt_folder
     from lpt_peft.checkpoint import decode
     from lpt_peft.checkpoint.files import read_copy
-    from lpt_peft.cli.common.paths import prompt_folder
     from lpt_peft.hub import HubLocation, check_subfolder, folder_named, is_repository, pull, pull_copy, read_prompts
 
     if not is_repository(source):

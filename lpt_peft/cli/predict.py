@@ -1,169 +1,172 @@
-"""`lpt-peft predict DIR IMAGES...`: print the classes that a trained model finds in image files."""
+"""`lpt-peft predict MODEL IMAGES...`: print the classes that a trained model finds in image files."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from lpt_peft._text import number, printable
 from lpt_peft.cli.common.exit_codes import FAILED, INCOMPLETE, OK
 from lpt_peft.cli.common.extras import requires_extra
-from lpt_peft.cli.common.messages import notice, without_errno
+from lpt_peft.cli.common.messages import notice, print_message, without_errno
 from lpt_peft.cli.common.options import Json
-from lpt_peft.cli.common.streams import dump_json
-from lpt_peft.errors import ConfigError, InputError
+from lpt_peft.errors import ConfigError, InputError, LPTError
 
 if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
+    from lpt_peft.inference import Prediction
 
-    from lpt_peft.cli.common.load_run import LoadedRun
-
-_BATCH = 64
 _SHOW = 3
+_BLOCK = 2**16
 
 
 def predict(
-    folder: tyro.conf.Positional[Path],
-    images: tyro.conf.Positional[tuple[Path, ...]],
+    model: tyro.conf.Positional[str],
+    images: tyro.conf.Positional[tuple[str, ...]],
     /,
+    *,
     show: int | None = None,
     min_probability: float = 0.0,
+    output_format: Annotated[Literal["table", "json", "jsonl", "csv"] | None, tyro.conf.arg(name="format")] = None,
     as_json: Json = False,
+    batch_size: int = 64,
+    num_workers: int | None = None,
+    device: str | None = None,
 ) -> int:
     """Print the most probable classes of images; images that cannot be read are left out and named at the end.
 
     Args:
-        folder: Output folder of `lpt-peft train`, or a prompt file or model file.
-        images: Image files; - reads their paths from standard input, one per line or separated by NUL.
+        model: Output folder of `lpt-peft train`, a prompt file or model file, or OWNER/NAME on the Hugging Face Hub.
+        images: Image files, folders and patterns; - reads paths from standard input, one per line or separated by NUL.
         show: Classes to print for each image, the most probable first; None: 3, or all of fewer.
         min_probability: Reject images whose most probable class has a lower probability; they are marked and counted.
-        as_json: Print a JSON list with an object for each image: its classes, or the error of reading it.
+        output_format: table; json, a list; jsonl, an object per line; or csv. All appear batch by batch. None: table.
+        as_json: The same as --format json.
+        batch_size: Images of a forward pass.
+        num_workers: Processes that read images; None: a process per core, at most 8, and none for few images.
+        device: Where the model computes, such as cpu or cuda:1; None: the accelerator if there is any.
     """
-    with requires_extra("lpt-peft predict", "train"):
-        from lpt_peft.cli.common.load_run import load_run
-        from lpt_peft.cli.common.tables import print_table
+    with requires_extra("lpt-peft predict", "cli"):
+        from lpt_peft.cli.common.image_progress import image_progress
+        from lpt_peft.cli.common.prediction_output import make_writer
+        from lpt_peft.inference import Classifier
 
-    paths = list(_given_paths(images))
-    if not paths:
-        raise InputError("predict needs images: lpt-peft predict DIR IMAGE ..., or - to read paths from stdin.")
+    _check_options(images, show, min_probability, batch_size, num_workers)
+    if as_json and output_format not in (None, "json"):
+        raise ConfigError(f"--json is --format json, which contradicts --format {output_format}: give one of them.")
+    classifier = Classifier.from_pretrained(model, batch_size=batch_size, num_workers=num_workers, device=device)
+    if min_probability and classifier.temperature is None:
+        notice("the probabilities are not calibrated: the run had no validation split to fit a temperature on")
+    if show is not None and show > classifier.num_classes:
+        raise ConfigError(f"--show {show} must be from 1 to {classifier.num_classes}, the number of classes.")
+    paths, total = _given_paths(images)
+    show = min(show or _SHOW, classifier.num_classes)
+    writer = make_writer(output_format or ("json" if as_json else "table"), show, min_probability > 0)
+    tally = _Tally(min_probability)
+    try:
+        with closing(classifier.stream(paths, show=show)) as predictions, image_progress(total) as advance:
+            while batch := list(islice(predictions, batch_size)):
+                writer.write([tally.add(prediction) for prediction in batch])
+                advance(len(batch))
+    except (KeyboardInterrupt, LPTError):
+        if tally.seen:
+            writer.close()
+        tally.report()
+        raise
+    if not tally.seen:
+        raise InputError("Standard input names no image: give a path per line, or separate them by NUL.")
+    writer.close()
+    return tally.report()
+
+
+def _check_options(
+    images: Sequence[str], show: int | None, min_probability: float, batch_size: int, num_workers: int | None
+) -> None:
+    if not images:
+        raise InputError(
+            "predict needs images: lpt-peft predict MODEL IMAGE ..., a folder, or - to read paths from stdin."
+        )
     if show is not None and show < 1:
         raise ConfigError(f"--show {show} must be at least 1.")
     if not 0 <= min_probability <= 1:
         raise ConfigError(f"--min-probability {min_probability:g} must be a probability, from 0 to 1.")
-    run = load_run(folder)
-    if min_probability and run.model.metadata.temperature is None:
-        notice(
-            "the probabilities are not calibrated: the run had no validation split to fit a temperature on, or no "
-            "temperature fits it"
-        )
-    num_classes = len(run.class_names)
-    if show is not None and show > num_classes:
-        raise ConfigError(f"--show {show} must be from 1 to {num_classes}, the number of classes.")
-    failed: list[dict[str, Any]] = []
-    rejected = 0
-    separator = "["
-    for answers in _predictions(run, paths, min(show or _SHOW, num_classes)):
-        failed += [answer for answer in answers if "error" in answer]
-        for answer in answers:
-            if min_probability and "classes" in answer:
-                answer["rejected"] = answer["classes"][0]["probability"] < min_probability
-                rejected += answer["rejected"]
-        if as_json:
-            for answer in answers:
-                print(separator, dump_json(answer), sep="\n", end="")
-                separator = ","
-        elif rows := [_row(answer) for answer in answers if "classes" in answer]:
-            print_table(rows)
-        sys.stdout.flush()  # answers before an interruption are not lost
-    if as_json:
-        print("\n]")
-    if rejected:
-        notice(
-            f"{rejected} of {number(len(paths), 'image')} rejected: no class has a probability of {min_probability:g}"
-        )
-    if not failed:
-        return OK
-    print(f"lpt-peft: {len(failed)} of {len(paths)} images cannot be read and were left out:", file=sys.stderr)
-    for answer in failed:
-        print(printable(f"  {answer['image']}: {answer['error']}", 10_000), file=sys.stderr)
-    return FAILED if len(failed) == len(paths) else INCOMPLETE
+    for name, value, low in (("--batch-size", batch_size, 1), ("--num-workers", num_workers, 0)):
+        if value is not None and value < low:
+            raise ConfigError(f"{name} {value} must be at least {low}.")
 
 
-def _predictions(run: LoadedRun, paths: Sequence[Path], show: int) -> Iterator[list[dict[str, Any]]]:
-    """For each batch, a dictionary per image, in order: "image" with "classes", or with "error"."""
-    import torch
+class _Tally:
+    """Counts rejected images and collects those that cannot be read.
 
-    from lpt_peft.data.transforms import transforms
+    Args:
+        min_probability: Least probability of an image that is not rejected; 0 rejects no image.
+    """
 
-    transform = transforms(
-        run.model.preprocess(),
-        train=False,
-        crop_pct=run.images.crop_pct,
-        exif=run.images.exif,
-        background=run.images.background,
-    )
-    device, temperature = run.model.head.weight.device, run.model.metadata.temperature or 1.0
-    for start in range(0, len(paths), _BATCH):
-        answers: list[dict[str, Any]] = []
-        tensors = []
-        for path in paths[start : start + _BATCH]:
-            tensor, error = _load(path, transform)
-            answers.append({"image": str(path)} | ({"error": error} if error else {}))
-            tensors += [] if tensor is None else [tensor]
-        if tensors:
-            with torch.no_grad():
-                found = (run.model(torch.stack(tensors).to(device)).float() / temperature).softmax(1).topk(show)
-            readable = (answer for answer in answers if "error" not in answer)
-            for answer, probabilities, labels in zip(readable, *(part.tolist() for part in found), strict=True):
-                answer["classes"] = [
-                    {"class": run.class_names[label], "label": label, "probability": probability}
-                    for label, probability in zip(labels, probabilities, strict=True)
-                ]
-        yield answers
+    def __init__(self, min_probability: float) -> None:
+        self._least = min_probability
+        self.seen = self._rejected = 0
+        self._failed: list[tuple[str, str]] = []
 
+    def add(self, prediction: Prediction) -> dict[str, Any]:
+        """Count a prediction and return it as plain JSON, with "rejected" if there is a least probability."""
+        self.seen += 1
+        answer = prediction.to_dict()
+        if prediction.error is not None:
+            answer["error"] = without_errno(prediction.error)
+            self._failed.append((prediction.image, answer["error"]))
+        elif self._least:
+            answer["rejected"] = prediction.probability < self._least
+            self._rejected += answer["rejected"]
+        return answer
 
-def _load(path: Path, transform: Callable[[Image.Image], Tensor]) -> tuple[Tensor | None, str]:
-    """The image as a tensor (C, H, W), or None and the reason."""
-    from lpt_peft.data.files.reading import open_image
-
-    if path.is_dir():
-        return None, f"a folder; give its image files, such as {path}/*.jpg"
-    try:
-        return transform(open_image(path)), ""
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise anything on damaged bytes
-        return None, _reason(error)
+    def report(self) -> int:
+        """Print the counts and the unreadable images on standard error; return the exit status."""
+        seen, failed = self.seen, self._failed
+        if self._rejected:
+            notice(
+                f"{self._rejected} of {number(seen, 'image')} rejected: no class has a probability of {self._least:g}"
+            )
+        if not failed:
+            return OK
+        print_message(f"{len(failed)} of {seen} images cannot be read and were left out:")
+        for image, error in failed:
+            print(printable(f"  {image}: {error}", 10_000), file=sys.stderr)
+        return FAILED if len(failed) == seen else INCOMPLETE
 
 
-def _reason(error: Exception) -> str:
-    """Why an image cannot be read, without the name of a class of Python if there is a text."""
-    text = (isinstance(error, OSError) and error.strerror) or without_errno(str(error)[:200])
-    return text or type(error).__name__
+def _given_paths(places: Sequence[str]) -> tuple[Iterable[str], int | None]:
+    """The image files of the command line and their number; None while standard input is read."""
+    from lpt_peft.data.files.path_list import PathList
+    from lpt_peft.inference import image_paths
+
+    if "-" in places:
+        found = (_paths_of_stdin() if place == "-" else image_paths(place) for place in places)
+        return chain.from_iterable(found), None
+    paths = PathList()
+    for path in image_paths(places):
+        paths.append(path)
+    return paths, len(paths)
 
 
-def _given_paths(images: Sequence[Path]) -> Iterator[Path]:
-    """The paths on the command line, with those of standard input in the place of "-"."""
-    for path in images:
-        if str(path) != "-":
-            yield path
-            continue
-        content = sys.stdin.buffer.read()
-        for name in content.split(b"\0" if b"\0" in content else b"\n"):
-            if name := name.removesuffix(b"\r"):  # of lists written on Windows
-                yield Path(os.fsdecode(name))
+def _paths_of_stdin() -> Iterator[str]:
+    """The paths on standard input as they come, separated by NUL if its first block has any, else on a line each."""
+    stream: Any = sys.stdin.buffer
+    content = stream.read1(_BLOCK)
+    separator = b"\0" if b"\0" in content else b"\n"
+    rest = b""
+    while content:
+        *names, rest = (rest + content).split(separator)
+        yield from _decoded(names)
+        content = stream.read1(_BLOCK)
+    yield from _decoded([rest])
 
 
-def _row(answer: dict[str, Any]) -> tuple[str, ...]:
-    first, *others = map(_cell, answer["classes"])
-    return (answer["image"], f"rejected ({first})" if answer.get("rejected") else first, *others)
-
-
-def _cell(entry: dict[str, Any]) -> str:
-    return f"{entry['class']} {entry['probability']:.1%}"
+def _decoded(names: Sequence[bytes]) -> Iterator[str]:
+    for name in names:
+        if path := name.removesuffix(b"\r"):  # of lists written on Windows
+            yield os.fsdecode(path)

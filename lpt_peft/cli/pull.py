@@ -29,12 +29,12 @@ def pull(
         offline: Load from the cache without a request to the Hub.
         as_json: Print one JSON object.
     """
+    from lpt_peft._run_folder import PROMPTS, SETTINGS
     from lpt_peft.checkpoint import decode, write_prompt_file
-    from lpt_peft.cli.common.paths import SETTINGS, check_new_folder
+    from lpt_peft.cli.common.paths import check_new_folder
     from lpt_peft.cli.common.streams import print_json, print_text
     from lpt_peft.hub import HubLocation
     from lpt_peft.hub import pull as pull_file
-    from lpt_peft.recipe.method_settings import PROMPTS
 
     check_new_folder(folder)
     location = HubLocation(repo_id=repo, revision=revision, subfolder=subfolder, local_files_only=offline)

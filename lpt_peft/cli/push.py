@@ -39,8 +39,8 @@ def push(
         dataset: Hub id of the training data, for the model card; may be given several times.
         as_json: Print one JSON object.
     """
+    from lpt_peft._run_folder import model_folder, prompt_folder
     from lpt_peft.checkpoint import read_prompt_file
-    from lpt_peft.cli.common.paths import model_folder, prompt_folder
     from lpt_peft.cli.common.run_card import run_card
     from lpt_peft.cli.common.streams import print_json
     from lpt_peft.hub import push as push_content

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from lpt_peft._run_folder import SETTINGS
 from lpt_peft.cli.common.exit_codes import INCOMPLETE, OK
 from lpt_peft.cli.common.extras import requires_extra
 from lpt_peft.cli.common.options import Json
-from lpt_peft.cli.common.paths import SETTINGS
 from lpt_peft.errors import ConfigError, InputError
 
 if TYPE_CHECKING:

@@ -16,12 +16,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from lpt_peft._run_folder import SETTINGS
 from lpt_peft.cli.common.exit_codes import INCOMPLETE, OK
 from lpt_peft.cli.common.extras import requires_extra
 from lpt_peft.cli.common.flags import check_method_flags, check_phase_flags
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.options import Json
-from lpt_peft.cli.common.paths import SETTINGS, check_new_folder, home_path
+from lpt_peft.cli.common.paths import check_new_folder, home_path
 from lpt_peft.cli.common.run_settings import RunSettings, read_settings
 from lpt_peft.errors import ConfigError, MissingExtraError
 from lpt_peft.recipe.presets import preset

@@ -11,6 +11,7 @@ metrics its `class_counts`; none of them takes the dataset itself. Public names 
     image_list.py   Places-LT, ImageNet-LT, CSV    inaturalist.py  the JSON of iNaturalist 2018
     from_dataset.py any map-style dataset          huggingface.py  `datasets`: lpt_peft[hf]
     digits.py       a small demo data set: lpt_peft[demo]
+    workers.py      worker processes of DataLoaders
 
 Not here: samplers (`lpt_peft.samplers`) and downloads.
 """

@@ -12,6 +12,7 @@ import torch
 from torchvision.utils import save_image
 
 from lpt_peft._random import seeded
+from lpt_peft._run_folder import PROMPTS
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.backbones.bundled.glyph_vit import glyph_config, glyph_vit
 from lpt_peft.checkpoint import read_prompt_file, write_prompt_file
@@ -25,7 +26,6 @@ from lpt_peft.metrics import ShotResult
 from lpt_peft.recipe import Splits, TrainSettings, fit, predict
 from lpt_peft.recipe.analyse.run import AnalysedImages, analyse
 from lpt_peft.recipe.experiment import RESULTS, write_json
-from lpt_peft.recipe.method_settings import PROMPTS
 from lpt_peft.recipe.methods import Model
 from lpt_peft.recipe.training.phase_init import trained_parameters
 from lpt_peft.report import write_report

@@ -1,7 +1,45 @@
-"""Use of trained models: export to other runtimes."""
+"""Use of trained models: images in, label names with probabilities out; and export to other runtimes.
 
-from __future__ import annotations
+    classifier.py    Classifier: labels, preprocessing, temperature, batches, worker processes
+    prediction.py    Prediction: the result for an image
+    image_paths.py   image files of paths, folders and patterns
+    items.py         images of any kind as a tensor
+    source.py        models from run folders, prompt files, model files and the Hub
+    run_backbone.py  the backbone in the settings of a run
+    export/          ONNX, torch.export and AOTInductor files
 
-from lpt_peft.inference.export import DTYPES, FORMATS, ExportDtype, ExportFormat, ExportResult, export_model
+`Classifier` needs the core dependencies only. Public names are imported on first use. Not here: training and evaluation
+(`lpt_peft.recipe`).
+"""
 
-__all__ = ["DTYPES", "FORMATS", "ExportDtype", "ExportFormat", "ExportResult", "export_model"]
+from typing import TYPE_CHECKING
+
+from lpt_peft._lazy import import_on_first_use
+
+if TYPE_CHECKING:
+    from lpt_peft.inference.classifier import Classifier
+    from lpt_peft.inference.export import DTYPES, FORMATS, ExportDtype, ExportFormat, ExportResult, export_model
+    from lpt_peft.inference.image_paths import image_paths
+    from lpt_peft.inference.prediction import Prediction
+
+__all__ = [
+    "DTYPES",
+    "FORMATS",
+    "Classifier",
+    "ExportDtype",
+    "ExportFormat",
+    "ExportResult",
+    "Prediction",
+    "export_model",
+    "image_paths",
+]
+
+import_on_first_use(  # must match the imports above; a test compares them
+    __name__,
+    {
+        "classifier": ["Classifier"],
+        "export": ["DTYPES", "FORMATS", "ExportDtype", "ExportFormat", "ExportResult", "export_model"],
+        "image_paths": ["image_paths"],
+        "prediction": ["Prediction"],
+    },
+)

@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lpt_peft._numbers import checked_integer
 from lpt_peft._numerics import at_least_float32
+from lpt_peft.data.workers import open_batches, stop_workers
 from lpt_peft.errors import InputError
 from lpt_peft.losses import adjust_logits
 from lpt_peft.metrics import ShotMetrics, ShotResult
-from lpt_peft.recipe.loading.loader import image_loader, open_batches, resolve_workers, stop_workers
+from lpt_peft.recipe.loading.loader import image_loader, resolve_workers
 from lpt_peft.recipe.loading.readable import without_replacements
 from lpt_peft.recipe.predictions import PredictionRecorder, image_names
 from lpt_peft.recipe.progress import Reporter

@@ -17,12 +17,6 @@ if TYPE_CHECKING:
 MethodName = Literal["lpt", "vpt_deep", "vpt_shallow", "linear_probe", "full"]
 METHODS: tuple[MethodName, ...] = ("lpt", "vpt_deep", "vpt_shallow", "linear_probe", "full")
 
-PROMPTS, MODEL = "prompts", "model"
-"""In the output folder of a run: its prompt file, or its model file."""
-
-MODEL_METHODS: tuple[MethodName, ...] = ("linear_probe", "full")
-"""Methods without prompts."""
-
 GROUP_FIELDS = frozenset({"group", "phases", "init_keys", "init_groups", "decay", "query_regularizer"})
 """Fields of `TrainSettings` that concern groups, which only "lpt" has."""
 PROMPT_FIELDS = GROUP_FIELDS | {"init_prompts"}

@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lpt_peft._run_folder import MODEL, PROMPTS
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.checkpoint.model_file import MODEL_FORMAT
 from lpt_peft.checkpoint.schema import FORMAT
 from lpt_peft.errors import ConfigError, StateError
-from lpt_peft.recipe.method_settings import MODEL, PROMPTS
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.training.image_passes import ImagePasses

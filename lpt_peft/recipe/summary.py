@@ -10,10 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
+from lpt_peft._run_folder import MODEL_METHODS
 from lpt_peft._text import number
 from lpt_peft.recipe.loading.batches import steps_per_epoch
 from lpt_peft.recipe.loading.loader import resolve_workers
-from lpt_peft.recipe.method_settings import MODEL_METHODS, settings_without_effect, unused_settings
+from lpt_peft.recipe.method_settings import settings_without_effect, unused_settings
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.training.image_passes import MAX_QUERIES
 from lpt_peft.recipe.training.schedule import warmup_steps

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lpt_peft._run_folder import MODEL, MODEL_METHODS, PROMPTS
 from lpt_peft._version import __version__
 from lpt_peft.checkpoint import read_prompt_file
 from lpt_peft.checkpoint.description import content_fields
-from lpt_peft.checkpoint.model_file import MODEL_METHODS, read_model_config
+from lpt_peft.checkpoint.model_file import read_model_config
 from lpt_peft.config import PromptConfig, PromptMetadata
 from lpt_peft.errors import InputError, StateError
 from lpt_peft.metrics.shot_rules import SHOT_RULES
 from lpt_peft.recipe.analyse import sections
 from lpt_peft.recipe.analyse.probe import Measured
-from lpt_peft.recipe.method_settings import MODEL, PROMPTS
 from lpt_peft.recipe.predictions import Predictions
 
 _REASON = "it needs passes over images, which --no-analysis leaves out. Run lpt-peft analyse, then lpt-peft report"

@@ -50,7 +50,7 @@ def same_prompts(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def load_adapter(folder):
+def load_adapter(folder, *_, **options):
     """Load a prompt file on the backbone of BACKBONE, whose random weights timm does not have."""
     run = RunSettings(backbone="vit_tiny_patch16_224", pretrained=False, img_size=32)
-    return FROM_PRETRAINED(folder, build_run_backbone(run))
+    return FROM_PRETRAINED(folder, build_run_backbone(run), **options)

@@ -79,7 +79,7 @@ def test_evaluate_prefers_the_given_data_to_that_of_the_run(data, tmp_path, caps
 
 def test_a_prompt_file_does_not_name_its_data(run, capsys, monkeypatch):
     monkeypatch.setattr(  # timm has no weights for this backbone
-        "lpt_peft.cli.common.load_run.LongTailPromptAdapter.from_pretrained", load_adapter
+        "lpt_peft.adapter.LongTailPromptAdapter.from_pretrained", load_adapter
     )
     assert main(["evaluate", str(run / "prompts")]) == 1
     assert "does not name its training data" in capsys.readouterr().err

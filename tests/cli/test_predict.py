@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -16,6 +21,7 @@ from PIL import Image
 
 from lpt_peft.cli import main
 from lpt_peft.cli.common.load_run import load_run
+from lpt_peft.inference import Classifier, items
 from tests.cli.runs import BACKBONE, NAMES, SMALL, load_adapter
 
 predict_module = import_module("lpt_peft.cli.predict")
@@ -71,7 +77,13 @@ def test_images_without_a_probable_class_are_rejected(run, pair_run, data, capsy
         (["predict", "nowhere", "a.png"], "nowhere does not exist: give the output folder of lpt-peft train"),
         (["predict", ".", "a.png"], ". has no prompts.safetensors: give the output folder of lpt-peft train"),
         (["predict", "broken.png", "a.png"], "broken.png is not a run: give the output folder"),
-        (["predict", "RUN", "folder"], "folder: a folder; give its image files, such as folder/*.jpg"),
+        (["predict", "RUN", "folder"], "The folder folder has no image: check the path."),
+        (["predict", "RUN", "folder/*.jpg"], "No file matches folder/*.jpg: check the path."),
+        (["predict", "RUN", "a.png", "--json", "--format", "csv"], "contradicts --format csv: give one of them"),
+        (["predict", "RUN", "a.png", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["predict", "RUN", "a.png", "--num-workers", "-1"], "--num-workers -1 must be at least 0"),
+        (["predict", "RUN", "a.png", "--device", "quantum"], "device='quantum' is not available"),
+        (["predict", "no/run/here", "a.png"], "no/run/here does not exist: give the output folder"),
     ],
 )
 def test_errors(run, tmp_path, capsys, monkeypatch, words, message):
@@ -115,18 +127,29 @@ def test_unreadable_images_lose_no_answers(run, data, tmp_path, capsys):
 
 
 def test_answers_are_written_batch_by_batch(run, data, capsys, monkeypatch):
+    """What was printed before an interruption can be read, in every format."""
     image = str(data / "test" / "ant" / "0.png")
-    original, calls = predict_module._load, []
+    original, calls = items._open, []
 
-    def interrupt(path, transform):
+    def interrupt(path):
         calls.append(path)
-        if len(calls) == 100:
+        if len(calls) % 100 == 0:
             raise KeyboardInterrupt
-        return original(path, transform)
+        return original(path)
 
-    monkeypatch.setattr(predict_module, "_load", interrupt)
-    assert main(["predict", str(run), *[image] * 120]) == 130
-    assert len(capsys.readouterr().out.splitlines()) == 64
+    monkeypatch.setattr(items, "_open", interrupt)
+    words = ["predict", str(run), *[image] * 120]
+    for output_format in ("table", "json", "jsonl", "csv"):
+        calls.clear()
+        assert main([*words, "--format", output_format]) == 130
+        out = capsys.readouterr().out
+        if output_format == "json":
+            assert len(json.loads(out)) == 64
+        else:
+            assert len(out.splitlines()) == 64 + (output_format == "csv")
+    calls.clear()
+    assert main([*words, "--batch-size", "10"]) == 130
+    assert len(capsys.readouterr().out.splitlines()) == 90
 
 
 def test_two_classes(pair_run, capsys):
@@ -182,13 +205,121 @@ def test_a_prompt_file_alone_reads_images_as_its_run_did(data, tmp_path, monkeyp
     recorded = json.loads((prompts / "config.json").read_text())["preprocess"]
     assert (recorded["exif"], recorded["background"], recorded["crop_pct"]) == (False, [0, 128, 255], 0.9)
     run = load_run(tmp_path / "run")
-    monkeypatch.setattr("lpt_peft.cli.common.load_run.LongTailPromptAdapter.from_pretrained", load_adapter)
+    monkeypatch.setattr("lpt_peft.adapter.LongTailPromptAdapter.from_pretrained", load_adapter)
     alone = load_run(prompts)
     for name in ("exif", "background", "crop_pct"):
         assert getattr(alone.images, name) == getattr(run.images, name)
     image = np.zeros((40, 48, 4), dtype=np.uint8)
     image[:20] = [200, 30, 90, 255]  # the rest is transparent
     Image.fromarray(image).save(tmp_path / "image.png")
-    answers = [next(iter(predict_module._predictions(loaded, [tmp_path / "image.png"], 3))) for loaded in (run, alone)]
+    answers = [Classifier.from_pretrained(source)(tmp_path / "image.png")[0] for source in (tmp_path / "run", prompts)]
     assert answers[0] == answers[1]
-    assert answers[0][0]["classes"]
+    assert len(answers[0].labels) == 3
+
+
+def answers_of(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+@pytest.fixture
+def photos(data, tmp_path):
+    """Folders of images, among them a file that is not an image, a damaged image and hidden files."""
+    folder = tmp_path / "photos"
+    shutil.copytree(data / "test", folder / "a")
+    shutil.copytree(data / "val", folder / "b" / "c")
+    (folder / "a" / "ant" / "notes.txt").write_text("none")
+    (folder / "b" / ".hidden.png").write_bytes(b"")
+    (folder / "b" / "broken.png").write_bytes(b"x")
+    return folder
+
+
+def test_folders_patterns_and_lists_of_images(run, photos, capsys):
+    expected = sorted(str(path) for path in photos.rglob("[!.]*.png"))
+    assert len(expected) == 24
+    words = ["predict", str(run), "--format", "jsonl", "--show", "1"]
+    for places in ([str(photos)], [str(photos / "a"), str(photos / "b")], [str(photos / "**" / "*.png")]):
+        assert main([*words, *places]) == 3
+        streams = capsys.readouterr()
+        answers = {answer["image"]: answer for answer in answers_of(streams.out)}
+        assert sorted(answers) == expected
+        [broken] = [name for name, answer in answers.items() if "error" in answer]
+        assert broken == str(photos / "b" / "broken.png")
+        assert "1 of 24 images cannot be read and were left out" in streams.err
+        assert "not an image" in streams.err
+
+
+def test_every_format_states_the_same(run, photos, capsys):
+    words = ["predict", str(run), str(photos), "--show", "2", "--min-probability", "0.4"]
+    found = {}
+    for output_format in ("json", "jsonl", "csv"):
+        assert main([*words, "--format", output_format]) == 3
+        found[output_format] = capsys.readouterr().out
+    answers = json.loads(found["json"])
+    assert answers_of(found["jsonl"]) == answers
+    rows = list(csv.DictReader(io.StringIO(found["csv"])))
+    assert list(rows[0]) == [
+        *("image", "class", "label", "probability", "class_2", "label_2", "probability_2", "rejected", "error")
+    ]
+    for row, answer in zip(rows, answers, strict=True):
+        assert row["image"] == answer["image"]
+        assert row["error"] == answer.get("error", "")
+        if "classes" in answer:
+            assert row["rejected"] == str(answer["rejected"])
+            for suffix, entry in zip(("", "_2"), answer["classes"], strict=True):
+                assert row[f"class{suffix}"] == entry["class"]
+                assert int(row[f"label{suffix}"]) == entry["label"]
+                assert float(row[f"probability{suffix}"]) == entry["probability"]
+    assert main([*words, "--json"]) == 3
+    assert capsys.readouterr().out == found["json"]
+
+
+def test_workers_and_batches_do_not_change_the_answers(run, photos, capsys):
+    words = ["predict", str(run), str(photos), "--format", "jsonl"]
+    assert main([*words, "--num-workers", "0"]) == 3
+    expected = capsys.readouterr()
+    assert main([*words, "--num-workers", "2", "--batch-size", "5"]) == 3
+    found = capsys.readouterr()
+    assert found.err == expected.err
+    for answer, other in zip(answers_of(found.out), answers_of(expected.out), strict=True):
+        assert answer["image"] == other["image"]
+        assert answer.get("error") == other.get("error")
+        for entry, same in zip(answer.get("classes", ()), other.get("classes", ()), strict=True):
+            assert entry["label"] == same["label"]
+            assert entry["probability"] == pytest.approx(same["probability"], abs=1e-6)
+    assert not multiprocessing.active_children()
+
+
+def test_answers_come_before_the_end_of_standard_input(run, data):
+    """A list that is written while it is read, as by `find`; then Ctrl-C."""
+    image = str(data / "test" / "ant" / "0.png")
+    command = [sys.executable, "-m", "lpt_peft", "predict", str(run), "-", "--format", "jsonl"]
+    options = ["--batch-size", "1", "--num-workers", "0"]
+    with subprocess.Popen(
+        [*command, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for _ in range(2):
+            process.stdin.write(f"{image}\n")
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["image"] == image
+        process.send_signal(signal.SIGINT)
+        process.stdin.close()
+        assert process.wait(60) == 130
+        assert process.stdout.read() == ""
+        assert process.stderr.read() == "lpt-peft: interrupted.\n"
+
+
+def test_an_empty_list_is_an_error(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n\n")))
+    assert main(["predict", str(run), "-", "--json"]) == 1
+    streams = capsys.readouterr()
+    assert "Standard input names no image" in streams.err
+    assert streams.out == ""
+
+
+def test_long_lists_are_split_at_the_same_separators(monkeypatch):
+    names = [f"{'x' * (number % 97)}{number}.png" for number in range(20_000)]
+    for separator in ("\n", "\0", "\r\n"):
+        text = separator.join(names).encode()
+        assert len(text) > 3 * predict_module._BLOCK
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        assert list(predict_module._paths_of_stdin()) == names

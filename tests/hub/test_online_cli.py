@@ -6,13 +6,17 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save
 
 from lpt_peft import LongTailPromptAdapter
+from lpt_peft.backbones.bundled.glyph_vit import glyph_vit
 from lpt_peft.cli import main
+from lpt_peft.data.transforms import transforms
 from tests.checkpoint.adapters import tiny_adapter
 from tests.hub.conftest import REPO
 
@@ -170,3 +174,18 @@ def test_the_page_on_sharing(local, tmp_path, monkeypatch):
         exec(line, names)
         assert torch.equal(names["adapter"](images), expected)
         names["adapter"].unwrap()
+
+
+def test_predict_loads_prompts_from_the_hub(local, tmp_path, capsys):
+    adapter = LongTailPromptAdapter.wrap(glyph_vit(), 3).eval()
+    adapter.push_to_hub(REPO, label_names=["ant", "bee", "cat"])
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert main(["predict", REPO, str(tmp_path), "--format", "jsonl"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    images = transforms(adapter.preprocess(), train=False)(Image.fromarray(pixels))[None]
+    expected = adapter(images).softmax(1)[0]
+    assert [entry["label"] for entry in answer["classes"]] == expected.argsort(descending=True).tolist()
+    assert answer["classes"][0]["probability"] == pytest.approx(expected.max().item(), abs=1e-6)
+    assert main(["predict", "me/nothing", str(tmp_path)]) == 1
+    assert "me/nothing was taken for a repository" in capsys.readouterr().err

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, normalize
 
+from lpt_peft._run_folder import MODEL_METHODS
 from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.recipe import Splits, TrainSettings, find_learning_rate, fit, make_accelerator, train, warmup_cosine
 from lpt_peft.recipe.loading.batches import batches
-from lpt_peft.recipe.method_settings import METHODS, MODEL_METHODS, unused_fields, unused_settings
+from lpt_peft.recipe.method_settings import METHODS, unused_fields, unused_settings
 from lpt_peft.recipe.resume.checkpoint_io import checkpoints, read_checkpoint
 from lpt_peft.recipe.summary import run_summary
 from lpt_peft.recipe.training.phase import PhaseRun

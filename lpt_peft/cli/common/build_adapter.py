@@ -11,15 +11,14 @@ from torch import nn
 
 from lpt_peft._prompt_content import replace_prompts
 from lpt_peft._random import seeded
+from lpt_peft._run_folder import MODEL_METHODS, prompt_folder
 from lpt_peft.adapter import LongTailPromptAdapter
-from lpt_peft.backbones.loading import build_backbone
-from lpt_peft.checkpoint.model_file import MODEL_METHODS
 from lpt_peft.cli.common.backbone_names import check_backbone_name
 from lpt_peft.cli.common.messages import notice
-from lpt_peft.cli.common.paths import prompt_folder
 from lpt_peft.cli.common.run_settings import RunSettings
 from lpt_peft.errors import ConfigError
 from lpt_peft.hub import read_prompts
+from lpt_peft.inference.run_backbone import RunBackbone
 from lpt_peft.vit_classifier import ViTClassifier
 
 if TYPE_CHECKING:  # predict works without accelerate
@@ -35,10 +34,13 @@ def build_run_backbone(run: RunSettings) -> nn.Module:
         MissingExtraError: Its library is not installed.
     """
     check_backbone_name(run.backbone)
-    with seeded(run.training.seed):
-        return build_backbone(
-            run.backbone, pretrained=run.pretrained, img_size=run.img_size, weights_file=run.backbone_weights
-        )
+    return RunBackbone(
+        backbone=run.backbone,
+        pretrained=run.pretrained,
+        img_size=run.img_size,
+        backbone_weights=None if run.backbone_weights is None else str(run.backbone_weights),
+        seed=run.training.seed,
+    ).build()
 
 
 def build_model(run: RunSettings, class_names: Sequence[str]) -> Model:

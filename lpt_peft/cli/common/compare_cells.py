@@ -10,10 +10,10 @@ import torch
 
 from lpt_peft._files import write_atomic
 from lpt_peft._json import flatten
+from lpt_peft._run_folder import MODEL, PROMPTS, SETTINGS
 from lpt_peft.cli.common.build_adapter import build_model
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.open_data import open_splits
-from lpt_peft.cli.common.paths import SETTINGS
 from lpt_peft.cli.common.run_settings import read_settings
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.errors import ConfigError, InputError, LPTError, MissingExtraError, StateError
@@ -22,7 +22,6 @@ from lpt_peft.recipe.compare.figure import draw
 from lpt_peft.recipe.compare.results import Comparison, Row, Run, compare
 from lpt_peft.recipe.compare.table import markdown
 from lpt_peft.recipe.experiment import RESULTS, write_json
-from lpt_peft.recipe.method_settings import MODEL, PROMPTS
 from lpt_peft.recipe.predictions import PREDICTIONS, Predictions, image_names, read_predictions
 from lpt_peft.recipe.resume.folders import write_errors
 from lpt_peft.recipe.settings import RESUME_IGNORED_FIELDS

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from lpt_peft._run_folder import MODEL_METHODS
 from lpt_peft.errors import ConfigError
-from lpt_peft.recipe.method_settings import METHODS, MODEL_METHODS, unused_fields
+from lpt_peft.recipe.method_settings import METHODS, unused_fields
 from lpt_peft.recipe.settings import PhaseSettings
 
 _PHASE_FLAG = re.compile(r"--((?:shared|group)\.([\w-]+))(?:=(.*))?", re.DOTALL)

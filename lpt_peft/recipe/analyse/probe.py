@@ -15,9 +15,10 @@ from torch.utils.data import Dataset
 
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.analysis import add_noise, blur
+from lpt_peft.data.workers import open_batches
 from lpt_peft.errors import InputError
 from lpt_peft.metrics.accumulator import predict_labels
-from lpt_peft.recipe.loading.loader import image_loader, open_batches, resolve_workers
+from lpt_peft.recipe.loading.loader import image_loader, resolve_workers
 from lpt_peft.recipe.loading.readable import without_replacements
 from lpt_peft.recipe.progress import Reporter
 

@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 
 from lpt_peft._random import preserve_random_state
 from lpt_peft.adapter import LongTailPromptAdapter
+from lpt_peft.data.workers import open_batches
 from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.recipe.checks import prepare
 from lpt_peft.recipe.learning_rate.curve import LearningRateCurve, has_risen
 from lpt_peft.recipe.loading.batches import batches, steps_per_epoch
-from lpt_peft.recipe.loading.loader import open_batches
 from lpt_peft.recipe.methods import Model, method_of
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.settings import TrainSettings

@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 
 from lpt_peft._random import seeded
 from lpt_peft.adapter import LongTailPromptAdapter
+from lpt_peft.data.workers import open_batches
 from lpt_peft.heads import class_sums
 from lpt_peft.recipe.loading.batches import SeededDataset
-from lpt_peft.recipe.loading.loader import image_loader, open_batches, resolve_workers
+from lpt_peft.recipe.loading.loader import image_loader, resolve_workers
 from lpt_peft.recipe.parallel import gather_strided
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.settings import TrainSettings

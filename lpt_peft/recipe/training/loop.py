@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lpt_peft.data.workers import open_batches
 from lpt_peft.metrics import ShotResult
 from lpt_peft.metrics.result import SHOTS
 from lpt_peft.prompts import PromptPool
 from lpt_peft.recipe.loading.batches import batches, steps_per_epoch
-from lpt_peft.recipe.loading.loader import open_batches
 from lpt_peft.recipe.progress import Progress, Reporter
 from lpt_peft.recipe.resume.interrupt import Interruption
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings

@@ -21,15 +21,17 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 from lpt_peft import ShotMetrics
+from lpt_peft.data import workers as workers_module
 from lpt_peft.data.folder import image_folder
 from lpt_peft.data.from_dataset import from_dataset
 from lpt_peft.data.transforms import transforms
+from lpt_peft.data.workers import open_batches, stop_workers
 from lpt_peft.errors import InputError
 from lpt_peft.recipe import Splits, TrainSettings, evaluate, fit, predict, train
 from lpt_peft.recipe.evaluate import Evaluation
 from lpt_peft.recipe.loading import loader as loaders
 from lpt_peft.recipe.loading.batches import batches
-from lpt_peft.recipe.loading.loader import image_loader, open_batches, resolve_workers, stop_workers
+from lpt_peft.recipe.loading.loader import image_loader, resolve_workers
 from lpt_peft.recipe.resume.checkpoint_io import checkpoints
 from tests.processes import Child
 from tests.recipe.tiny import (
@@ -124,7 +126,7 @@ def test_no_automatic_workers_where_processes_are_not_forked(machine, monkeypatc
 
 
 def test_no_automatic_workers_without_shared_memory(machine, monkeypatch, tmp_path):
-    monkeypatch.setattr(loaders, "_SHARED_MEMORY", tmp_path / "nowhere")
+    monkeypatch.setattr(workers_module, "_SHARED_MEMORY", tmp_path / "nowhere")
     assert resolve_workers(None, Pixels(1000), 16) == 0
 
 
@@ -139,7 +141,7 @@ def automatic(machine, monkeypatch):
 
     machine(2)
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=2**30, f_frsize=4096))
-    monkeypatch.setattr(loaders, "_SMALL", 1)
+    monkeypatch.setattr(workers_module, "_SMALL", 1)
     monkeypatch.setattr(loaders, "DataLoader", recorded)
     return seen
 
@@ -243,7 +245,7 @@ def test_workers_stop_at_once_after_an_error(monkeypatch, persistent, fail_in_lo
         workers.extend(multiprocessing.active_children())
         stop_workers(*args)
 
-    monkeypatch.setattr(loaders, "stop_workers", stop)
+    monkeypatch.setattr(workers_module, "stop_workers", stop)
     loader = image_loader(BrokenImages(), batch_size=4, num_workers=2, persistent=persistent)
     with pytest.raises(InputError, match="in the loop" if fail_in_loop else "cannot be read") as error:
         consume_until_error(loader, fail_in_loop)
