@@ -135,7 +135,7 @@ def test_a_call_without_a_task_is_refused(two_tasks):
 
 
 def test_adapter_files_of_onnxruntime(two_tasks):
-    """The interfaces of C, C++, C# and Java apply adapters before they check inputs; that of Python is bypassed."""
+    """`session.run` checks inputs before it applies adapters, so the session below it is called."""
     models, result = two_tasks
     session = session_of(result.file)
     images, _ = digits()
