@@ -6,6 +6,7 @@ prompts (`lpt_peft.prompting`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,7 +141,8 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
             query: What is compared with the keys of the groups: "final", the feature of a first pass, as in the paper;
                 or "block_k", the class token (or mean patch) that enters block `K + 1`: a single pass.
             placement: "deep", prompts in every block; or "shallow", `n` tokens that are appended to the tokens that
-                enter block 1 and pass through all blocks, without groups (VPT-Shallow, Jia et al., ECCV 2022).
+                enter block 1 and pass through all blocks, without groups (VPT-Shallow, Jia et al., ECCV 2022); a
+                warning names sizes of groups that are given.
             head_dropout: Dropout probability before the classifier in training.
             logit_scale: Scale `s` of the cosine classifier.
 
@@ -166,6 +168,10 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
             query=query,
             placement=placement,
         )
+        if unused := config.unused_sizes:
+            warnings.warn(
+                f'{", ".join(unused)}: no effect, because placement="shallow" has no groups.', UserWarning, stacklevel=2
+            )
         return cls(backbone, config, head_dropout=head_dropout)
 
     def unwrap(self) -> nn.Module:
