@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lpt_peft.backbones.base import Backbone, execution_device
-from lpt_peft.backbones.detect import find_backbone
+from lpt_peft.backbones.detect import find_backbone, resolve_num_classes
 from lpt_peft.backbones.freezing import FrozenState
 from lpt_peft.backbones.weights import FrozenWeights
 from lpt_peft.config import PHASES, Phase, Placement, PromptConfig, PromptMetadata, Query
@@ -151,10 +151,7 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
             ConfigError: A number is out of range.
         """
         backbone = find_backbone(vit)
-        if num_classes is None:
-            num_classes = backbone.num_classes
-            if num_classes < 1:
-                raise ConfigError(f"This {type(vit).__name__} has no classifier: give wrap(vit, num_classes=...).")
+        num_classes = resolve_num_classes(backbone, num_classes)
         config = PromptConfig(
             dim=backbone.dim,
             depth=len(backbone.blocks),

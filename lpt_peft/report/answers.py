@@ -178,8 +178,9 @@ def _probabilities(analysis: Mapping[str, Any]) -> Answer:
     if few["error"] is not None:
         text += f", few-shot classes {percent(few['error'])}"
     if calibration["after"] is not None:
-        after, value = calibration["after"]["overall"]["error"], calibration["temperature"]["value"]
-        text += f"; with the temperature {value:.2f}, {percent(after)}"
+        after, temperature = calibration["after"]["overall"]["error"], calibration["temperature"]
+        source = {"file": "stored with the model", "validation": "fitted on the validation images"}
+        text += f"; with the temperature {temperature['value']:.2f} ({source[temperature['source']]}), {percent(after)}"
     kind = "too high" if gap > 0 else "too low"
     worst = max(overall["error"], few["error"] or 0)
     if worst <= _TRUSTED:
