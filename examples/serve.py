@@ -307,21 +307,33 @@ def transform(preprocess: str) -> Any:
 def open_bank(options: argparse.Namespace) -> PromptBank:
     """Build the ViT that the first task names, and add all tasks."""
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    sources = dict(task.split("=", 1) for task in options.tasks)
-    first = options.backbone or next(iter(sources.values()))
+    first = options.backbone or options.tasks[0][1]
     vit = Classifier.from_pretrained(first, device=options.device, dtype=dtype).model.unwrap()
     bank = PromptBank(vit, capacity=options.capacity)
-    for name, source in sources.items():
+    for name, source in options.tasks:
         bank.add(name, source)
     if options.compile:
         bank.compile(dynamic=True)
     return bank
 
 
+def named_source(text: str) -> tuple[str, str]:
+    name, _, source = text.partition("=")
+    if not (name and source):
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=SOURCE, such as cars=runs/cars/prompts.")
+    return name, source
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("tasks", nargs="+", metavar="NAME=SOURCE", help="task, and a folder of prompts or owner/name on the Hub")
+    add(
+        "tasks",
+        nargs="+",
+        type=named_source,
+        metavar="NAME=SOURCE",
+        help="task, and a folder of prompts or owner/name on the Hub",
+    )
     add("--backbone", metavar="SOURCE", help="run or prompts whose ViT is built; default: the first task")
     add("--device", help="default: the accelerator if there is any")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the ViT")

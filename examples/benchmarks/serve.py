@@ -96,10 +96,10 @@ def main(settings: Settings) -> dict[str, tuple[float, float]]:
             port, cpu_seconds = servers.enter_context(server(folder, names, size))
             rows[f"server, --max-batch {size}"] = Row(partial(over_http, port, settings.clients), cpu_seconds)
         samples = measure(rows, requests, settings.rounds)
-        start = time.process_time()
-        for name in names:
-            adapter.load_prompts(folder / name)
-        swap = (time.process_time() - start) / len(names)
+        changes = {
+            "load_prompts": cpu_milliseconds(adapter.load_prompts, [folder / name for name in names]),
+            "bank.replace": cpu_milliseconds(partial(bank.replace, names[0]), [folder / name for name in names[1:]]),
+        }
     print(
         f"{settings.model} at {settings.img_size} px, {settings.tasks} tasks, {settings.requests} JPEGs of "
         f"{settings.pixels} px, {settings.clients} clients; {device_name(torch.device('cpu'))}, "
@@ -108,7 +108,7 @@ def main(settings: Settings) -> dict[str, tuple[float, float]]:
     first = next(iter(samples.values()))[1]
     for name, (speed, cpu) in samples.items():
         print(f"{name:40}{speed:>10.1f}{cpu:>20.1f}{cpu / first:>20.2f}")
-    print(f"\nload_prompts: {1000 * swap:.1f} ms of CPU time")
+    print("\n" + "\n".join(f"{name}: {value:.1f} ms of CPU time" for name, value in changes.items()))
     return samples
 
 
@@ -203,6 +203,16 @@ def server(folder: Path, names: Sequence[str], max_batch: int) -> Iterator[tuple
         process.terminate()
 
 
+def cpu_milliseconds(change: Callable[[Path], object], sources: Sequence[Path]) -> float:
+    """Median CPU milliseconds of a change to the prompts of each folder."""
+    taken = []
+    for source in sources:
+        start = time.process_time()
+        change(source)
+        taken.append(1000 * (time.process_time() - start))
+    return statistics.median(taken)
+
+
 def cpu_seconds_of(process: int) -> float:
     """CPU seconds of another process with all its threads."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -214,13 +224,13 @@ def measure(rows: dict[str, Row], requests: Requests, rounds: int) -> dict[str, 
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
     for number in range(rounds + 1):
         for name, row in rows.items():
-            print(f"round {number} of {rounds}: {name}", file=sys.stderr)
             clock, cpu = time.perf_counter(), row.cpu_seconds()
             row.answer(requests[: len(requests) if number else len(requests) // 3])
             if number:
                 seconds = time.perf_counter() - clock
                 milliseconds = 1000 * (row.cpu_seconds() - cpu) / len(requests)
                 samples[name].append((len(requests) / seconds, milliseconds))
+                print(f"round {number} of {rounds}, {name}: {milliseconds:.1f} ms of CPU time", file=sys.stderr)
     return {
         name: (statistics.median(speeds), statistics.median(times))
         for name, taken in samples.items()

@@ -81,6 +81,20 @@ def test_more_tasks_at_a_time_than_slots(prompts):
         assert server.get("/health")["batches"] < 12
 
 
+@pytest.mark.slow
+def test_compiled(prompts):
+    tasks = ["cars", "birds"]
+    arguments = [f"{name}={prompts.source(name)}" for name in tasks]
+    with in_threads(*arguments, "--compile", "--wait-ms", "300") as server:
+        assert server.put("cars-2", prompts.source("cars-2"))[0] == 201
+        tasks.append("cars-2")
+        for count in (1, 3, 9):
+            answers = together([partial(server.ask, tasks[number % 3], photo(number)) for number in range(count)])
+            for number, (status, answer) in enumerate(answers):
+                assert status == 200, answer
+                assert prompts.is_answer(answer, tasks[number % 3], photo(number))
+
+
 def test_a_request_that_waits_while_its_task_is_replaced_or_removed(prompts):
     """The versions differ in preprocessing: an image prepared for the old version must not meet the new version."""
     tasks = {"changed": "cars", "removed": "birds", "kept": "fish"}

@@ -14,6 +14,8 @@ import torch
 
 from lpt_peft import LongTailPromptAdapter
 from lpt_peft.checkpoint import WEIGHTS_NAME, encode, read_prompt_file
+from lpt_peft.errors import InputError
+from tests.clients.example_processes import load_example
 from tests.serve.server import in_threads, photo, together
 
 
@@ -160,3 +162,18 @@ def test_clients_that_go_away(server, prompts):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.close()
     assert prompts.is_answer(server.ask("birds", data)[1], "birds", data)
+
+
+@pytest.mark.parametrize("text", ["cars", "=runs/cars", "cars="])
+def test_a_task_on_the_command_line_needs_a_name_and_a_source(text, capsys):
+    with pytest.raises(SystemExit):
+        load_example("serve").parse(["birds=runs/birds", text])
+    assert f"'{text}' must be NAME=SOURCE" in capsys.readouterr().err
+
+
+def test_a_name_on_the_command_line_twice(prompts):
+    with (
+        pytest.raises(InputError, match="already has a task 'cars'"),
+        in_threads(f"cars={prompts.source('cars')}", f"cars={prompts.source('birds')}"),
+    ):
+        pass
