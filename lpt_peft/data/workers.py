@@ -11,11 +11,13 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from types import FrameType
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 _MAX_WORKERS = 8
 _SMALL = 256  # images; below this, starting workers takes about as long as loading
@@ -72,7 +74,11 @@ def open_batches(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
     close the queues before the iterator uses them to stop its workers, which hang until they are killed, ten seconds
     later ("Bad file descriptor" in QueueFeederThread). Here they are stopped at once.
     """
-    iterator = iter(loader)
+    try:
+        iterator = iter(loader)
+    except BaseException as error:
+        _kill_workers(error)
+        raise
     try:
         yield iterator
     except BaseException:
@@ -88,6 +94,19 @@ def stop_workers(loader: DataLoader[Any], iterator: Iterator[Any] | None = None)
         if shutdown := getattr(running, "_shutdown_workers", None):  # absent without workers
             shutdown()
     loader._iterator = None
+
+
+def _kill_workers(error: BaseException) -> None:
+    """Kill the workers of an iterator whose constructor failed, by an interruption or an error of the sampler.
+
+    Only the traceback refers to the iterator. Its workers would ignore the SIGTERM that Python sends at exit, and keep
+    it waiting.
+    """
+    for frame, _ in walk_tb(error.__traceback__):
+        if isinstance(iterator := frame.f_locals.get("self"), _BaseDataLoaderIter):
+            for worker in getattr(iterator, "_workers", ()):
+                worker.kill()
+                worker.join()
 
 
 def _leave_signals_to_parent(worker: int) -> None:
