@@ -8,11 +8,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def worker_options(num_workers: int) -> dict[str, Any]:
     return {
         "num_workers": num_workers,
         "multiprocessing_context": "fork" if fork and num_workers else None,
-        "worker_init_fn": _leave_signals_to_parent,
+        "worker_init_fn": _start_worker,
         "generator": torch.Generator(),  # by default the loader draws a seed from the caller's generator
     }
 
@@ -109,7 +110,7 @@ def _kill_workers(error: BaseException) -> None:
                 worker.join()
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Ignore SIGINT and the first SIGTERM, so that the parent can finish its step and save.
 
     A terminal or a cluster sends them to the whole process group. The parent stops its workers by a message, and by
@@ -117,7 +118,14 @@ def _leave_signals_to_parent(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _ignore_once)
+    sys.excepthook = _report_thread
 
 
 def _ignore_once(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
+
+
+def _report_thread(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Report an error of the thread that sends tensors, unless the parent was interrupted while it received one."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)
