@@ -194,7 +194,9 @@ def test_another_job_in_the_same_folder_is_an_error(example, run, photos, tmp_pa
     example.open_job(settings, classifier)
     with torch.no_grad():
         classifier.model.head.weight.mul_(2)
-    with pytest.raises(ConfigError, match=r"show was 3, head was '.*Choose another output folder, or delete this folder"):
+    with pytest.raises(
+        ConfigError, match=r"show was 3, head was '.*Choose another output folder, or delete this folder"
+    ):
         example.open_job(replace(settings, show=2), classifier)
 
 
