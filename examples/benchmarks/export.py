@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -37,6 +37,7 @@ class Settings:
     batch_size: int = 8
     phase: str = "group"
     """Phase of the adapter: "shared" or "group"."""
+    query: Literal["final", "block_k"] = "final"
     rounds: int = 5
     threads: int = 1
     aoti: bool = True
@@ -72,7 +73,7 @@ def main(settings: Settings) -> None:
     """Export, measure and print a table."""
     torch.set_num_threads(settings.threads)
     vit = timm.create_model(settings.model, num_classes=0).eval()
-    adapter = LongTailPromptAdapter.wrap(vit, NUM_CLASSES).eval()
+    adapter = LongTailPromptAdapter.wrap(vit, NUM_CLASSES, query=settings.query).eval()
     adapter.phase = settings.phase
     _, height, width = adapter.preprocess()["input_size"]
     images = torch.randn(settings.batch_size, 3, height, width)
