@@ -32,10 +32,10 @@ __all__ = ["PHASES", "LongTailPromptAdapter", "Phase"]
 class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
     """A frozen Vision Transformer with trainable prompts and a cosine classifier for long-tailed data.
 
-    Create an adapter with `wrap(vit, num_classes)`, or load it with `from_pretrained(folder, vit)`. Training has two
-    phases: "shared" trains a prompt for all images, "group" freezes it and trains a pool of prompts, from which each
-    image selects some by cosine similarity. The classifier is trained in both. Reference: LPT, Dong et al., ICLR 2023,
-    arXiv 2210.01033.
+    Create an adapter with `wrap(vit, num_classes)`, or load it with `from_pretrained(folder, vit)`. It has two phases:
+    "shared" trains a prompt for all images, "group" freezes it and trains a pool of prompts, from which each image
+    selects some by cosine similarity. The classifier is trained in both. `lpt_peft.recipe` trains both prompts together
+    by default. Reference: LPT, Dong et al., ICLR 2023, arXiv 2210.01033.
 
     Shapes: B images, C classes; L blocks of width d, the first K without group prompts; n tokens per prompt; m group
     prompts, k selected per image.
@@ -122,7 +122,7 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
         pool_size: int = 20,
         top_k: int = 2,
         shared_layers: int | None = None,
-        query: Query = "final",
+        query: Query = "block_k",
         placement: Placement = "deep",
         head_dropout: float = 0.1,
         logit_scale: float = 20.0,
@@ -138,8 +138,8 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
             pool_size: Number of group prompts `m`.
             top_k: Group prompts `k` selected per image.
             shared_layers: Number of first blocks `K` that take the shared prompt only; None means half of the blocks.
-            query: What is compared with the keys of the groups: "final", the feature of a first pass, as in the paper;
-                or "block_k", the class token (or mean patch) that enters block `K + 1`: a single pass.
+            query: What is compared with the keys of the groups: "block_k", the class token (or mean patch) that enters
+                block `K + 1`, which takes a single pass; or "final", the feature of a first pass, as in the paper.
             placement: "deep", prompts in every block; or "shallow", `n` tokens that are appended to the tokens that
                 enter block 1 and pass through all blocks, without groups (VPT-Shallow, Jia et al., ECCV 2022); a
                 warning names sizes of groups that are given.
@@ -162,7 +162,7 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
             pool_size=pool_size,
             top_k=top_k,
             logit_scale=logit_scale,
-            query=query,
+            query="final" if placement == "shallow" else query,  # not used without groups
             placement=placement,
         )
         if unused := config.unused_sizes:

@@ -102,7 +102,7 @@ class PromptConfig:
         if self.query == "block_k" and self.shared_layers == 0:
             raise ConfigError(
                 'query="block_k" needs shared_layers of at least 1, not 0: the class token that enters block 1 is the '
-                "same for all images, so they would all select the same groups."
+                'same for all images, so they would all select the same groups. Give query="final".'
             )
 
     @property

@@ -180,7 +180,7 @@ class PassesMixin(RoutingMixin):
             return self._shared_features(kept, shared)
         token = self.backbone.class_token(kept)
         token = self.backbone.mean_patch(kept) if token is None else token
-        return F.layer_norm(token, token.shape[-1:])
+        return F.layer_norm(token, (self.prompt_config.dim,))  # a constant for the older ONNX exporter
 
     def _group_features(self, kept: Stream, shared: Tensor, match: PoolMatch) -> Tensor:
         """Feature (B, feature_dim) under the shared prompts and those of the selected groups."""

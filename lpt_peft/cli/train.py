@@ -177,7 +177,8 @@ def _initial_settings(words: Sequence[str]) -> RunSettings | Any:
         known = preset(given.preset)
         notice(f"preset {given.preset}. {known}")
         images = replace(start.images, crop_pct=known.crop_pct)
-        start = replace(start, training=known.settings, shot_rule=known.shot_rule, images=images)  # type: ignore[arg-type]
+        prompts = replace(start.prompts, query=known.query)
+        start = replace(start, training=known.settings, shot_rule=known.shot_rule, prompts=prompts, images=images)  # type: ignore[arg-type]
     return start
 
 

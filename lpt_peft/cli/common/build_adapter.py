@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lpt_peft._prompt_content import replace_prompts
+from lpt_peft._prompt_content import mark_loaded, replace_prompts
 from lpt_peft._random import seeded
 from lpt_peft._run_folder import MODEL_METHODS, prompt_folder
 from lpt_peft.adapter import LongTailPromptAdapter
@@ -86,5 +86,6 @@ def _start_from(source: str, adapter: LongTailPromptAdapter, class_names: Sequen
     prompts = read_prompts(str(prompt_folder(folder)) if folder.is_dir() else source)
     named = prompts.metadata.label_names is not None
     changes = replace_prompts(adapter, prompts, part="shared", label_names=class_names if named else None)
+    mark_loaded(adapter, prompts, source, "shared")
     text = "The file does not name its classes, so all rows of the head are new." if changes is None else str(changes)
     notice(f"{source}: {text}")

@@ -7,7 +7,7 @@
     shared.epochs = 20
 
     [rows.lpt]
-    group = { epochs = 5, learning_rate = 0.2 }
+    group = { pool_learning_rate = 0.2 }
 
 A row overrides the flags of the command, which override [defaults]. Not here: the runs (`lpt_peft.recipe.compare`).
 """
@@ -37,7 +37,7 @@ BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     "full": {"method": "full", **_PLAIN},
     "vpt_shallow": {"method": "vpt_shallow", **_PLAIN},
     "vpt_deep": {"method": "vpt_deep", **_PLAIN},
-    "lpt_phase1": {"group": {"epochs": 0}},
+    "lpt_phase1": {"phases": "shared"},
     "lpt": {},
 }
 """Rows that --rows accepts by name."""
@@ -221,7 +221,7 @@ def _preset(name: Any, place: str) -> dict[str, Any]:
         raise ConfigError(f"{place}: {error}") from error
     training = found.settings.to_dict()
     del training["seed"]
-    return {"training": training, "images": {"crop_pct": found.crop_pct}}
+    return {"training": training, "prompts": {"query": found.query}, "images": {"crop_pct": found.crop_pct}}
 
 
 def _phase_fields() -> list[str]:
