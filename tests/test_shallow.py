@@ -286,7 +286,7 @@ def test_groups_are_refused():
         LongTailPromptAdapter.wrap(tiny_vit(), 3, placement="middle")
     dataset, labels = striped_data()
     small = LongTailPromptAdapter.wrap(tiny_vit(), 3, prompt_length=2, placement="shallow")
-    with pytest.raises(ConfigError, match=r'placement="shallow" has no groups.*group.epochs=0'):
+    with pytest.raises(ConfigError, match=r'placement="shallow" has no groups.*phases="shared"'):
         train(small, dataset, labels, SETTINGS, progress=False)
 
 
