@@ -132,15 +132,29 @@ def resident_mebibytes(process: int) -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:")), 0.0)
 
 
-def run_command(run: Path, folder: Path, total: int) -> tuple[float, float, list[float]]:
-    """Run `lpt-peft predict`: seconds until the first result, seconds of the others, and the memory during these."""
+def cpu_seconds(process: int) -> float:
+    """CPU seconds of a process so far (Linux)."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+class CommandRun(NamedTuple):
+    """Seconds until the first result of the command; time and memory in MiB from then on."""
+
+    start: float
+    sample: Sample
+    memory: list[float]
+
+
+def run_command(run: Path, folder: Path, total: int) -> CommandRun:
+    """Run `lpt-peft predict` on a folder and read its memory every half second."""
     command = [sys.executable, "-m", "lpt_peft", "predict", str(run), str(folder), "--format", "jsonl"]
     memory: list[float] = []
-    start = time.perf_counter()
+    before, start = os.times(), time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         lines = iter(process.stdout or ())
         next(lines, None)
-        first = time.perf_counter()
+        first, cpu_start = time.perf_counter(), cpu_seconds(process.pid)
         ended = threading.Event()
 
         def watch() -> None:
@@ -155,7 +169,9 @@ def run_command(run: Path, folder: Path, total: int) -> tuple[float, float, list
         watcher.join()
     if process.returncode or count != total:
         raise SystemExit(f"lpt-peft predict failed with status {process.returncode} after {count} images.")
-    return first - start, seconds, [value for value in memory if value]
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return CommandRun(first - start, Sample(seconds, cpu - cpu_start), [value for value in memory if value])
 
 
 @torch.no_grad()
@@ -185,11 +201,14 @@ def main(settings: Settings) -> None:
             print(f"{key:30}{rate:>10.1f}{share:>14.2f}{cpu_share:>16.2f}")
         if not settings.command:
             return
-        first, seconds, memory = run_command(run, folder, len(paths))
+        found = run_command(run, folder, len(paths))
+        left, memory = len(paths) - settings.batch_size, found.memory  # the first batch is the start
+        alone_cpu = statistics.median(sample.cpu_seconds for sample in base) / settings.block
         print(
-            f"\nlpt-peft predict: first result after {first:.1f} s, then {(len(paths) - 1) / seconds:.1f} images/s; "
-            f"memory {memory[0]:.0f} MiB at first, {memory[len(memory) // 2]:.0f} half-way, {memory[-1]:.0f} at the "
-            f"end, {max(memory):.0f} at most"
+            f"\nlpt-peft predict: first result after {found.start:.1f} s, then {left / found.sample.seconds:.1f} "
+            f"images/s, {alone_cpu * left / found.sample.cpu_seconds:.2f} of the model in CPU seconds; memory "
+            f"{memory[0]:.0f} MiB at first, {memory[len(memory) // 2]:.0f} half-way, {memory[-1]:.0f} at the end, "
+            f"{max(memory):.0f} at most"
         )
 
 
