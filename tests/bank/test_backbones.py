@@ -31,7 +31,7 @@ def bank_of(model: nn.Module, folder: Path, kinds: dict[str, Any]) -> tuple[Prom
     """A bank with tasks of different kinds, and their adapters."""
     adapters = {}
     for number, (kind, options) in enumerate(kinds.items()):
-        sizes = {"prompt_length": 3, "shared_layers": 1, "top_k": 2, **options}
+        sizes = {"prompt_length": 3, "shared_layers": 1, "top_k": 2, "query": "final", **options}
         adapters[kind] = make_adapter(model, number, **sizes)
         save(adapters[kind], folder / kind)
     return fill(PromptBank(model), folder, list(adapters)), adapters

@@ -87,8 +87,8 @@ def test_a_graph_for_each_kind_of_batch(tmp_path: Path) -> None:
     counters.clear()
     vit = tiny_vit()
     kinds: dict[str, dict[str, Any]] = {
-        "shared": {"phase": "shared"},
-        "final": {},
+        "shared": {"phase": "shared", "query": "final"},
+        "final": {"query": "final"},
         "block_k": {"query": "block_k"},
     }
     sizes = {"prompt_length": 2, "pool_size": 3, "top_k": 2, "shared_layers": 1}
