@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ class Client:
     port: int
 
     def connect(self):
-        return contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=120))
+        return contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=900))
 
     def request(self, method, path, body=None):
         """Return status code, headers and content of an answer."""
@@ -156,16 +157,11 @@ def in_threads(*arguments):
 
 def together(calls):
     """Run functions in as many threads at the same time; return their results in order."""
-    results = [None] * len(calls)
     barrier = threading.Barrier(len(calls))
 
-    def run(position):
+    def run(call):
         barrier.wait()
-        results[position] = calls[position]()
+        return call()
 
-    threads = [threading.Thread(target=run, args=(position,)) for position in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return list(threads.map(run, calls))
