@@ -154,6 +154,15 @@ def replace_prompts(
     return changes
 
 
+def mark_loaded(adapter: PretrainedMixin, content: PromptContent, source: object, part: Part = "all") -> None:
+    """Record in `trained_parts` the parts that were loaded from a file; groups are trained in phase "group" only."""
+    if part == "all":
+        adapter.trained_parts.clear()
+    adapter.trained_parts["shared"] = f"as loaded from {source}"
+    if part == "all" and content.phase == "group":
+        adapter.trained_parts["pool"] = f"as loaded from {source}"
+
+
 def with_classes(
     content: PromptContent, label_names: Any, num_classes: int | None = None
 ) -> tuple[PromptContent, LabelChanges | None]:

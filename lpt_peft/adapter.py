@@ -6,6 +6,7 @@ prompts (`lpt_peft.prompting`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from lpt_peft.backbones.base import Backbone, execution_device
-from lpt_peft.backbones.detect import find_backbone
+from lpt_peft.backbones.detect import find_backbone, resolve_num_classes
 from lpt_peft.backbones.freezing import FrozenState
 from lpt_peft.backbones.weights import FrozenWeights
 from lpt_peft.config import PHASES, Phase, Placement, PromptConfig, PromptMetadata, Query
@@ -31,10 +32,10 @@ __all__ = ["PHASES", "LongTailPromptAdapter", "Phase"]
 class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
     """A frozen Vision Transformer with trainable prompts and a cosine classifier for long-tailed data.
 
-    Create an adapter with `wrap(vit, num_classes)`, or load it with `from_pretrained(folder, vit)`. Training has two
-    phases: "shared" trains a prompt for all images, "group" freezes it and trains a pool of prompts, from which each
-    image selects some by cosine similarity. The classifier is trained in both. Reference: LPT, Dong et al., ICLR 2023,
-    arXiv 2210.01033.
+    Create an adapter with `wrap(vit, num_classes)`, or load it with `from_pretrained(folder, vit)`. It has two phases:
+    "shared" trains a prompt for all images, "group" freezes it and trains a pool of prompts, from which each image
+    selects some by cosine similarity. The classifier is trained in both. `lpt_peft.recipe` trains both prompts together
+    by default. Reference: LPT, Dong et al., ICLR 2023, arXiv 2210.01033.
 
     Shapes: B images, C classes; L blocks of width d, the first K without group prompts; n tokens per prompt; m group
     prompts, k selected per image.
@@ -121,7 +122,7 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
         pool_size: int = 20,
         top_k: int = 2,
         shared_layers: int | None = None,
-        query: Query = "final",
+        query: Query = "block_k",
         placement: Placement = "deep",
         head_dropout: float = 0.1,
         logit_scale: float = 20.0,
@@ -137,10 +138,11 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
             pool_size: Number of group prompts `m`.
             top_k: Group prompts `k` selected per image.
             shared_layers: Number of first blocks `K` that take the shared prompt only; None means half of the blocks.
-            query: What is compared with the keys of the groups: "final", the feature of a first pass, as in the paper;
-                or "block_k", the class token (or mean patch) that enters block `K + 1`: a single pass.
+            query: What is compared with the keys of the groups: "block_k", the class token (or mean patch) that enters
+                block `K + 1`, which takes a single pass; or "final", the feature of a first pass, as in the paper.
             placement: "deep", prompts in every block; or "shallow", `n` tokens that are appended to the tokens that
-                enter block 1 and pass through all blocks, without groups (VPT-Shallow, Jia et al., ECCV 2022).
+                enter block 1 and pass through all blocks, without groups (VPT-Shallow, Jia et al., ECCV 2022); a
+                warning names sizes of groups that are given.
             head_dropout: Dropout probability before the classifier in training.
             logit_scale: Scale `s` of the cosine classifier.
 
@@ -149,10 +151,7 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
             ConfigError: A number is out of range.
         """
         backbone = find_backbone(vit)
-        if num_classes is None:
-            num_classes = backbone.num_classes
-            if num_classes < 1:
-                raise ConfigError(f"This {type(vit).__name__} has no classifier: give wrap(vit, num_classes=...).")
+        num_classes = resolve_num_classes(backbone, num_classes)
         config = PromptConfig(
             dim=backbone.dim,
             depth=len(backbone.blocks),
@@ -163,9 +162,13 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
             pool_size=pool_size,
             top_k=top_k,
             logit_scale=logit_scale,
-            query=query,
+            query="final" if placement == "shallow" else query,  # not used without groups
             placement=placement,
         )
+        if unused := config.unused_sizes:
+            warnings.warn(
+                f'{", ".join(unused)}: no effect, because placement="shallow" has no groups.', UserWarning, stacklevel=2
+            )
         return cls(backbone, config, head_dropout=head_dropout)
 
     def unwrap(self) -> nn.Module:

@@ -102,13 +102,21 @@ class PromptConfig:
         if self.query == "block_k" and self.shared_layers == 0:
             raise ConfigError(
                 'query="block_k" needs shared_layers of at least 1, not 0: the class token that enters block 1 is the '
-                "same for all images, so they would all select the same groups."
+                'same for all images, so they would all select the same groups. Give query="final".'
             )
 
     @property
     def has_groups(self) -> bool:
         """Whether there is a pool of group prompts, and a phase "group"."""
         return self.placement == "deep"
+
+    @property
+    def unused_sizes(self) -> tuple[str, ...]:
+        """Names of the sizes of groups that were changed although there are none."""
+        if self.has_groups:
+            return ()
+        defaults = {"pool_size": type(self).pool_size, "top_k": type(self).top_k, "shared_layers": self.depth // 2}
+        return tuple(name for name, default in defaults.items() if getattr(self, name) != default)
 
     @property
     def group_layers(self) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import nn
 
-from lpt_peft._prompt_content import content_of, replace_prompts, warn_of, with_classes, wrap_content
+from lpt_peft._prompt_content import content_of, mark_loaded, replace_prompts, warn_of, with_classes, wrap_content
 from lpt_peft.backbones import Backbone
 from lpt_peft.backbones.loading import build
 from lpt_peft.backbones.weights import FrozenWeights
@@ -156,6 +156,7 @@ class PretrainedMixin(StateMixin):
             with hub_errors("Downloading the backbone", content.backbone.architecture, token):
                 vit = build(asdict(content.backbone))
         adapter = wrap_content(cls, content, vit, check_backbone=check_backbone, head_dropout=head_dropout)
+        mark_loaded(adapter, content, source)
         warn_of(changes)
         return adapter.eval()
 
@@ -210,6 +211,7 @@ class PretrainedMixin(StateMixin):
         )
         before = self.prompt_config.num_classes
         changes = replace_prompts(self, content, part=part, label_names=label_names, check_backbone=check_backbone)
+        mark_loaded(self, content, source, part)
         return warn_of(changes, before, self.prompt_config.num_classes)
 
     def push_to_hub(

@@ -33,17 +33,22 @@ class StateMixin(PhaseMixin):
             Trainable tensors of the ViT, such as LoRA's, are kept. The backbone is not identified; prompt files
             (`save_pretrained`) do that.
         router: `Router` of `fit_router`, or None; part of state dicts and prompt files. Assign None to remove it.
+        trained_parts: Where the values of "shared" (the shared prompt) and "pool" (keys and group prompts) come from,
+            if they were loaded from a prompt file or trained by `lpt_peft.recipe`. Training keeps these parts instead
+            of initializing them; `trained_parts.clear()` initializes them again.
     """
 
     vit: nn.Module
     prompt_config: PromptConfig
     backbone_in_state_dict: bool
     router: Router | None
+    trained_parts: dict[str, str]
     _route: Any
     _router_mark: str | None  # hash of what the router was fitted to; None: that of the current values
 
     def _init_state(self) -> None:
         self.backbone_in_state_dict = True
+        self.trained_parts = {}
         self._load_prefix = ""
         self._mark_query()
         self.register_module("router", None)

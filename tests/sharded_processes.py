@@ -48,7 +48,9 @@ def fsdp2() -> dict[str, Any]:
         fully_shard(block)
     fully_shard(adapter)
     adapter.load_adapter_state_dict(other.adapter_state_dict())
-    sharded = all(type(adapter.get_parameter(name)).__name__ == "DTensor" for name in adapter.adapter_state_dict())
+    sharded = all(
+        type(adapter.get_parameter(name)).__name__ == "DTensor" for name in adapter.prompt_config.tensor_shapes
+    )
     loaded = adapter.adapter_state_dict()
     with torch.no_grad():
         logits = adapter.eval()(IMAGES)

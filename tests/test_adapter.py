@@ -25,7 +25,7 @@ LOW_PRECISION = 0.15  # of logits up to 8; bfloat16 makes 0.05, and a permuted p
 
 def tiny_adapter(phase="shared", dtype=torch.float64, seed=0, **options):
     vit = tiny_vit(depth=3, **options).to(dtype)
-    adapter = LongTailPromptAdapter.wrap(vit, prompt_length=4, pool_size=6, top_k=2, shared_layers=1)
+    adapter = LongTailPromptAdapter.wrap(vit, prompt_length=4, pool_size=6, top_k=2, shared_layers=1, query="final")
     generator = torch.Generator().manual_seed(seed)
     adapter.load_adapter_state_dict(
         {name: torch.randn(shape, generator=generator) for name, shape in adapter.prompt_config.tensor_shapes.items()}

@@ -29,6 +29,10 @@ prompt_length = 2
 pool_size = 2
 top_k = 1
 query = "block_k"
+phases = "decoupled"
+optimizer = "sgd"
+init_prompts = "random"
+init_groups = "shared"
 shared = { epochs = 1, learning_rate = 0.1 }
 group = { epochs = 0, learning_rate = 0.1 }
 """
@@ -153,7 +157,7 @@ def test_rows_take_the_settings_that_won(module):
 def test_the_rate_of_the_groups_keeps_its_ratio_to_the_learning_rate(module):
     plan = module("_plan")
     tune = Rows(source="tune", rows={"phase1_random.a": {"shared": {"learning_rate": 3}}})
-    row = {"group": {"epochs": 6, "learning_rate": 0.1, "pool_learning_rate": 2}}
+    row = {"init_prompts": "random", "group": {"epochs": 6, "learning_rate": 0.1, "pool_learning_rate": 2}}
     group = plan.tuned(Rows(source="rows", rows={"lpt": row}), tune, {"phase1_random.a": 0.3}).rows["lpt"]["group"]
     assert (group["learning_rate"], group["pool_learning_rate"]) == (3, pytest.approx(60))
 

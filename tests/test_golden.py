@@ -26,6 +26,7 @@ def golden_adapter(config, tensors):
         vit.eval(),
         config["num_classes"],
         **{key: config[key] for key in ("prompt_length", "pool_size", "top_k", "shared_layers")},
+        query="final",
         logit_scale=SCALE,
     )
     trained = adapter.adapter_state_dict()

@@ -24,7 +24,7 @@ IMAGES = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 def trained_adapter(seed=0, dtype=torch.float32, **options):
     """An adapter whose images differ in their groups."""
-    options = {"prompt_length": 4, "pool_size": 6, "top_k": 2, "shared_layers": 2, **options}
+    options = {"prompt_length": 4, "pool_size": 6, "top_k": 2, "shared_layers": 2, "query": "final", **options}
     adapter = LongTailPromptAdapter.wrap(tiny_vit(depth=4).to(dtype), **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -126,6 +126,7 @@ def test_kinds_of_batches(features):
         [[batch, label] for batch, label in zip(pictures, labels, strict=True)],
         torch.utils.data.DataLoader(torch.utils.data.TensorDataset(TRAINING, torch.cat(labels)), batch_size=16),
         [{"images": batch, "labels": label} for batch, label in zip(pictures, labels, strict=True)],
+        [{"pixel_values": batch, "label": label} for batch, label in zip(pictures, labels, strict=True)],
     ]
     weights = []
     for batches in kinds:
@@ -284,7 +285,7 @@ def test_training_mode_and_phase_shared_are_exact():
 def test_masks_and_positions_belong_to_the_images_of_the_second_pass():
     """NaFlex and SigLIP 2: each image has its own mask."""
     model = encoder("Siglip2Vision")
-    adapter = LongTailPromptAdapter.wrap(model, 3, prompt_length=2, pool_size=5, shared_layers=1)
+    adapter = LongTailPromptAdapter.wrap(model, 3, prompt_length=2, pool_size=5, shared_layers=1, query="final")
     adapter.eval()
     batches = []
     for seed in range(6):

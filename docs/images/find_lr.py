@@ -20,7 +20,15 @@ def main(optimizer: str = "sgd") -> None:
     """Test SGD and draw the picture, or test AdamW."""
     preprocess = glyph_config()["preprocess"]
     images = DigitsLT("train", mean=tuple(preprocess["mean"]), std=tuple(preprocess["std"]), augment=True)
-    settings = TrainSettings(batch_size=32, samples_per_class=1, clip_norm=5.0, num_workers=0, optimizer=optimizer)  # type: ignore[arg-type]
+    settings = TrainSettings(
+        phases="shared",
+        init_prompts="random",
+        batch_size=32,
+        samples_per_class=1,
+        clip_norm=5.0,
+        num_workers=0,
+        optimizer=optimizer,  # type: ignore[arg-type]
+    )
     with seeded(0):
         adapter = LongTailPromptAdapter.wrap(glyph_vit(), NUM_CLASSES, prompt_length=8, pool_size=10)
     curve = find_learning_rate(adapter, images, images.labels, settings)

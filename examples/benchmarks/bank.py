@@ -136,7 +136,9 @@ def memory(settings: Settings, vit: nn.Module, folder: Path) -> dict[str, float]
 
 def random_content(settings: Settings, vit: nn.Module) -> PromptContent:
     """Content of a prompt file in phase "group" with random prompts."""
-    adapter = LongTailPromptAdapter.wrap(copy.deepcopy(vit), settings.num_classes, prompt_length=settings.prompt_length)
+    adapter = LongTailPromptAdapter.wrap(
+        copy.deepcopy(vit), settings.num_classes, prompt_length=settings.prompt_length, query="final"
+    )
     adapter.phase = "group"
     with tempfile.TemporaryDirectory() as folder:
         adapter.save_pretrained(folder)

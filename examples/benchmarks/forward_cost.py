@@ -40,7 +40,9 @@ def main(settings: Settings) -> None:
     """Run the benchmark and print the table."""
     plain = timm.create_model(settings.model, num_classes=0).eval()
     plain.requires_grad_(False)
-    adapter = LongTailPromptAdapter.wrap(copy.deepcopy(plain), 100, prompt_length=settings.prompt_length).eval()
+    adapter = LongTailPromptAdapter.wrap(
+        copy.deepcopy(plain), 100, prompt_length=settings.prompt_length, query="final"
+    ).eval()
     group = copy.deepcopy(adapter)
     group.phase = "group"
     one_pass = LongTailPromptAdapter.wrap(

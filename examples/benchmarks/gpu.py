@@ -230,7 +230,9 @@ class Benchmark:
             plain: nn.Module = vit
             return plain
         if row in (SHARED, GROUP):
-            adapter = LongTailPromptAdapter.wrap(vit, options.classes, prompt_length=options.prompt_length)
+            adapter = LongTailPromptAdapter.wrap(
+                vit, options.classes, prompt_length=options.prompt_length, query="final"
+            )
             adapter.phase = "group" if row == GROUP else "shared"
             return adapter
         vit.reset_classifier(0)

@@ -127,7 +127,9 @@ def measure_start(folder: Path, batch_size: int, results: Any) -> None:
         backbone="vit_small_patch16_224",
         pretrained=False,
         images=ImageSettings(root=folder),
-        training=TrainSettings(batch_size=batch_size, num_workers=0),  # decoding is measured in this process
+        training=TrainSettings(  # without a pass over images, and decoding is measured in this process
+            phases="shared", init_prompts="random", batch_size=batch_size, num_workers=0
+        ),
     )
     splits = open_splits(str(folder / "list.txt"), run.images, 0)
     marks.append(("list read", time.perf_counter(), resident()))

@@ -90,7 +90,7 @@ class Benchmark:
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
         phase = PhaseSettings(epochs=1)
-        training = TrainSettings(batch_size=settings.batch_size, shared=phase, group=replace(phase, epochs=0))
+        training = TrainSettings(batch_size=settings.batch_size, phases="shared", shared=phase, init_prompts="random")
         run = RunSettings(backbone=settings.model, pretrained=False, img_size=settings.img_size, training=training)
         splits = open_splits(str(folder), run.images, 0)
         self.images: LabelledImages = splits["train"]
@@ -138,8 +138,15 @@ class Benchmark:
         try:
             with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(io.StringIO()):
                 arguments = ["train", str(self.folder), "--output", output, "--backbone", self.settings.model]
-                arguments += ["--no-pretrained", "--img-size", str(self.settings.img_size), "--group.epochs", "0"]
-                arguments += ["--batch-size", str(self.settings.batch_size), "--shared.epochs", "1"]
+                arguments += ["--no-pretrained", "--img-size", str(self.settings.img_size), "--phases", "shared"]
+                arguments += [
+                    "--batch-size",
+                    str(self.settings.batch_size),
+                    "--shared.epochs",
+                    "1",
+                    "--init-prompts",
+                    "random",
+                ]
                 if lpt_peft([*arguments, "--num-workers", str(workers)]):
                     raise SystemExit("lpt-peft train failed; see above.")
         finally:

@@ -115,8 +115,12 @@ def trained(settings: Settings) -> LongTailPromptAdapter:
     )
     second = max(1, settings.epochs // 4)
     recipe = TrainSettings(
+        phases="decoupled",
         shared=PhaseSettings(epochs=settings.epochs - second, learning_rate=0.4),
-        group=PhaseSettings(epochs=second, learning_rate=0.2),
+        group=PhaseSettings(epochs=second, learning_rate=0.2, pool_learning_rate=0.2),
+        optimizer="sgd",
+        init_prompts="random",
+        init_groups="shared",
         batch_size=32,
         samples_per_class=1,
         clip_norm=5.0,

@@ -80,7 +80,7 @@ def build(name: str, settings: Settings, images: Tensor, target: Tensor) -> Vari
     vit = timm.create_model(settings.model, num_classes=CLASSES, **size).train()
     criterion: Any = F.cross_entropy
     if name.startswith("LPT"):
-        adapter = LongTailPromptAdapter.wrap(vit, CLASSES).to(images.device).train()
+        adapter = LongTailPromptAdapter.wrap(vit, CLASSES, query="final").to(images.device).train()
         adapter.phase = "group" if "group" in name else "shared"
         criterion = LPTLoss([10] * CLASSES, epochs=1).to(images.device)
         model: nn.Module = adapter

@@ -64,7 +64,7 @@ def push(
         license=license,
         datasets=dataset,
         results=results,
-        default_recipe=TrainSettings().to_dict(),
+        default_recipe=TrainSettings().resolved().to_dict(),
         pictures=pictures,
     )
     if as_json:

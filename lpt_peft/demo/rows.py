@@ -18,10 +18,14 @@ from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 from lpt_peft.vit_classifier import ViTClassifier
 
 EPOCHS = 10
-SIZES: Mapping[str, Any] = {"prompt_length": 8, "pool_size": 10, "top_k": 2}
+SIZES: Mapping[str, Any] = {"prompt_length": 8, "pool_size": 10, "top_k": 2, "query": "block_k"}
 _BASE = TrainSettings(
+    phases="decoupled",
     batch_size=16,
+    optimizer="sgd",
+    init_prompts="random",
     init_head="class_mean",
+    init_groups="shared",
     clip_norm=5.0,
     num_workers=0,  # digits are in memory
 )
@@ -52,16 +56,12 @@ def rows(epochs: int = EPOCHS) -> list[Row]:
     prompts = PhaseSettings(epochs=epochs, learning_rate=0.4, weight_decay=0.01)
     second = max(1, epochs // 5) if epochs > 1 else 0
     first = replace(prompts, epochs=epochs - second)
-    group = PhaseSettings(epochs=second, learning_rate=0.2, weight_decay=0.01)
+    group = PhaseSettings(epochs=second, learning_rate=0.2, pool_learning_rate=0.2, weight_decay=0.01)
     head, deep = replace(_BASE, method="linear_probe", shared=probe), replace(_BASE, method="vpt_deep", shared=prompts)
     return [
         Row(name="linear probe, cross-entropy", settings=replace(head, **plain)),
         Row(name="linear probe, A-GCL", settings=replace(head, **dual)),
         Row(name="VPT-Deep, cross-entropy", settings=replace(deep, **plain)),
         Row(name="LPT, phase 1", settings=replace(_BASE, shared=prompts, group=skipped, **dual)),
-        Row(
-            name="LPT",
-            settings=replace(_BASE, shared=first, group=group, **dual),
-            prompts={**SIZES, "query": "block_k"},
-        ),
+        Row(name="LPT", settings=replace(_BASE, shared=first, group=group, **dual)),
     ]

@@ -1,10 +1,10 @@
-"""Train LPT in two phases on Accelerate: settings, one loop for all phases, resume, evaluation.
+"""Train LPT on Accelerate: settings, one loop for all phases and methods, resume, evaluation.
 
 A recipe rather than a trainer: read `training/loop.py` and `training/phase.py`, copy them, change them. Losses,
 samplers and metrics do not depend on this package. It needs the extra `lpt_peft[train]`.
 
     train.py, experiment.py   run phases; run, save and evaluate into an output folder
-    settings.py, presets.py   configuration; settings_checks.py has its rules
+    settings.py, presets.py   configuration; rates.py has default learning rates, settings_checks.py the rules
     training/                 one phase: initialization, loop, step, optimizer, schedule
     learning_rate/            range test that suggests a learning rate
     loading/                  batches, worker processes, validation split
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from lpt_peft.recipe.learning_rate.plot import draw_learning_rates
     from lpt_peft.recipe.predictions import PredictionRecorder, Predictions, read_predictions, write_predictions
     from lpt_peft.recipe.presets import PRESETS, preset
+    from lpt_peft.recipe.rates import DEFAULT_RATES
     from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
     from lpt_peft.recipe.train import make_accelerator, run_phase, train
     from lpt_peft.recipe.training.schedule import warmup_cosine
 
 __all__ = [
+    "DEFAULT_RATES",
     "PRESETS",
     "LearningRateCurve",
     "PhaseSettings",
@@ -63,6 +65,7 @@ import_on_first_use(  # the imports above at run time; a test compares the two
         "learning_rate.plot": ["draw_learning_rates"],
         "predictions": ["PredictionRecorder", "Predictions", "read_predictions", "write_predictions"],
         "presets": ["PRESETS", "preset"],
+        "rates": ["DEFAULT_RATES"],
         "train": ["make_accelerator", "run_phase", "train"],
         "training.schedule": ["warmup_cosine"],
         "settings": ["PhaseSettings", "TrainSettings"],

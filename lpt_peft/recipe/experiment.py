@@ -103,7 +103,7 @@ def fit(
             label_names=splits.train.class_names,
             preprocess=reading.to_preprocess(),
             training={
-                "recipe": settings.to_dict(),
+                "recipe": settings.resolved().to_dict(),
                 "metrics": figures,
                 "rule": f"{metrics.rule}; mean over classes",
             },

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from lpt_peft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lpt_peft.recipe.settings import TrainSettings
+    from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 
 MethodName = Literal["lpt", "vpt_deep", "vpt_shallow", "linear_probe", "full"]
 METHODS: tuple[MethodName, ...] = ("lpt", "vpt_deep", "vpt_shallow", "linear_probe", "full")
@@ -33,11 +33,6 @@ def check_method(settings: TrainSettings) -> None:
     if method not in METHODS:
         known = ", ".join(f'"{name}"' for name in METHODS)
         raise ConfigError(f"TrainSettings: method={method!r} must be one of {known}.")
-    if method != "lpt" and settings.phases != "decoupled":
-        raise ConfigError(
-            f'method="{method}" has a single phase, so phases="{settings.phases}" has no meaning: leave it out, or use '
-            'method="lpt".'
-        )
     if method == "full" and settings.backbone_dtype != "float32":
         raise ConfigError(
             f'method="full" trains the weights of the ViT, which backbone_dtype="{settings.backbone_dtype}" would '
@@ -62,19 +57,28 @@ def settings_without_effect(settings: TrainSettings) -> Iterator[tuple[str, str]
 
     Not among them: settings that the method does not use (`unused_settings`).
     """
-    if settings.method == "lpt" and settings.plan.keys() == {"shared"}:
-        yield "no phase trains groups", ", ".join(_changed(settings, GROUP_FIELDS - {"group", "phases"}))
-    if settings.phases == "joint":
-        yield 'phase "joint" trains with the settings of group', ", ".join(_changed(settings, {"shared"}))
-    if "shared" in settings.plan and settings.shared.pool_learning_rate is not None:
-        yield "phase shared does not train groups", "shared.pool_learning_rate"
+    if settings.method == "lpt":
+        yield from _without_groups(settings)
+    if settings.shared.pool_learning_rate is not None:
+        yield "the rate of the group prompts is group.pool_learning_rate", "shared.pool_learning_rate"
     if settings.loss != "lpt":
         yield f'loss="{settings.loss}" does not weight the halves of a batch', ", ".join(_changed(settings, {"eta"}))
     if settings.sampling == "instance":
         yield 'sampling="instance" draws no class-balanced images', ", ".join(_changed(settings, {"samples_per_class"}))
 
 
-def _changed(settings: TrainSettings, names: Set[str]) -> Iterator[str]:
+def _without_groups(settings: TrainSettings) -> Iterator[tuple[str, str]]:
+    """The part of `settings_without_effect` that depends on the phases of "lpt"."""
+    changed = [f"group.{name}" for name in _changed(settings.group, {field.name for field in fields(settings.group)})]
+    if settings.phases == "joint":
+        unused = (name for name in changed if name != "group.pool_learning_rate")
+        yield 'phase "joint" trains with the settings of shared', ", ".join(unused)
+    elif settings.plan.keys() == {"shared"}:
+        unused = (name for name in changed if name != "group.epochs" or settings.phases == "shared")
+        yield "no phase trains groups", ", ".join([*_changed(settings, GROUP_FIELDS - {"group", "phases"}), *unused])
+
+
+def _changed(settings: TrainSettings | PhaseSettings, names: Set[str]) -> Iterator[str]:
     """Those of the fields that differ from their defaults."""
     for field in fields(settings):
         default = field.default if field.default_factory is MISSING else field.default_factory()

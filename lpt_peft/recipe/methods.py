@@ -21,7 +21,7 @@ from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.recipe.progress import Reporter
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.training.image_passes import ImagePasses
-from lpt_peft.recipe.training.phase_init import begin_phase, init_head
+from lpt_peft.recipe.training.phase_init import TRAINED_PARTS, begin_phase, init_head
 from lpt_peft.vit_classifier import ViTClassifier
 
 Model = LongTailPromptAdapter | ViTClassifier
@@ -89,7 +89,7 @@ def method_of(model: Model, settings: TrainSettings) -> Method:
     if not model.prompt_config.has_groups and set(settings.plan) - {"shared"}:
         raise ConfigError(
             f'method="{name}" trains groups, and placement="shallow" has no groups: use method="vpt_shallow", or '
-            'phases="decoupled" with group.epochs=0.'
+            'phases="shared".'
         )
     return _PromptMethod(model)
 
@@ -128,6 +128,8 @@ class _PromptMethod:
     def end(self, phases: Sequence[str]) -> None:
         if phases:  # "joint" also trained the shared prompt
             self._adapter.phase = "shared" if phases[-1] == "shared" else "group"
+        for phase in phases:
+            self._adapter.trained_parts |= dict.fromkeys(TRAINED_PARTS[phase], "as trained before")
 
 
 class _ClassifierMethod:

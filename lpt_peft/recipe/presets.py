@@ -1,7 +1,7 @@
 """Published training settings by name, with their source and the accuracy it reports.
 
-A preset sets only values that its source gives. All others are the defaults of `TrainSettings`, such as the length of
-the warm-up, which the paper only calls short.
+A preset sets every value that its source gives, also where it equals the default of `TrainSettings`. All others are
+those defaults, such as the length of the warm-up, which the paper only calls short.
 """
 
 from __future__ import annotations
@@ -9,15 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from lpt_peft.config import Query
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Settings and their source."""
+    """Settings and their source.
+
+    The command sets all of them. In Python, the query belongs to the adapter:
+
+        known = preset("paper")
+        adapter = LongTailPromptAdapter.wrap(vit, num_classes, query=known.query)
+        train(adapter, data, labels, known.settings)
+    """
 
     settings: TrainSettings
+    query: Query = "final"
+    """How groups are selected, for `LongTailPromptAdapter.wrap`."""
     shot_rule: str
     """A name of `lpt_peft.metrics.SHOT_RULES`."""
     crop_pct: float = 224 / 256
@@ -30,12 +40,23 @@ class Preset:
         return f"Source: {self.source} Expected accuracy in %: {self.expected}."
 
 
-_PHASE = PhaseSettings(epochs=40, learning_rate=0.02, weight_decay=0.01, momentum=0.9)
+_PHASE = PhaseSettings(
+    epochs=40,
+    learning_rate=0.02,
+    pool_learning_rate=0.02,
+    weight_decay=0.01,
+    momentum=0.9,
+)
 _PAPER = Preset(
     settings=TrainSettings(
-        shared=_PHASE,
+        method="lpt",
+        shared=replace(_PHASE, pool_learning_rate=None),  # has no groups
         group=_PHASE,
+        phases="decoupled",
+        sampling="dual",
         samples_per_class=4,
+        loss="lpt",
+        optimizer="sgd",
         eta=0.5,
         init_prompts="random",
         init_head="random",
@@ -59,7 +80,7 @@ PRESETS: Mapping[str, Preset] = {
     "paper": _PAPER,
     "inat2018": replace(
         _PAPER,
-        settings=replace(_PAPER.settings, shared=_LONG, group=_LONG),
+        settings=replace(_PAPER.settings, shared=replace(_PAPER.settings.shared, epochs=80), group=_LONG),
         source=_PAPER.source.replace("40 + 40", "80 + 80"),
         expected="iNaturalist 2018 76.1 (few 79.3)",
     ),

@@ -1,16 +1,18 @@
 """Training configuration dataclasses.
 
-Both are frozen and stored with the results. Not here: rules of their values (`settings_checks.py`), and published
-settings (`presets.py`).
+Both are frozen and stored with the results. Defaults are the settings that won on validation images of Emoji-LT
+(`docs/results.md`). Not here: rules of their values (`settings_checks.py`), default learning rates (`rates.py`), and
+published settings (`presets.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from lpt_peft.recipe.method_settings import MethodName
+from lpt_peft.recipe.rates import with_rates
 from lpt_peft.recipe.settings_checks import Loss, check_phase, check_train, known
 
 RESUME_IGNORED_FIELDS = frozenset({"num_workers", "save_every", "keep_checkpoints"})
@@ -19,21 +21,20 @@ RESUME_IGNORED_FIELDS = frozenset({"num_workers", "save_every", "keep_checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseSettings:
-    """Settings of one phase: learning rate with warm-up per step, then cosine decay to zero.
-
-    Defaults are the paper's where it gives a value (LPT, Dong et al., ICLR 2023, arXiv 2210.01033).
-    """
+    """Settings of one phase: learning rate with warm-up per step, then cosine decay to zero."""
 
     epochs: int = 40
     """Passes of the instance-balanced half over the images; 0 skips the phase."""
-    learning_rate: float = 0.02
-    """For 256 images in each half of a batch; the run uses `learning_rate * (batch_size / 2) / 256`."""
+    learning_rate: float | None = None
+    """For 256 images in each half of a batch; the run uses `learning_rate * (batch_size / 2) / 256`. None: the default
+    of the method and the optimizer (`lpt_peft.recipe.DEFAULT_RATES`): 0.02 for "lpt"."""
     head_learning_rate: float | None = None
-    """Learning rate of the head, with the same scaling and schedule; None: `learning_rate`."""
+    """Learning rate of the head, with the same scaling and schedule. None: `learning_rate`, or 10 times that with
+    method "full"."""
     pool_learning_rate: float | None = None
-    """Learning rate of the group prompts; None: `learning_rate`. A group's gradient is a mean over all images of a
-    batch, most of which select other groups: with SGD, groups train about `pool_size` times slower than a shared
-    prompt."""
+    """Learning rate of the group prompts; None: 3 times `learning_rate`. Only that of `group` is used. A group's
+    gradient is a mean over all images of a batch, most of which select other groups: with SGD, groups train about
+    `pool_size` times slower than a shared prompt at the same rate."""
     weight_decay: float = 0.01
     """L2 in SGD, decoupled in AdamW. Prompts enter only through a norm, so for them it controls the effective learning
     rate."""
@@ -48,15 +49,21 @@ class PhaseSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """Settings of a run: phase "shared", then phase "group", or both at once."""
+    """Settings of a run.
+
+    `shared` has the settings of the first phase, which is the only one with `phases="joint"` and "shared" and with
+    other methods than "lpt"; `group` has those of the second phase of `phases="decoupled"`, and always the rate of the
+    group prompts, `group.pool_learning_rate`.
+    """
 
     method: MethodName = "lpt"
-    """What is trained: prompts in two phases; as baselines with a single phase and the settings of `shared`, the shared
-    prompt in all blocks, prompt tokens before the first block, the head alone, or all weights of the ViT."""
+    """What is trained: shared prompt and groups; or, as baselines with a single phase, the shared prompt in all blocks,
+    prompt tokens before the first block, the head alone, or all weights of the ViT."""
     shared: PhaseSettings = field(default_factory=PhaseSettings)
     group: PhaseSettings = field(default_factory=PhaseSettings)
-    phases: Literal["decoupled", "joint"] = "decoupled"
-    """Phases in sequence; or, as an ablation, a single phase "joint" with the settings of `group`."""
+    phases: Literal["joint", "decoupled", "shared"] = "joint"
+    """Shared prompt and groups together; or phase "shared", then phase "group", as in the paper; or phase "shared"
+    alone. Other methods have a single phase anyway."""
     batch_size: int = 128
     """Images of a step over all processes, an even number: instance-balanced half first, then class-balanced half."""
     accumulate: int = 1
@@ -71,23 +78,25 @@ class TrainSettings:
     """Strength of the adjustment in loss "logit_adjusted"."""
     reweight_from: int | None = None
     """Epoch of each phase, from 0, at which class-balanced weights begin; for agcl, cross_entropy, focal and ldam."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum, or AdamW, which needs lower learning rates; both scale them with the batch size."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum, as in the paper; both scale the learning rates with the batch size."""
     weight_noise: float = 0.0
     """Standard scale `rho` of Gaussian noise on the weights where a step takes its gradient, relative to each tensor's
     root mean square (GNM-PT, NeurIPS 2024); 0: no noise."""
     eta: float = 0.5
     """Initial weight of the instance-balanced half in loss "lpt"; falls linearly to 0."""
-    init_prompts: Literal["random", "tokens"] = "random"
-    """Initial shared prompt: that of the adapter, or tokens of training images in the plain ViT (SPT, ICML 2024)."""
+    init_prompts: Literal["tokens", "random"] = "tokens"
+    """Initial shared prompt: tokens of training images in the plain ViT (SPT, ICML 2024), or that of the adapter. A
+    shared prompt that was loaded or trained before (`adapter.trained_parts`) is kept."""
     init_head: Literal["random", "class_mean"] = "random"
     """Initial head of the first phase: that of the adapter, or class means of its features (LIFT, ICML 2024)."""
     init_keys: Literal["kmeans", "random"] = "kmeans"
-    """Initial keys of phase "group": k-means centers of the training queries, or random."""
-    init_groups: Literal["shared", "random", "tokens"] = "shared"
-    """Initial group prompts: the trained shared prompt, random, or tokens of the images nearest to each key."""
+    """Initial keys of the groups: k-means centers of the training queries, or random."""
+    init_groups: Literal["tokens", "shared", "random"] = "tokens"
+    """Initial group prompts: tokens of the images nearest to each key, the shared prompt, or random."""
     query_regularizer: float = 0.0
-    """Weight of the regularizer of OS-Prompt++ in phase "group", for query "block_k"; its paper uses 1e-4; 0: off."""
+    """Weight of the regularizer of OS-Prompt++ where groups are trained, for query "block_k"; its paper uses 1e-4; 0:
+    off."""
     decay: Literal["all", "selected"] = "all"
     """Weight decay on all groups, or only on the groups that a step selects."""
     clip_norm: float | None = None
@@ -125,11 +134,32 @@ class TrainSettings:
 
     @property
     def plan(self) -> dict[str, PhaseSettings]:
-        """Phases to train, by name, in order; those of other methods than "lpt" are called "shared" as well."""
-        phases = {"shared": self.shared, "group": self.group} if self.phases == "decoupled" else {"joint": self.group}
-        if self.method != "lpt":
-            phases = {"shared": self.shared}  # the name is part of the seeds: all methods see the same crops
-        return {name: phase for name, phase in phases.items() if phase.epochs}
+        """Phases to train, by name, in order, with numbers as learning rates.
+
+        The phase of other methods than "lpt" is called "shared" as well: the name is part of the seeds, so that all
+        methods see the same crops.
+        """
+        phases = {"shared": self.shared}
+        if self.method == "lpt" and self.phases == "joint":
+            phases = {"joint": replace(self.shared, pool_learning_rate=self.group.pool_learning_rate)}
+        elif self.method == "lpt" and self.phases == "decoupled":
+            phases["group"] = self.group
+        return {name: with_rates(phase, self) for name, phase in phases.items() if phase.epochs}
+
+    def resolved(self) -> TrainSettings:
+        """Return a copy for records, in which the learning rates of the phases that are trained are numbers.
+
+        Settings that have no effect stay as they are.
+        """
+        shared, group = self.shared, self.group
+        for name, phase in self.plan.items():
+            if name == "group":
+                group = phase
+            else:
+                shared = replace(phase, pool_learning_rate=shared.pool_learning_rate)
+            if name == "joint":
+                group = replace(group, pool_learning_rate=phase.pool_learning_rate)
+        return replace(self, shared=shared, group=group)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready dictionary."""

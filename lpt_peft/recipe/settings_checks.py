@@ -28,6 +28,8 @@ _NOT_REWEIGHTED = {
 
 _BACKBONE_DTYPES = ("float32", "bfloat16", "float16")
 
+_RATES = ("learning_rate", "head_learning_rate", "pool_learning_rate")
+
 _NONE = type(None)
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "bool": (bool,),
@@ -51,20 +53,16 @@ def check_phase(phase: PhaseSettings) -> None:
         phase,
         {
             "epochs": (phase.epochs >= 0, "at least 0"),
-            "learning_rate": (0 < phase.learning_rate < float("inf"), "above 0 and finite"),
-            "head_learning_rate": (
-                phase.head_learning_rate is None or 0 < phase.head_learning_rate < float("inf"),
-                "None, or above 0 and finite",
-            ),
-            "pool_learning_rate": (
-                phase.pool_learning_rate is None or 0 < phase.pool_learning_rate < float("inf"),
-                "None, or above 0 and finite",
-            ),
+            **{name: (_optional_rate(getattr(phase, name)), "None, or above 0 and finite") for name in _RATES},
             "weight_decay": (0 <= phase.weight_decay < float("inf"), "at least 0 and finite"),
             "momentum": (0 <= phase.momentum < 1, "at least 0 and below 1"),
             "warmup": (0 <= phase.warmup <= 1, "a fraction from 0 to 1"),
         },
     )
+
+
+def _optional_rate(value: float | None) -> bool:
+    return value is None or 0 < value < float("inf")
 
 
 def check_train(settings: TrainSettings) -> None:
@@ -77,7 +75,10 @@ def check_train(settings: TrainSettings) -> None:
     refuse_invalid(
         settings,
         {
-            "phases": (settings.phases in ("decoupled", "joint"), '"decoupled" or "joint"'),
+            "phases": (
+                settings.phases in ("joint", "decoupled", "shared"),
+                '"joint", "decoupled" or "shared"',
+            ),
             "batch_size": (
                 settings.batch_size >= 2 and settings.batch_size % 2 == 0,
                 "even and at least 2, since the two halves of a step are equal",
@@ -117,12 +118,28 @@ def check_train(settings: TrainSettings) -> None:
         },
     )
     check_method(settings)
+    if settings.method == "lpt" and settings.phases == "joint":
+        _check_joint(settings)
     if settings.loss == "lpt" and settings.sampling != "dual":
         raise ConfigError('loss="lpt" weights the two halves of a dual batch, so it needs sampling="dual".')
     if settings.tau != 1 and settings.loss != "logit_adjusted":
         raise ConfigError(f'tau={settings.tau:g} needs loss="logit_adjusted"; loss="{settings.loss}" does not use it.')
     if settings.reweight_from is not None:
         _check_reweighting(settings, settings.reweight_from)
+
+
+def _check_joint(settings: TrainSettings) -> None:
+    """Refuse a phase of 0 epochs, which would mean that a part is not trained."""
+    if settings.group.epochs == 0:
+        raise ConfigError(
+            'group.epochs=0 does not leave the groups out of phases="joint", which trains them from the first step: '
+            'phases="shared" trains phase 1 alone.'
+        )
+    if settings.shared.epochs == 0:
+        raise ConfigError(
+            'shared.epochs=0 trains nothing with phases="joint", a single phase with the settings of shared: '
+            'phases="decoupled" trains the groups alone.'
+        )
 
 
 def _check_reweighting(settings: TrainSettings, start: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from lpt_peft._text import number
 from lpt_peft.recipe.loading.batches import steps_per_epoch
 from lpt_peft.recipe.loading.loader import resolve_workers
 from lpt_peft.recipe.method_settings import settings_without_effect, unused_settings
-from lpt_peft.recipe.settings import TrainSettings
+from lpt_peft.recipe.rates import learning_rates
+from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 from lpt_peft.recipe.training.image_passes import MAX_QUERIES
+from lpt_peft.recipe.training.phase_init import kept_parts
 from lpt_peft.recipe.training.schedule import warmup_steps
 
 
@@ -28,6 +30,7 @@ def run_summary(
     *,
     num_classes: int,
     query: str = "final",
+    trained_parts: Mapping[str, str] | None = None,
     validation: Dataset[Any] | None = None,
     criterion: Any = None,
 ) -> str:
@@ -40,6 +43,7 @@ def run_summary(
         accelerator: Device, precision, processes.
         num_classes: Of the head.
         query: How groups are selected, see `PromptConfig.query`.
+        trained_parts: Parts of the model that were loaded or trained before, see `LongTailPromptAdapter`.
         validation: Validation images.
         criterion: The caller's criterion, if any.
     """
@@ -54,13 +58,19 @@ def run_summary(
         f"Phases: {phases}; {number(steps, 'step')} per epoch, {number(total, 'step')} of {settings.batch_size} images "
         f"({_sampling(settings)})"
     )
+    kept = kept_parts(trained_parts or {}, settings)
     if settings.plan:
-        lines.append(f"Starts: {_starts(settings)}")
+        rates = "; ".join(f"{name} {_rates(phase, name, settings)}" for name, phase in settings.plan.items())
+        lines.append(
+            f"Learning rates: {rates}; {_OPTIMIZERS[settings.optimizer]}, times {settings.half_batch / 256:g} for "
+            f"{settings.half_batch} images in each half"
+        )
+        lines.append(f"Starts: {_starts(settings, kept)}")
     if set(settings.plan) - {"shared"}:
         passes = "a second pass" if query == "final" else "a single pass"
         lines.append(f"Groups: selected by query {query}, in {passes}")
     lines.append(_device(dataset, settings, accelerator))
-    return "\n".join([*lines, *(f"note: {note}" for note in _notes(labels, settings, steps, criterion))])
+    return "\n".join([*lines, *(f"note: {note}" for note in _notes(labels, settings, steps, kept, criterion))])
 
 
 def _describe(labels: Sequence[int], num_classes: int) -> str:
@@ -98,7 +108,21 @@ def _sampling(settings: TrainSettings) -> str:
     return "instance-balanced"
 
 
-def _starts(settings: TrainSettings) -> str:
+_OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
+
+
+def _rates(phase: PhaseSettings, name: str, settings: TrainSettings) -> str:
+    """The learning rates of a phase, for 256 images in each half."""
+    rates = learning_rates(phase, settings)
+    parts = [f"{rates.base:g}"]
+    if rates.head != rates.base:
+        parts.append(f"head {rates.head:g}")
+    if name != "shared" and rates.pool != rates.base:
+        parts.append(f"groups {rates.pool:g}")
+    return ", ".join(parts)
+
+
+def _starts(settings: TrainSettings, kept: Mapping[str, str]) -> str:
     """The initial values of everything that is trained."""
     starts = {
         "head": {"random": "as given", "class_mean": "class means of the features"}[settings.init_head],
@@ -110,6 +134,10 @@ def _starts(settings: TrainSettings) -> str:
             "tokens": "tokens of the images nearest to their keys",
         }[settings.init_groups],
     }
+    if "shared" in kept:
+        starts["shared prompt"] = kept["shared"]
+    if "pool" in kept:
+        starts["keys"] = starts["groups"] = kept["pool"]
     if set(settings.plan) == {"group"} or settings.method in MODEL_METHODS:
         del starts["shared prompt"]
     if set(settings.plan) == {"shared"}:
@@ -135,7 +163,9 @@ def _device(dataset: Dataset[Any], settings: TrainSettings, accelerator: Acceler
 _FREQUENCY_LOSSES = ("logit_adjusted", "balanced_softmax", "class_balanced")
 
 
-def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion: Any) -> Iterator[str]:
+def _notes(
+    labels: Sequence[int], settings: TrainSettings, steps: int, kept: Mapping[str, str], criterion: Any
+) -> Iterator[str]:
     """Everything that the settings do not do literally."""
     if settings.half_batch > len(labels):
         yield (
@@ -161,8 +191,8 @@ def _notes(labels: Sequence[int], settings: TrainSettings, steps: int, criterion
     if criterion is None and start is not None:
         for name in (name for name, phase in settings.plan.items() if phase.epochs <= start):
             yield f"phase {name} ends before epoch {start}, from which class weights apply"
-    if settings.init_prompts == "tokens" and set(settings.plan) == {"group"}:
-        yield 'init_prompts="tokens" has no effect, because no phase trains the shared prompt'
+    if "pool" in kept:
+        return
     queries = settings.init_keys == "kmeans" or settings.init_groups == "tokens"
     if queries and len(labels) > MAX_QUERIES and set(settings.plan) - {"shared"}:
         yield f"keys and groups start from the queries of at most {MAX_QUERIES} evenly spaced images"

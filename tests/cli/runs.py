@@ -24,6 +24,9 @@ SMALL = [
     "--pool-size",
     "4",
 ]
+# Phases in sequence, without a pass over images for the prompts.
+SMALL += ["--phases", "decoupled", "--query", "final", "--optimizer", "sgd", "--init-prompts", "random"]
+SMALL += ["--init-groups", "shared", "--group.pool-learning-rate", "0.02"]
 SMALL += ["--shared.learning-rate", "2", "--flip", "0", "--scale", "0.9", "1", "--crop-pct", "1"]
 NAMES = ["ant", "bee", "cat"]
 FROM_PRETRAINED = LongTailPromptAdapter.from_pretrained  # tests replace the attribute

@@ -23,6 +23,7 @@ METHODS = ["linear_probe", "full"]
 RATES = {"linear_probe": "2", "full": "0.1"}
 WORDS = ["--backbone", "glyph_vit", "--batch-size", "16", "--shared.epochs", "2"]
 WORDS += ["--flip", "0", "--crop-pct", "1", "--loss", "cross_entropy", "--sampling", "instance", "--num-workers", "0"]
+WORDS += ["--optimizer", "sgd"]
 FILES = {"settings.json", "checkpoints", "model", "history.json", "results.json", "predictions.safetensors"}
 methods = pytest.mark.parametrize("method", METHODS)
 
@@ -40,6 +41,7 @@ def digits(tmp_path_factory):
 
 def train(digits, output, method, *more):
     rate = ["--shared.learning-rate", RATES.get(method, "0.5")]
+    rate += ["--shared.head-learning-rate", RATES.get(method, "0.5")]
     return ["train", str(digits), "--output", str(output), "--method", method, *WORDS, *rate, *more]
 
 
@@ -215,7 +217,22 @@ def test_flags_without_effect_are_refused(digits, tmp_path, capsys, words, messa
 def test_a_preset_serves_every_method_and_names_what_is_unused(digits, tmp_path, capsys):
     words = ["train", str(digits), "--output", str(tmp_path), "--preset", "paper", "--method", "linear_probe"]
     assert main([*words, "--backbone", "glyph_vit", "--shared.epochs", "1", "--crop-pct", "1"]) == 0
-    assert "does not use init_keys, init_groups" in " ".join(capsys.readouterr().err.split())
+    assert "does not use group, phases, init_prompts, init_keys, init_groups" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_sizes_of_a_settings_file_that_a_method_does_not_use_are_named(digits, tmp_path, capsys):
+    config = tmp_path / "settings.json"
+    config.write_text(json.dumps({"prompts": {"pool_size": 3, "query": "block_k", "prompt_length": 2}}))
+    words = train(digits, tmp_path / "run", "vpt_shallow", "--config", str(config))
+    assert main([*words, "--shared.epochs", "1"]) == 0
+    error = capsys.readouterr().err
+    assert [line for line in error.splitlines() if "no effect" in line] == [
+        "lpt-peft: pool_size=3: no effect with method vpt_shallow",
+        "lpt-peft: query='block_k': no effect with method vpt_shallow",
+    ]
+    assert json.loads((tmp_path / "run" / "prompts" / "config.json").read_text())["prompt"]["prompt_length"] == 2
 
 
 def test_shallow_prompts_give_a_prompt_file(digits, tmp_path, capsys):

@@ -30,8 +30,9 @@ def test_a_run_in_a_single_pass(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--query", "block_k", "--shared-layers", "0"], 'at least 1 with --query "block_k"'),
-        (["--query-regularizer", "0.1"], '--query-regularizer 0.1 must be 0, or used with query="block_k"'),
+        (["--shared-layers", "0"], '--shared-layers 0 must be at least 1, or 0 with query="final"'),
+        (["--query", "final", "--shared-layers", "-1"], "--shared-layers -1 must be at least 1, or 0 with --query"),
+        (["--query", "final", "--query-regularizer", "0.1"], 'must be 0, or used with --query "block_k"'),
         (["--query", "last"], "invalid choice"),
     ],
 )

@@ -24,7 +24,7 @@ scale = [0.9, 1]
 loss = "cross_entropy"
 sampling = "instance"
 shared.learning-rate = 2
-group = { epochs = 0 }
+group = { epochs = 3 }
 
 [rows.lpt]
 prompt_length = 4
@@ -59,7 +59,7 @@ def test_rows_are_settings_of_train(write):
         loss="cross_entropy",
         sampling="instance",
         shared=PhaseSettings(epochs=20, learning_rate=2),
-        group=PhaseSettings(epochs=0),
+        group=PhaseSettings(epochs=3),
     )
     assert (lpt.prompts.prompt_length, lpt.training.clip_norm) == (4, None)
     assert lpt.training.shared.epochs == 20
@@ -72,6 +72,7 @@ def test_a_preset_is_the_start_of_a_row(write):
     assert run.training.group == published.settings.group
     assert run.training.init_keys == "random"
     assert run.training.shared == PhaseSettings(epochs=3, learning_rate=0.02)
+    assert (run.training.phases, run.training.optimizer, run.prompts.query) == ("decoupled", "sgd", "final")
     assert run.images.crop_pct == published.crop_pct
 
 

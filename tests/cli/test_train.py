@@ -96,13 +96,10 @@ def test_starts_by_flags(data, tmp_path, capsys):
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())["training"]
     assert [settings[f"init_{name}"] for name in ("prompts", "head", "groups")] == ["tokens", "class_mean", "tokens"]
     first = ["--start-from", str(tmp_path / "run" / "prompts"), "--output", str(tmp_path / "second")]
-    assert main([*words, *first]) == 1
-    message = 'head rows, which --init-prompts "tokens" would replace: give --init-prompts "random", or leave'
-    assert message in capsys.readouterr().err
-    assert main([*words, *first, "--shared.epochs", "0", "--init-head", "class_mean"]) == 1
+    assert main([*words, *first, "--init-head", "class_mean"]) == 1
     assert 'head rows, which --init-head "class_mean" would replace: give --init-head' in capsys.readouterr().err
     assert main([*words, *first, "--shared.epochs", "0"]) == 0
-    assert 'note: init_prompts="tokens" has no effect, because no phase trains the' in capsys.readouterr().err
+    assert "Starts: head as given; keys k-means centers of the queries; groups tokens" in capsys.readouterr().err
 
 
 def test_shallow_prompts_by_flag(data, tmp_path, capsys):
@@ -296,7 +293,7 @@ def test_presets(data, tmp_path, capsys, monkeypatch):
     assert main([*words, "--preset", "inat2018", "--shared.epochs", "3"]) == 0
     [run] = seen
     assert (run.training.shared.epochs, run.training.group.epochs) == (3, 80)
-    assert run.training.init_groups == "random"
+    assert (run.training.init_groups, run.training.phases, run.prompts.query) == ("random", "decoupled", "final")
     assert (run.shot_rule, run.images.crop_pct) == ("lpt", 224 / 256)
     assert main([*words, "--preset=places"]) == 1
     assert "the presets are paper, inat2018" in capsys.readouterr().err

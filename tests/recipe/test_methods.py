@@ -29,6 +29,7 @@ from tests.recipe.tiny import (
     PHASE,
     SHORT,
     STEPS_PER_EPOCH,
+    TWO_PHASES,
     FailingLoss,
     PowerCut,
     RandomlyScaled,
@@ -41,7 +42,7 @@ from tests.recipe.tiny import (
 )
 
 METHOD_PHASE = replace(PHASE, epochs=2, learning_rate=0.2)
-BASE = TrainSettings(shared=METHOD_PHASE, batch_size=16, save_every=2)
+BASE = TrainSettings(shared=replace(METHOD_PHASE, head_learning_rate=0.2), batch_size=16, save_every=2, **TWO_PHASES)
 methods = pytest.mark.parametrize("method", MODEL_METHODS)
 
 
@@ -320,7 +321,9 @@ def test_a_model_of_another_method_is_refused(build, method, words, tmp_path):
 
 @given(st.sampled_from(METHODS), st.integers(0, 3), st.integers(0, 3))
 def test_only_lpt_has_a_second_phase(method, shared, group):
-    settings = TrainSettings(method=method, shared=replace(PHASE, epochs=shared), group=replace(PHASE, epochs=group))
+    settings = TrainSettings(
+        method=method, phases="decoupled", shared=replace(PHASE, epochs=shared), group=replace(PHASE, epochs=group)
+    )
     epochs = {"shared": shared, "group": group if method == "lpt" else 0}
     assert {name: phase.epochs for name, phase in settings.plan.items()} == {n: e for n, e in epochs.items() if e}
     assert TrainSettings.from_dict(settings.to_dict()) == settings
@@ -328,11 +331,9 @@ def test_only_lpt_has_a_second_phase(method, shared, group):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_settings_that_contradict_the_method(method):
-    if method == "lpt":
-        assert TrainSettings(method=method, phases="joint").plan.keys() == {"joint"}
-    else:
-        with pytest.raises(ConfigError, match=f'method="{method}" has a single phase'):
-            TrainSettings(method=method, phases="joint")
+    for phases in ("joint", "shared"):  # of other methods, all phases are a single one
+        expected = phases if method == "lpt" else "shared"
+        assert TrainSettings(method=method, phases=phases).plan.keys() == {expected}
     if method == "full":
         with pytest.raises(ConfigError, match="full.*trains the weights of the ViT, which backbone_dtype"):
             TrainSettings(method=method, backbone_dtype="bfloat16")

@@ -59,7 +59,7 @@ def test_a_cast_backbone_keeps_prompts_and_fingerprint(dtype):
     torch.testing.assert_close(cast, logits, rtol=0, atol=0.5)  # of logits up to 20
     assert adapter.features(images).dtype == dtype
     oracle = tiny_vit().to(dtype)  # a ViT cast directly, with the same prompts
-    twin = LongTailPromptAdapter.wrap(oracle, 3, prompt_length=2, pool_size=4).eval()
+    twin = LongTailPromptAdapter.wrap(oracle, 3, prompt_length=2, pool_size=4, query="final").eval()
     twin.load_adapter_state_dict(adapter.adapter_state_dict())
     twin.phase = "group"
     assert torch.equal(twin(images.to(dtype)), cast)

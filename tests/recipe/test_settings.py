@@ -22,11 +22,12 @@ from tests.recipe.tiny import SETTINGS, striped_data, tiny_adapter
 
 
 def test_settings_round_trip_through_json():
-    settings = replace(SETTINGS, clip_norm=1.0, patience=3, shared=PhaseSettings(epochs=7))
+    settings = replace(SETTINGS, clip_norm=1.0, patience=3, shared=PhaseSettings(epochs=7, learning_rate=0.1))
     assert TrainSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
     assert TrainSettings.from_dict({}) == TrainSettings()
     assert list(replace(settings, phases="joint").plan) == ["joint"]
-    assert list(TrainSettings(shared=PhaseSettings(epochs=0)).plan) == ["group"]
+    assert list(replace(settings, phases="shared").plan) == ["shared"]
+    assert list(replace(settings, shared=PhaseSettings(epochs=0)).plan) == ["group"]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,10 @@ def test_settings_round_trip_through_json():
         ({"shared": {"epochs": "3"}}, "PhaseSettings: epochs='3' must be int"),
         ({"accumulate": 0, "seed": -1}, "TrainSettings: accumulate=0 must be at least 1; seed=-1 must be from 0 to"),
         ({"average": 1.0}, "average=1.0 must be None or above 0 and below 1"),
-        ({"phases": "both"}, "phases='both' must be one of decoupled, joint"),
+        ({"phases": "both"}, "phases='both' must be one of joint, decoupled, shared"),
+        ({"group": {"epochs": 0}}, 'group.epochs=0 does not leave the groups out of phases="joint"'),
+        ({"shared": {"epochs": 0}}, 'shared.epochs=0 trains nothing with phases="joint"'),
+        ({"shared": {"learning_rate": 0.0}}, "learning_rate=0.0 must be None, or above 0 and finite"),
         ({"keep": []}, "keep=[] must be one of last, best"),
         ({"seed": 2**63}, "seed=9223372036854775808 must be from 0 to 2**63 - 1"),
         ({"num_workers": -1}, "num_workers=-1 must be None or at least 0"),
@@ -52,7 +56,7 @@ def test_settings_round_trip_through_json():
         ({"backbone_dtype": "float64"}, "backbone_dtype='float64' must be one of float32, bfloat16, float16"),
         ({"patience": 0}, "patience=0 must be None or at least 1"),
         ({"save_every": 0}, "save_every=0 must be None or"),
-        ({"optimizer": "adam"}, "optimizer='adam' must be one of sgd, adamw"),
+        ({"optimizer": "adam"}, "optimizer='adam' must be one of adamw, sgd"),
         ({"weight_noise": float("inf")}, "weight_noise=inf must be at least 0 and finite"),
         ({"eta": float("inf")}, "eta=inf must be at least 0 and finite"),
         ({"clip_norm": float("inf")}, "clip_norm=inf must be None or above 0 and finite"),
@@ -74,7 +78,7 @@ def test_the_default_shot_rule_is_the_papers():
 def test_batch_size_is_what_a_step_sees():
     """The learning rate follows the size of each half, as in the paper: 0.02 for 256 images in each half."""
     dataset, labels = striped_data()
-    settings = TrainSettings(shared=PhaseSettings(epochs=1, warmup=0.0), batch_size=12)
+    settings = TrainSettings(shared=PhaseSettings(epochs=1, warmup=0.0), batch_size=12, optimizer="sgd")
     sizes = []
 
     def criterion(output, target, epoch):

@@ -8,7 +8,7 @@ import pytest
 from torch.utils.data import TensorDataset
 
 from lpt_peft.data.from_dataset import from_dataset
-from lpt_peft.recipe import make_accelerator, train
+from lpt_peft.recipe import PhaseSettings, TrainSettings, make_accelerator, train
 from lpt_peft.recipe.summary import run_summary
 from tests.recipe.tiny import (
     PHASE,
@@ -29,10 +29,11 @@ def run(settings=SHARED_ONLY, **options):
 def test_the_summary_of_a_run(capsys):
     run(replace(SETTINGS, shared=PHASE, group=replace(PHASE, epochs=2)))
     lines = capsys.readouterr().err.splitlines()
-    assert lines[:5] == [
+    assert lines[:6] == [
         "Training: 31 images of 3 classes; largest class 0 (20), smallest class 2 (3)",
         "Phases: shared 4 epochs, group 2 epochs; 4 steps per epoch, 24 steps of 16 images (8 instance-balanced, 8 "
         "class-balanced)",
+        "Learning rates: shared 2; group 2; SGD, times 0.03125 for 8 images in each half",
         "Starts: head as given; shared prompt as given; keys k-means centers of the queries; groups copies of the "
         "shared prompt",
         "Groups: selected by query final, in a second pass",
@@ -62,12 +63,38 @@ def test_the_summary_names_the_query():
     assert "Groups" not in summary(SHARED_ONLY)
 
 
+RATES = [
+    ({}, "joint 0.02, groups 0.06; AdamW, times 0.25 for 64 images in each half"),
+    ({"optimizer": "sgd", "batch_size": 512}, "joint 0.02, groups 0.06; SGD, times 1 for 256 images in each half"),
+    ({"phases": "shared"}, "shared 0.02; AdamW,"),
+    ({"phases": "decoupled", "shared": PhaseSettings(learning_rate=0.1)}, "shared 0.1; group 0.02, groups 0.06; AdamW"),
+    ({"method": "full"}, "shared 0.0002, head 0.002; AdamW"),
+    ({"method": "linear_probe", "optimizer": "sgd"}, "shared 0.6; SGD"),
+]
+
+
+@pytest.mark.parametrize(("changes", "line"), RATES)
+def test_the_summary_names_the_learning_rates(changes, line):
+    assert f"Learning rates: {line}" in summary(TrainSettings(**changes))
+
+
+def test_the_summary_names_parts_that_are_kept():
+    parts = {"shared": "as loaded from a", "pool": "as loaded from b"}
+    start = "Starts: head as given; shared prompt as loaded from a; "
+    assert f"{start}keys as loaded from b; groups as loaded from b" in summary(TrainSettings(), trained_parts=parts)
+    text = summary(TrainSettings(), trained_parts={"shared": "as loaded from a"})
+    assert f"{start}keys k-means centers of the queries; groups tokens of the images" in text
+    text = summary(TrainSettings(phases="decoupled"), trained_parts=parts)  # phase "shared" changes the queries
+    assert f"{start}keys k-means centers of the queries; groups tokens of the images" in text
+
+
 def test_the_summary_notes_what_settings_do_not_do_literally(monkeypatch):
     text = summary(replace(SETTINGS, batch_size=128, shared=replace(PHASE, epochs=3), num_workers=3))
     assert "note: half a batch (64) is larger than the training set (31 images)" in text
     assert "note: phase shared has no warm-up: 5 % of its steps is less than a step" in text
     assert "1 process, 3 loading workers\n" in text
-    assert "note" not in summary(replace(SETTINGS, shared=replace(PHASE, warmup=0.1), group=replace(PHASE, warmup=0)))
+    phases = {"shared": replace(SETTINGS.shared, warmup=0.1), "group": replace(PHASE, warmup=0)}
+    assert "note" not in summary(replace(SETTINGS, **phases))
     assert 'note: the given criterion replaces loss="lpt"' in summary(criterion=len)
     monkeypatch.setattr("lpt_peft.recipe.summary.MAX_QUERIES", 30)
     assert "keys and groups start from the queries of at most 30 evenly spaced images" in summary()
@@ -78,18 +105,25 @@ def test_the_summary_notes_what_settings_do_not_do_literally(monkeypatch):
 
 WITHOUT_EFFECT = {
     "groups": (
-        {"init_groups": "tokens", "decay": "selected", "group": replace(PHASE, epochs=0)},
-        "init_groups, decay: no effect, because no phase trains groups",
+        {"init_keys": "random", "decay": "selected", "group": PhaseSettings(epochs=0)},
+        "init_keys, init_groups, decay: no effect, because no phase trains groups",
+    ),
+    "phase 1 alone": (
+        {"phases": "shared", "init_groups": "tokens", "group": PhaseSettings(epochs=0)},
+        "group.epochs: no effect, because no phase trains groups",
     ),
     "rate": (
         {"shared": replace(PHASE, pool_learning_rate=3.0)},
-        "shared.pool_learning_rate: no effect, because phase shared does not train groups",
+        "shared.pool_learning_rate: no effect, because the rate of the group prompts is group.pool_learning_rate",
     ),
     "baseline rate": (
         {"method": "vpt_deep", "shared": replace(PHASE, pool_learning_rate=3.0)},
-        "shared.pool_learning_rate: no effect, because phase shared does not train groups",
+        "shared.pool_learning_rate: no effect, because the rate of the group prompts is group.pool_learning_rate",
     ),
-    "joint": ({"phases": "joint"}, 'shared: no effect, because phase "joint" trains with the settings of group'),
+    "joint": (
+        {"phases": "joint", "group": PhaseSettings(learning_rate=1.0, pool_learning_rate=3.0)},
+        'group.learning_rate: no effect, because phase "joint" trains with the settings of shared',
+    ),
     "eta": ({"loss": "agcl", "eta": 0.25}, 'eta: no effect, because loss="agcl" does not weight the halves'),
     "draws": (
         {"loss": "agcl", "sampling": "instance", "samples_per_class": 1},
@@ -101,4 +135,5 @@ WITHOUT_EFFECT = {
 @pytest.mark.parametrize(("changes", "note"), WITHOUT_EFFECT.values(), ids=WITHOUT_EFFECT)
 def test_settings_without_effect_are_named(changes, note):
     assert f"note: {note}" in summary(replace(SETTINGS, **changes))
-    assert "no effect" not in summary(SETTINGS)
+    for settings in (SETTINGS, TrainSettings()):
+        assert "no effect" not in summary(settings)

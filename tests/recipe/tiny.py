@@ -17,8 +17,10 @@ from lpt_peft.recipe import PhaseSettings, TrainSettings
 from tests.conftest import tiny_vit
 
 COUNTS = [20, 8, 3]
-PHASE = PhaseSettings(epochs=4, learning_rate=2.0)
-SETTINGS = TrainSettings(shared=PHASE, group=PHASE, batch_size=16)
+PHASE = PhaseSettings(epochs=4, learning_rate=2.0, pool_learning_rate=2.0)
+TWO_PHASES = {"phases": "decoupled", "optimizer": "sgd", "init_prompts": "random", "init_groups": "shared"}
+"""Phases in sequence, without a pass over images for the prompts: few steps of SGD, whose result is easy to predict."""
+SETTINGS = TrainSettings(shared=replace(PHASE, pool_learning_rate=None), group=PHASE, batch_size=16, **TWO_PHASES)
 SHORT = replace(SETTINGS, shared=replace(PHASE, epochs=2), group=replace(PHASE, epochs=2), save_every=2)
 STEPS_PER_EPOCH = sum(COUNTS) // 8 + 1
 
@@ -68,7 +70,8 @@ class RandomlyScaled(Dataset):
 def tiny_adapter(dtype=torch.float32, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LongTailPromptAdapter.wrap(tiny_vit().to(dtype), 3, prompt_length=2, pool_size=4, **options)
+        sizes = {"prompt_length": 2, "pool_size": 4, "query": "final", **options}
+        return LongTailPromptAdapter.wrap(tiny_vit().to(dtype), 3, **sizes)
 
 
 class NoiseFreeLoss(LPTLoss):

@@ -9,6 +9,7 @@ from typing import Any
 
 from lpt_peft.cli.common.rows import Rows, default_settings
 from lpt_peft.cli.common.run_settings import RunSettings
+from lpt_peft.recipe import TrainSettings
 
 TUNE, ROWS, ABLATIONS = "tune", "rows", "ablations"  # stages, each with a file of that name
 
@@ -61,7 +62,7 @@ def rates(settings: Mapping[str, Any]) -> Settings:
     phase = {"head_learning_rate": "None", **settings["shared"]}
     phase.pop("epochs", None)
     start = {"init_prompts": settings["init_prompts"]} if "init_prompts" in settings else {}
-    return {"optimizer": settings.get("optimizer", "sgd"), **start, "shared": phase, "group": phase}
+    return {"optimizer": settings.get("optimizer", TrainSettings().optimizer), **start, "shared": phase, "group": phase}
 
 
 def family_of(row: Mapping[str, Any]) -> str:
@@ -70,7 +71,7 @@ def family_of(row: Mapping[str, Any]) -> str:
     if method == "linear_probe":
         return "probe_" + {"cross_entropy": "ce", "logit_adjusted": "la"}.get(row.get("loss", "lpt"), "agcl")
     if method == "lpt":
-        return f"phase1_{row.get('init_prompts', 'random')}"
+        return f"phase1_{row.get('init_prompts', TrainSettings().init_prompts)}"
     return str(method).removeprefix("vpt_")
 
 

@@ -76,7 +76,7 @@ def _sentence(curve: LearningRateCurve, settings: TrainSettings) -> str:
             f"Phase {curve.phase}, {tested}: the loss did not fall by more than its noise, so there is no suggestion. "
             "Check the labels and images, or use a larger batch_size."
         )
-    flag = "group" if curve.phase in ("group", "joint") else "shared"
+    flag = "group" if curve.phase == "group" else "shared"
     return (
         f"Phase {curve.phase}, {tested}: the loss fell from {smoothed[0]:.3g} to {smoothed[lowest]:.3g} at "
         f"{rates[lowest]:.2g}. Suggestion: --{flag}.learning-rate {curve.suggestion:g}"

@@ -7,7 +7,7 @@
     shared.epochs = 20
 
     [rows.lpt]
-    group = { epochs = 5, learning_rate = 0.2 }
+    group = { pool_learning_rate = 0.2 }
 
 A row overrides the flags of the command, which override [defaults]. Not here: the runs (`lpt_peft.recipe.compare`).
 """
@@ -22,6 +22,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from lpt_peft.cli.common.flags import unused_sizes
 from lpt_peft.cli.common.messages import without_errno
 from lpt_peft.cli.common.paths import home_path
 from lpt_peft.cli.common.run_settings import ImageSettings, PromptSettings, RunSettings
@@ -36,7 +37,7 @@ BUILT_IN: Mapping[str, Mapping[str, Any]] = {
     "full": {"method": "full", **_PLAIN},
     "vpt_shallow": {"method": "vpt_shallow", **_PLAIN},
     "vpt_deep": {"method": "vpt_deep", **_PLAIN},
-    "lpt_phase1": {"group": {"epochs": 0}},
+    "lpt_phase1": {"phases": "shared"},
     "lpt": {},
 }
 """Rows that --rows accepts by name."""
@@ -127,6 +128,19 @@ def overridden_flags(rows: Rows, words: Sequence[str]) -> Iterator[tuple[str, st
         yield from ((row, flag) for flag, name in names.items() if name in own)
 
 
+def sizes_without_effect(rows: Rows, settings: Mapping[str, RunSettings]) -> Iterator[tuple[str, str]]:
+    """Pairs of a row and a size of prompts that its method does not use, unless it is set for other rows.
+
+    Args:
+        rows: As given.
+        settings: Of every row.
+    """
+    unused = {row: unused_sizes(run.prompts, run.training.method) for row, run in settings.items()}
+    for row, values in rows.rows.items():
+        own = {key for key, _ in _flat(values)}
+        yield from ((row, name) for name in unused[row] if name in own or all(name in u for u in unused.values()))
+
+
 def _from_file(path: Path) -> Rows:
     try:
         content = _parse(path.read_bytes().decode("utf-8-sig"), str(path))
@@ -207,7 +221,7 @@ def _preset(name: Any, place: str) -> dict[str, Any]:
         raise ConfigError(f"{place}: {error}") from error
     training = found.settings.to_dict()
     del training["seed"]
-    return {"training": training, "images": {"crop_pct": found.crop_pct}}
+    return {"training": training, "prompts": {"query": found.query}, "images": {"crop_pct": found.crop_pct}}
 
 
 def _phase_fields() -> list[str]:

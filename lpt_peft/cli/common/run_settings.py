@@ -34,8 +34,8 @@ class PromptSettings:
     """Groups chosen for each image."""
     shared_layers: int | None = None
     """Blocks with the shared prompt only; None: half of them."""
-    query: Literal["final", "block_k"] = "final"
-    """How groups are selected: by the final feature, which needs a second pass; or by the token that enters block K."""
+    query: Literal["block_k", "final"] = "block_k"
+    """How groups are selected: by the token that enters block K; or by the final feature, which needs a second pass."""
     head_dropout: float = 0.1
     """Dropout before the head."""
     logit_scale: float = 20.0
@@ -130,7 +130,7 @@ class RunSettings:
                 "top_k": (1 <= prompts.top_k <= prompts.pool_size, f"from 1 to pool_size={prompts.pool_size}"),
                 "shared_layers": (
                     prompts.shared_layers is None or prompts.shared_layers >= (prompts.query == "block_k"),
-                    'at least 0, or at least 1 with query="block_k"',
+                    'at least 1, or 0 with query="final"',
                 ),
                 "head_dropout": (0 <= prompts.head_dropout < 1, "at least 0 and below 1"),
                 "logit_scale": (0 < prompts.logit_scale < float("inf"), "above 0 and finite"),
@@ -175,17 +175,11 @@ class RunSettings:
 
 
 def _check_starts(start_from: str, training: TrainSettings) -> None:
-    """Refuse starts that would replace loaded prompts or head rows."""
-    starts: dict[str, str] = {"init_head": training.init_head}
-    if set(training.plan) - {"group"}:
-        starts["init_prompts"] = training.init_prompts
-    replaced = {name: value for name, value in starts.items() if value != "random"}
-    if replaced:
-        given = " and ".join(f'{name}="{value}"' for name, value in replaced.items())
-        cure = " and ".join(f'{name}="random"' for name in replaced)
+    """Refuse a start that would replace loaded head rows; a loaded shared prompt is kept."""
+    if training.init_head != "random":
         raise ConfigError(
-            f"start_from={start_from!r} loads a shared prompt and head rows, which {given} would replace: give {cure}, "
-            "or leave start_from out."
+            f'start_from={start_from!r} loads head rows, which init_head="{training.init_head}" would replace: give '
+            'init_head="random", or leave start_from out.'
         )
 
 

@@ -25,6 +25,7 @@ from lpt_peft.recipe.learning_rate.curve import LearningRateCurve, has_risen
 from lpt_peft.recipe.loading.batches import batches, steps_per_epoch
 from lpt_peft.recipe.methods import Model, method_of
 from lpt_peft.recipe.progress import Reporter
+from lpt_peft.recipe.rates import learning_rates
 from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.train import make_accelerator
 from lpt_peft.recipe.training.criteria import Criterion
@@ -95,6 +96,7 @@ def find_learning_rate(
         )
     accelerator = accelerator or make_accelerator(settings)
     reporter = Reporter(progress, accelerator.is_main_process)
+    base = learning_rates(settings.plan[phase], settings).base
     rates = [lowest * (highest / lowest) ** (step / (steps - 1)) for step in range(steps)]
     with reporter.unreadable_images(train=dataset), preserve_random_state(), _restored(model, accelerator):
         plain = prepare(model, dataset, labels, settings, criterion=criterion, accelerator=accelerator)
@@ -115,7 +117,7 @@ def find_learning_rate(
             phase,
             settings.plan[phase],
             steps=steps,
-            schedule=lambda step: rates[step] / settings.plan[phase].learning_rate,
+            schedule=lambda step: rates[step] / base,
             check_every=1,
         )
         losses = _losses(run, dataset, plain, settings, len(rates), accelerator=accelerator, reporter=reporter)

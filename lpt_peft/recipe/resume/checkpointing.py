@@ -135,7 +135,7 @@ def run_identity(
         validation: Validation images, if any.
         processes: Number of processes.
     """
-    values = settings.to_dict()
+    values = settings.resolved().to_dict()
     shared, group = (values.pop(name) for name in ("shared", "group"))
     return {
         **{f"settings.{name}": value for name, value in values.items() if name not in RESUME_IGNORED_FIELDS},

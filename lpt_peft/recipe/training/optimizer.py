@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lpt_peft.prompts import decay_selected, selected_groups
+from lpt_peft.recipe.rates import learning_rates
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 from lpt_peft.recipe.training.divergence import DivergenceFlag
 from lpt_peft.recipe.training.schedule import Schedule
@@ -24,8 +25,8 @@ class PhaseOptimizer:
     """The optimizer of a phase, with its schedule, decay and clipping.
 
     With `B = batch_size / 2`, the images of each half of a step, the learning rate of a step is
-    `learning_rate * B / 256 * schedule(step)`; `head_learning_rate` and `pool_learning_rate`, if set, take its place
-    for the head and for the group prompts. AdamW follows the same linear rule, as in DeiT (Touvron et al., ICML 2021)
+    `learning_rate * B / 256 * schedule(step)`; `head_learning_rate` and `pool_learning_rate` take its place for the
+    head and for the group prompts. AdamW follows the same linear rule, as in DeiT (Touvron et al., ICML 2021)
     and MAE (He et al., CVPR 2022).
 
     `decay="selected"` restricts the weight decay of keys and group prompts to the groups that a step selects: SGD adds
@@ -54,6 +55,7 @@ class PhaseOptimizer:
         self.learning_rate = 0.0
         self.clipped = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self._trainable, self._settings, self._phase, self._accelerator = trainable, settings, phase, accelerator
+        self._base_rate = learning_rates(phase, settings).base
         self._schedule = schedule
         self._selected = {p for n, p in trainable.items() if settings.decay == "selected" and n.startswith("pool.")}
         self._optimizer = make_optimizer(trainable, settings, phase)
@@ -68,7 +70,7 @@ class PhaseOptimizer:
         """
         optimizer, scaler, clip_norm = self._optimizer, self._accelerator.scaler, self._settings.clip_norm
         factor = self._settings.half_batch / 256 * self._schedule(step)
-        self.learning_rate = self._phase.learning_rate * factor
+        self.learning_rate = self._base_rate * factor
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         if scaler:
@@ -135,14 +137,14 @@ def make_optimizer(
 
     Args:
         parameters: By name, floating point.
-        settings: `optimizer` and `decay` are used.
+        settings: `method`, `optimizer` and `decay` are used.
         phase: Learning rates, momentum and weight decay.
     """
-    own_rates = {"head": phase.head_learning_rate, "pool": phase.pool_learning_rate}
+    rates = learning_rates(phase, settings)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in parameters.items():
         part = "keys" if name == "pool.keys" else name.partition(".")[0]
-        peak = own_rates.get(part) or phase.learning_rate
+        peak = {"head": rates.head, "pool": rates.pool}.get(part, rates.base)
         decay = 0.0 if settings.decay == "selected" and name.startswith("pool.") else phase.weight_decay
         group = groups.setdefault((peak, decay), {"params": [], "lr": 0.0, "peak": peak, "weight_decay": decay})
         group["params"].append(parameter)

@@ -23,6 +23,9 @@ from lpt_peft.recipe.settings import TrainSettings
 from lpt_peft.recipe.training.image_passes import ImagePasses, query_indices
 from lpt_peft.starts import nearest_images
 
+TRAINED_PARTS: Mapping[str, tuple[str, ...]] = {"shared": ("shared",), "group": ("pool",), "joint": ("shared", "pool")}
+"""Parts of an adapter that a phase trains, besides the head."""
+
 
 def begin_phase(
     adapter: LongTailPromptAdapter,
@@ -40,7 +43,8 @@ def begin_phase(
         adapter: On its device, the same on all processes, which must all call this.
         name: "shared", "group" or "joint".
         dataset: Yields (image, label); the starts that need training images read them.
-        settings: `init_prompts`, `init_head`, `init_groups`, `init_keys` and `seed` are used.
+        settings: `init_prompts`, `init_head`, `init_groups`, `init_keys` and `seed` are used. Parts that
+            `kept_parts` names are not initialized.
         accelerator: Provides the mixed precision of the passes over images.
         reporter: Receives a warning if k-means is not possible, and the classes without a class mean.
         saved: Tensors of a checkpoint to resume from; None initializes the parameters as the settings specify.
@@ -52,10 +56,11 @@ def begin_phase(
     if saved is not None:
         adapter.load_adapter_state_dict(saved)
     else:
-        if name != "group" and settings.init_prompts == "tokens":
+        kept = kept_parts(adapter.trained_parts, settings) if name == next(iter(settings.plan), name) else {}
+        if name != "group" and "shared" not in kept and settings.init_prompts == "tokens":
             _init_prompts(adapter, passes, settings.seed)
             broadcast_module(adapter.shared)
-        if name != "shared":
+        if name != "shared" and "pool" not in kept:
             _init_pool(adapter, passes, settings, reporter)
             broadcast_module(adapter.pool)
     adapter.phase = "shared" if name == "shared" else "group"
@@ -63,6 +68,19 @@ def begin_phase(
         init_head(adapter, passes, reporter)
     if name == "joint":
         adapter.shared.requires_grad_(True)
+
+
+def kept_parts(trained_parts: Mapping[str, str], settings: TrainSettings) -> dict[str, str]:
+    """Select the parts that the first phase of a run trains and does not initialize; see `adapter.trained_parts`.
+
+    Groups are initialized again after a phase "shared" of the same run, which changes the queries of their keys.
+
+    Args:
+        trained_parts: Origins of the parts that were loaded or trained before.
+        settings: Phases of the run.
+    """
+    first = TRAINED_PARTS[next(iter(settings.plan))] if settings.plan else ()
+    return {part: origin for part, origin in trained_parts.items() if part in first}
 
 
 def init_head(model: nn.Module, passes: ImagePasses, reporter: Reporter) -> None:
@@ -126,8 +144,7 @@ def trained_parameters(model: nn.Module, settings: TrainSettings) -> int:
     if not isinstance(model, LongTailPromptAdapter):
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     modules: set[nn.Module] = {model.head}
-    modules |= {model.shared} if {"shared", "joint"} & settings.plan.keys() else set()
-    modules |= {model.pool} if {"group", "joint"} & settings.plan.keys() else set()
+    modules |= {model.get_submodule(part) for phase in settings.plan for part in TRAINED_PARTS[phase]}
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
