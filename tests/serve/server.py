@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from lpt_peft import Classifier
+from lpt_peft.backbones.bundled.glyph_vit import glyph_vit
 from tests.clients.example_processes import load_example
 from tests.inference.digit_models import digit_adapter
 
@@ -44,7 +45,8 @@ class Prompts:
         for seed, (name, task) in enumerate(TASKS.items()):
             options = dict(task)
             preprocess = options.pop("preprocess", {})
-            adapter = digit_adapter(options.pop("phase"), options.pop("query", "final"), seed=seed, **options)
+            phase, query = options.pop("phase"), options.pop("query", "final")
+            adapter = digit_adapter(phase, query, seed=seed, build=glyph_vit, **options)
             adapter.save_pretrained(folder / name, preprocess={**adapter.preprocess(), **preprocess})
             self.classifiers[name] = Classifier.from_pretrained(folder / name)
 
