@@ -230,8 +230,8 @@ class PromptBank:
     def export_module(self, tasks: Sequence[str]) -> BankModule:
         """Return a module that answers some tasks, for `torch.export` and other tools that need a module.
 
-        Its forward takes images and the index (B,) int64 of the task of each image among `tasks`. The prompts are
-        copied to buffers; the ViT is shared with the bank.
+        Its forward takes images and the index (B,) int64 of the task of each image among `tasks`: export it with
+        `torch.export.export(module, (images, task))`. The prompts are copied to buffers; the ViT is that of the bank.
 
         Raises:
             InputError: There is no task, a task is unknown, or there are more tasks than slots.

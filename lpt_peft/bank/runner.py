@@ -52,7 +52,7 @@ class Graphs:
                 for table in tables:
                     torch._dynamo.mark_static(table)  # the sizes of the tables are not dynamic
             if mode not in self._forwards:
-                # Another code object has graphs of its own.
+                # torch keeps graphs, and counts them, for each code object.
                 copied = FunctionType(bank_forward.__code__.replace(), bank_forward.__globals__)
                 self._forwards[mode] = torch.compile(copied, fullgraph=True, **self._options)
             forward = self._forwards[mode]

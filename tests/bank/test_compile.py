@@ -87,8 +87,8 @@ def test_a_graph_for_each_kind_of_batch(tmp_path: Path) -> None:
     counters.clear()
     vit = tiny_vit()
     kinds: dict[str, dict[str, Any]] = {
-        "shared": {"phase": "shared"},
-        "final": {},
+        "shared": {"phase": "shared", "query": "final"},
+        "final": {"query": "final"},
         "block_k": {"query": "block_k"},
     }
     sizes = {"prompt_length": 2, "pool_size": 3, "top_k": 2, "shared_layers": 1}
@@ -107,7 +107,7 @@ def test_a_graph_for_each_kind_of_batch(tmp_path: Path) -> None:
         assert deviation(bank(images, batch), images, adapters, bank.backbone.plain_feature) < 1e-4
         found.append(graphs())
     assert found == [1, 2, 3, 3, 4, 5, 6]
-    # More graphs than torch allows for a function: each kind of batch has its own, and other sizes share a dynamic one.
+    # More graphs than torch allows for a function: each kind of batch has its own, other sizes share a dynamic graph.
     for size in (3, 5, 6):
         for batch in batches:
             more = images_of(size, torch.float32)
