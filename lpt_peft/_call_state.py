@@ -34,10 +34,12 @@ class _CallState(threading.local):
     `mask` (B, n) is False for tokens of the next block's prompt that are padding.
     """
 
-    prompt: CapturedPrompt | None = None
-    carried: int = 0
-    mask: Tensor | None = None
-    recording: tuple[Sequence[nn.Module], Recorder] | None = None
+    def __init__(self) -> None:
+        # Runs in each thread. Class attributes as defaults would compile a graph again in a thread's first call.
+        self.prompt: CapturedPrompt | None = None
+        self.carried = 0
+        self.mask: Tensor | None = None
+        self.recording: tuple[Sequence[nn.Module], Recorder] | None = None
 
 
 call_state = _CallState()

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lpt_peft.errors import InputError
 
+_LABELS = ("labels", "label")
+
 
 def image_batches(images: Any, batch_size: int) -> Iterable[Any]:
     """Split images (N, ...) into batches; an iterable of batches is returned as it is.
@@ -28,23 +30,39 @@ def image_batches(images: Any, batch_size: int) -> Iterable[Any]:
     return images
 
 
-def batch_arguments(batch: Any, device: torch.device) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Return images, further arguments and keyword arguments of the model's forward in a batch, on a device.
+def read_batch(batch: Any, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """Return the first argument and the keyword arguments of the model's forward in a batch, on a device.
+
+    Args:
+        batch: Images (B, C, H, W); a mapping of arguments of the forward, or with the images as "pixel_values", whose
+            labels are left out; padded patches of timm ("patches", "patch_coord", ...); or a sequence that starts with
+            any of them, such as (images, labels).
+        device: Of the tensors.
+
+    Returns:
+        Images, or None if they are among the keyword arguments.
 
     Raises:
         InputError: The batch has no batch of images.
     """
-    if isinstance(batch, Mapping):
-        moved = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items() if n != "labels"}
-        return None, (), moved
-    images = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
-    if not isinstance(images, Tensor) or images.ndim < 4:
-        shape = f" of shape {tuple(images.shape)}" if isinstance(images, Tensor) else ""
+    found = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
+    if isinstance(found, Mapping):
+        if not any(isinstance(value, Tensor) and value.ndim > 2 for value in found.values()):
+            raise InputError(
+                f"A batch has the keys {', '.join(map(str, found)) or '(none)'} and no images: give the images "
+                '(B, 3, H, W) under the key "pixel_values".'
+            )
+        moved = {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in found.items()}
+        if "patches" in moved:
+            return moved, {}
+        return None, {name: value for name, value in moved.items() if name not in _LABELS}
+    if not isinstance(found, Tensor) or found.ndim < 4:
+        shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
         raise InputError(
-            f"A batch holds a {type(images).__name__}{shape} in place of images (B, 3, H, W): give batches, for "
+            f"A batch holds a {type(found).__name__}{shape} in place of images (B, 3, H, W): give batches, for "
             "example from DataLoader(dataset, batch_size=64)."
         )
-    return images.to(device), (), {}
+    return found.to(device, non_blocking=True), {}
 
 
 def select_rows(value: Any, rows: Tensor, size: int) -> Any:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lpt_peft.errors import BackboneError
 
-_MASKS = ("attn_mask", "attention_mask")  # arguments of attentions that take a mask (B, 1, N, N), added to the logits
+# Arguments of attentions that take a mask or bias (B or 1, 1 or h, N, N), added to the logits.
+_MASKS = ("attn_mask", "attention_mask", "shared_rel_pos_bias")
 _COSINES, _SINES = ("rope_cos", "cos"), ("rope_sin", "sin")  # arguments that hold a rotary table (..., N, e)
 
 

@@ -104,9 +104,10 @@ def _block_forward(self: Any, *given: Any, prompt: Tensor | None = None, carried
     if prompt is None and (outer is None or captured):
         return original.forward(self, tokens, *args, **kwargs)
     if prompt is not None and not self.sites:  # no attention module: prompts pass through the whole block
-        _refuse_mask(original)
         count = tokens.shape[1]
         context = extend_arguments(self.arguments[1:], args, kwargs, tokens, prompt.shape[1])
+        if call_state.mask is not None:
+            context = exclude_prompts(self.arguments[1:], context, tokens, call_state.mask)
         return original.forward(self, _append(tokens, prompt), **context)[:, :count]
     call_state.prompt = None
     try:
@@ -205,21 +206,16 @@ def _multihead_forward(
             kwargs[name] = F.pad(mask, (0, extra, 0, rows))
     if captured is not None and captured.mask is not None:
         if kwargs.get("key_padding_mask") is not None:
-            _refuse_mask(original)
+            raise BackboneError(
+                f"{original.__name__} has a padding mask, which cannot be combined with a mask of the prompts: use "
+                "images that need no mask."
+            )
         batch_first = query if self.batch_first else query.transpose(0, 1)
         kwargs["key_padding_mask"] = excluded_keys(batch_first, captured.mask)
     kwargs["is_causal"] = False  # a hint that `attn_mask` is causal; the padded mask is not
     # The same tensor as key and value: both projections are then one product.
     attended: tuple[Tensor, Tensor | None] = original.forward(self, query, joined, joined, **kwargs)
     return attended
-
-
-def _refuse_mask(original: type[nn.Module]) -> None:
-    if call_state.mask is not None:
-        raise BackboneError(
-            f"{original.__name__} cannot exclude tokens of a prompt, so images of a batch cannot have prompts of "
-            "unequal length."
-        )
 
 
 def _head_forward(self: Any, features: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ prompts (`lpt_peft.prompting`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from lpt_peft.backbones.base import Backbone, execution_device
-from lpt_peft.backbones.detect import find_backbone
+from lpt_peft.backbones.detect import find_backbone, resolve_num_classes
 from lpt_peft.backbones.freezing import FrozenState
 from lpt_peft.backbones.weights import FrozenWeights
 from lpt_peft.config import PHASES, Phase, Placement, PromptConfig, PromptMetadata, Query
@@ -140,7 +141,8 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
             query: What is compared with the keys of the groups: "block_k", the class token (or mean patch) that enters
                 block `K + 1`, which takes a single pass; or "final", the feature of a first pass, as in the paper.
             placement: "deep", prompts in every block; or "shallow", `n` tokens that are appended to the tokens that
-                enter block 1 and pass through all blocks, without groups (VPT-Shallow, Jia et al., ECCV 2022).
+                enter block 1 and pass through all blocks, without groups (VPT-Shallow, Jia et al., ECCV 2022); a
+                warning names sizes of groups that are given.
             head_dropout: Dropout probability before the classifier in training.
             logit_scale: Scale `s` of the cosine classifier.
 
@@ -149,10 +151,7 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
             ConfigError: A number is out of range.
         """
         backbone = find_backbone(vit)
-        if num_classes is None:
-            num_classes = backbone.num_classes
-            if num_classes < 1:
-                raise ConfigError(f"This {type(vit).__name__} has no classifier: give wrap(vit, num_classes=...).")
+        num_classes = resolve_num_classes(backbone, num_classes)
         config = PromptConfig(
             dim=backbone.dim,
             depth=len(backbone.blocks),
@@ -166,6 +165,10 @@ class LongTailPromptAdapter(StartMixin, PretrainedMixin, DelegateMixin):
             query="final" if placement == "shallow" else query,  # not used without groups
             placement=placement,
         )
+        if unused := config.unused_sizes:
+            warnings.warn(
+                f'{", ".join(unused)}: no effect, because placement="shallow" has no groups.', UserWarning, stacklevel=2
+            )
         return cls(backbone, config, head_dropout=head_dropout)
 
     def unwrap(self) -> nn.Module:

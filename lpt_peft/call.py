@@ -142,17 +142,12 @@ class CallMixin(StateMixin):
         """
         if args[-3:-1] == (None, None) and torch.onnx.is_in_onnx_export():
             args = args[:-3]  # torch.onnx.export(dynamo=False) passes the defaults of the keywords by position
-        if images is not None and pixel_values is not None:
-            raise InputError("images and pixel_values= are the same argument: give one of them.")
         if return_output and labels is not None:
             raise InputError("return_output=True returns no loss: leave labels= out.")
         self._check_wrapped()
-        call = kwargs
-        if pixel_values is not None:
-            if hasattr(self.vit, "config"):  # a transformers model
-                call = {"pixel_values": pixel_values, **kwargs}
-            else:
-                images = pixel_values
+        images, call = self._name_images(
+            images, kwargs if pixel_values is None else {"pixel_values": pixel_values, **kwargs}
+        )
         if self._is_disabled():
             if return_output:
                 raise InputError(
@@ -208,6 +203,16 @@ class CallMixin(StateMixin):
             if not before:
                 with _DISABLING:
                     self._disabled_threads -= {thread}
+
+    def _name_images(self, images: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Pass `pixel_values` by position, except to transformers' models."""
+        if "pixel_values" not in kwargs:
+            return images, kwargs
+        if images is not None:
+            raise InputError("images and pixel_values= are the same argument: give one of them.")
+        if hasattr(self.vit, "config"):  # a transformers model
+            return None, kwargs
+        return kwargs["pixel_values"], {name: value for name, value in kwargs.items() if name != "pixel_values"}
 
     def _is_disabled(self) -> bool:
         return bool(self._disabled_threads) and threading.get_ident() in self._disabled_threads

@@ -111,6 +111,14 @@ class PromptConfig:
         return self.placement == "deep"
 
     @property
+    def unused_sizes(self) -> tuple[str, ...]:
+        """Names of the sizes of groups that were changed although there are none."""
+        if self.has_groups:
+            return ()
+        defaults = {"pool_size": type(self).pool_size, "top_k": type(self).top_k, "shared_layers": self.depth // 2}
+        return tuple(name for name, default in defaults.items() if getattr(self, name) != default)
+
+    @property
     def group_layers(self) -> int:
         """Number `L - K` of blocks in which the groups act."""
         return self.depth - self.first_group_layer

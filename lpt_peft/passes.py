@@ -30,7 +30,7 @@ class PassesMixin(RoutingMixin):
     def features(self, images: Any = None, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the input of the classifier, (B, d), in the current phase, before dropout.
 
-        Arguments are those of the wrapped model's forward.
+        Arguments are those of the wrapped model's forward, or `pixel_values=` in place of `images`.
 
         Raises:
             InputError: The images do not fit the wrapped model.
@@ -44,7 +44,7 @@ class PassesMixin(RoutingMixin):
         """Compute the queries that are compared with the keys of the groups, (B, key_dim), in any phase.
 
         With `query="final"` this is the feature under the shared prompts; with `query="block_k"` the first `K` blocks
-        run alone. Without gradient. Arguments are those of the wrapped model's forward.
+        run alone. Without gradient. Arguments are those of `features`.
 
         Raises:
             InputError: The images do not fit the wrapped model.
@@ -118,6 +118,7 @@ class PassesMixin(RoutingMixin):
         if not self.training or not in_process_group():
             self._follow_phase_index()
         self._check_unchanged()
+        images, kwargs = self._name_images(images, kwargs)
         args, kwargs = self.frozen_weights.cast_inputs((args if images is None else (images, *args), kwargs))
         return args, kwargs
 

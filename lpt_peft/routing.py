@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lpt_peft._image_batches import batch_arguments, image_batches, is_common, select_rows, with_progress_bar
+from lpt_peft._image_batches import image_batches, is_common, read_batch, select_rows, with_progress_bar
 from lpt_peft._numbers import checked_integer, is_finite_number
 from lpt_peft._numerics import cosine
 from lpt_peft.backbones.base import Stream, execution_device
@@ -96,9 +96,9 @@ class RoutingMixin(CallMixin):
         fifth image is held out to choose `ridge` and to measure the agreement; the router is then fitted to all.
 
         Args:
-            images: Images (N, 3, H, W), or an iterable of batches, such as a DataLoader: each a tensor, a sequence
-                whose first item is the tensor, or a mapping of the arguments of the model's forward. Use training
-                images, prepared as in evaluation or augmented.
+            images: Images (N, 3, H, W), or an iterable of batches, such as a DataLoader: each a tensor, a mapping with
+                "pixel_values" or other arguments of the model's forward, or a sequence that starts with either, such
+                as (images, labels). Use training images, prepared as in evaluation or augmented.
             ridge: Penalty relative to the mean variance of a feature; None chooses among powers of ten by the error on
                 held-out images.
             features: "linear" for the tokens alone, "random" to add `width` random features of them.
@@ -164,7 +164,8 @@ class RoutingMixin(CallMixin):
         kept: list[tuple[Tensor, Tensor]] = []
         projection, count = torch.empty(0, 0), 0
         for batch in with_progress_bar(batches, "fit_router", progress):
-            args, kwargs = self._inputs(*batch_arguments(batch, execution_device(self.vit)))
+            found, kwargs = read_batch(batch, execution_device(self.vit))
+            args, kwargs = self._inputs(found, (), kwargs)
             inputs, similarity = self._run(self._router_pass, (layout, *args), kwargs)
             if not count:
                 projection = random_projection(inputs.shape[1], layout.width, layout.seed).to(inputs.device)

@@ -10,7 +10,7 @@ Not here: class means as the start of the head (`lpt_peft.heads`), and the start
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lpt_peft._features import check_features
-from lpt_peft._image_batches import image_batches
+from lpt_peft._image_batches import image_batches, read_batch
 from lpt_peft._numbers import checked_integer
 from lpt_peft._numerics import cosine
-from lpt_peft.backbones.base import Backbone
+from lpt_peft.backbones.base import Backbone, execution_device
 from lpt_peft.errors import InputError
 from lpt_peft.passes import PassesMixin
 
@@ -96,9 +96,8 @@ class StartMixin(PassesMixin):
         without prompts and gradients. Memory is needed for the tokens of a batch in one block, and for the result.
 
         Args:
-            batches: Batches of images as the adapter takes them, or of (images, ...) or {"pixel_values": images, ...},
-                such as a DataLoader of shuffled training images; or a tensor of images (B, 3, H, W). Read until
-                `count` images are found.
+            batches: Batches as in `fit_router`, such as a DataLoader of shuffled training images; or a tensor of images
+                (B, 3, H, W). Read until `count` images are found.
             count: Number of images, T.
             seed: Seed of the positions; global random state is not used. They do not depend on the size of batches.
 
@@ -118,7 +117,8 @@ class StartMixin(PassesMixin):
         found = 0
         with eval_mode(self):
             for batch in [batches] if isinstance(batches, Tensor) else image_batches(batches, count):
-                args, kwargs = self._inputs(_to_device(_images_of(batch), prompts.device), (), {})
+                images, kwargs = read_batch(batch, execution_device(self.vit))
+                args, kwargs = self._inputs(images, (), kwargs)
                 found += self._run(partial(self._draw, tokens[:, found:], draws[found:]), args, kwargs)
                 if found == count:
                     break
@@ -153,26 +153,12 @@ class StartMixin(PassesMixin):
         tokens = self.sample_tokens(batches, self.prompt_config.prompt_length, seed=seed)
         self.shared.init_prompts(tokens[: len(self.shared.prompts)])  # block 1 alone with placement="shallow"
 
-    def _draw(self, tokens: Tensor, draws: Tensor, images: Any) -> int:
+    def _draw(self, tokens: Tensor, draws: Tensor, *args: Any, **kwargs: Any) -> int:
         """Fill tokens (L, T, d) from a batch, at the positions of draws (T, L) in [0, 1); return how many are new."""
         used = 0
-        for layer, entering in enumerate(block_inputs(self.backbone, images)):
+        for layer, entering in enumerate(block_inputs(self.backbone, *args, **kwargs)):
             used = min(entering.shape[0], tokens.shape[1])
             positions = (draws[:used, layer] * entering.shape[1]).long().to(entering.device)
             rows = torch.arange(used, device=entering.device)
             tokens[layer, :used] = entering[rows, positions].to(tokens)
         return used
-
-
-def _images_of(batch: Any) -> Any:
-    """The images in a batch of a DataLoader; anything else is returned unchanged."""
-    if isinstance(batch, Mapping):
-        return batch.get("pixel_values", batch)
-    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-
-
-def _to_device(images: Any, device: torch.device) -> Any:
-    """Move images, or the tensors in a mapping of them, to a device."""
-    if isinstance(images, Mapping):
-        return {name: _to_device(value, device) for name, value in images.items()}
-    return images.to(device, non_blocking=True) if isinstance(images, Tensor) else images

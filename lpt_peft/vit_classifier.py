@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lpt_peft._run_folder import MODEL_METHODS, ModelMethod
 from lpt_peft.backbones.base import Backbone, execution_device
-from lpt_peft.backbones.detect import find_backbone
+from lpt_peft.backbones.detect import find_backbone, resolve_num_classes
 from lpt_peft.backbones.freezing import FrozenState, feature_parameters
 from lpt_peft.backbones.input_errors import explain_failure
 from lpt_peft.backbones.weights import FrozenWeights
@@ -114,10 +114,7 @@ class ViTClassifier(ModelFileMixin):
             ConfigError: A number is out of range.
         """
         backbone = find_backbone(vit)
-        if num_classes is None:
-            num_classes = backbone.num_classes
-            if num_classes < 1:
-                raise ConfigError(f"This {type(vit).__name__} has no classifier: give wrap(vit, num_classes=...).")
+        num_classes = resolve_num_classes(backbone, num_classes)
         return cls(backbone, num_classes, method=method, head_dropout=head_dropout, logit_scale=logit_scale)
 
     def unwrap(self) -> nn.Module:

@@ -256,3 +256,21 @@ def test_digits_losses_at_tiny_size(script, capsys):
     assert len(lines) == len(losses.variants(2)) == 14
     overall = [float(re.search(r"overall ([\d.]+)", line)[1]) for line in lines]
     assert min(overall) > 40, "a head learns something in two epochs; chance is 10"
+
+
+def test_serve_at_tiny_size(script, capsys):
+    serve = script("serve")
+    sizes = {"model": "vit_tiny_patch16_224", "img_size": 32, "pixels": 40}
+    samples = serve.main(serve.Settings(**sizes, tasks=2, requests=6, clients=3, batch_size=4, rounds=1))
+    assert list(samples) == [
+        "adapter, a task without swaps",
+        "adapter, swaps, an image at a time",
+        "adapter, swaps, 4 sorted by task",
+        "bank, batches of 4",
+        "server, --max-batch 1",
+        "server, --max-batch 4",
+    ]
+    assert min(min(row) for row in samples.values()) >= 0
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in samples)
+    assert "load_prompts: " in printed

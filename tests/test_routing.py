@@ -126,6 +126,7 @@ def test_kinds_of_batches(features):
         [[batch, label] for batch, label in zip(pictures, labels, strict=True)],
         torch.utils.data.DataLoader(torch.utils.data.TensorDataset(TRAINING, torch.cat(labels)), batch_size=16),
         [{"images": batch, "labels": label} for batch, label in zip(pictures, labels, strict=True)],
+        [{"pixel_values": batch, "label": label} for batch, label in zip(pictures, labels, strict=True)],
     ]
     weights = []
     for batches in kinds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -41,6 +42,25 @@ def close(found, expected, tolerance=1e-12):
 
 def logits_of(feature, adapter):
     return 20 * F.normalize(feature, dim=-1) @ F.normalize(adapter.head.weight, dim=-1).T
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ({"pool_size": 5}, "pool_size"),
+        ({"pool_size": 5, "top_k": 3, "shared_layers": 0}, "pool_size, top_k, shared_layers"),
+    ],
+)
+def test_sizes_of_groups_are_named_once(sizes, named):
+    with pytest.warns(UserWarning, match=f'^{named}: no effect, because placement="shallow" has no groups') as found:
+        adapter = shallow(**sizes)
+    assert len(found) == 1
+    assert found[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy.deepcopy(adapter)
+        shallow(pool_size=20, top_k=2, shared_layers=1)  # the defaults
+        LongTailPromptAdapter.wrap(make("timm ViT"), 5, **sizes)  # has groups
 
 
 def test_timm_against_concatenation():

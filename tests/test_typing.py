@@ -33,10 +33,11 @@ from collections.abc import Mapping
 from typing import Literal
 
 from lpt_peft import (
-    SHOT_RULES, AdapterOutput, CosineClassifier, LongTailPromptAdapter, LPTError, PoolMatch, PromptConfig, PromptPool,
-    SharedPrompt, ShotMetrics, ShotResult, ShotRule, ViTClassifier, __version__, cosine_logits, decay_selected,
-    shot_metrics,
+    SHOT_RULES, AdapterOutput, CosineClassifier, LongTailPromptAdapter, LPTError, PoolMatch, PromptBank, PromptConfig,
+    PromptPool, SharedPrompt, ShotMetrics, ShotResult, ShotRule, ViTClassifier, __version__, cosine_logits,
+    decay_selected, shot_metrics,
 )
+from lpt_peft.bank import BankOutput, TaskPrediction
 
 
 class OwnAdapter(LongTailPromptAdapter):
@@ -137,6 +138,19 @@ def figures(logits: Tensor, labels: Tensor) -> None:
     assert_type(__version__, str)
     error: ValueError | Exception = LPTError("x")
     print(error)
+
+
+def bank_calls(vit: nn.Module, images: Tensor) -> None:
+    bank = PromptBank(vit, capacity=8)
+    assert_type(bank.add("cars", "folder", pinned=True), None)
+    assert_type(bank.tasks, tuple[str, ...])
+    output = bank(images, tasks=["cars", None])
+    assert_type(output, BankOutput)
+    assert_type(output[0], TaskPrediction)
+    assert_type(output[0].probabilities, Tensor)
+    assert_type(output[:2], list[TaskPrediction])
+    assert_type(bank.export_module(["cars"])(images, images), tuple[Tensor, Tensor, Tensor])
+    assert_type(bank.memory(), dict[str, int])
 """
 
 LOSSES = """

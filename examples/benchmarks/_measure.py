@@ -20,16 +20,21 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """Measure the seconds of a call, mean over `calls` calls: by CUDA events on a GPU, else by wall-clock time.
+def seconds(
+    call: Callable[[], object],
+    device: torch.device,
+    calls: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Measure the seconds of a call, mean over `calls` calls: by CUDA events on a GPU, else by `clock`.
 
     Waits until the device is idle before the first call and after the last.
     """
     if device.type != "cuda":
-        start = time.perf_counter()
+        start = clock()
         for _ in range(calls):
             call()
-        return (time.perf_counter() - start) / calls
+        return (clock() - start) / calls
     torch.cuda.synchronize(device)
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     before.record()
@@ -41,7 +46,11 @@ def seconds(call: Callable[[], object], device: torch.device, calls: int = 1) ->
 
 
 def interleaved(
-    actions: Mapping[K, Callable[[], object]], rounds: int, device: torch.device, calls: int = 1
+    actions: Mapping[K, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    calls: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[K, list[float]]:
     """Measure the seconds of every action in each of `rounds` rounds after a warm-up round; mean over `calls` calls.
 
@@ -50,7 +59,7 @@ def interleaved(
     samples: dict[K, list[float]] = {name: [] for name in actions}
     for round_index in range(rounds + 1):
         for name, action in actions.items():
-            sample = seconds(action, device, calls)
+            sample = seconds(action, device, calls, clock)
             if round_index > 0:
                 samples[name].append(sample)
     return samples

@@ -72,7 +72,7 @@ def pool_value(
     r"""Compare ways to select groups on the same images and the same classifier.
 
     Usual rows are "chosen" (the k groups of the nearest keys), "random" (k random groups), "averaged" (the mean of all
-    groups) and "none" (the shared prompt alone): the choice of the groups is worth chosen - random, and phase 2 is
+    groups) and "none" (the shared prompt alone): the choice of the groups is worth chosen - random, and the groups are
     worth chosen - none if the row "none" is that of phase 1 with its own classifier. From predictions with each group
     alone follow
 

@@ -7,7 +7,7 @@ from importlib import import_module
 from torch import nn
 
 from lpt_peft.backbones.base import Backbone
-from lpt_peft.errors import BackboneError
+from lpt_peft.errors import BackboneError, ConfigError
 
 # Top-level package of the model's classes -> module with open_backbone, imported on first use.
 _LIBRARIES = {
@@ -52,6 +52,17 @@ def find_backbone(model: nn.Module) -> Backbone:
         'ViTs of timm (timm.create_model("vit_base_patch16_224")), transformers (ViTModel, Dinov2Model, '
         f"CLIPVisionModel), torchvision and open_clip, and PEFT models of these.{hint}"
     )
+
+
+def resolve_num_classes(backbone: Backbone, num_classes: int | None) -> int:
+    """Return the number of classes for a new head; None takes that of the model's classifier.
+
+    Raises:
+        ConfigError: None, and the model has no classifier.
+    """
+    if num_classes is None and backbone.num_classes < 1:
+        raise ConfigError(f"This {type(backbone.model).__name__} has no classifier: give wrap(vit, num_classes=...).")
+    return backbone.num_classes if num_classes is None else num_classes
 
 
 def _content(model: nn.Module) -> str:

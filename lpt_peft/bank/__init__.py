@@ -4,6 +4,7 @@ Not here: a single task (`lpt_peft.adapter`), prompt files (`lpt_peft.checkpoint
 """
 
 from lpt_peft.bank.bank import PromptBank
+from lpt_peft.bank.export import BankModule
 from lpt_peft.bank.output import BankOutput, TaskPrediction
 
-__all__ = ["BankOutput", "PromptBank", "TaskPrediction"]
+__all__ = ["BankModule", "BankOutput", "PromptBank", "TaskPrediction"]

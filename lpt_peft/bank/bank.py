@@ -13,16 +13,14 @@ from lpt_peft._numbers import checked_integer
 from lpt_peft.backbones.base import execution_device
 from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.backbones.weights import FrozenWeights
-from lpt_peft.bank.forward import mode_of
-from lpt_peft.bank.inputs import tasks_of
-from lpt_peft.bank.masks import MaskSupport
+from lpt_peft.bank.export import BankModule
 from lpt_peft.bank.output import BankOutput
 from lpt_peft.bank.reader import Source, TaskReader, check_keywords
 from lpt_peft.bank.registry import Registry
-from lpt_peft.bank.runner import Runner
+from lpt_peft.bank.runner import Runner, tasks_of
 from lpt_peft.bank.streams import StreamOrder
-from lpt_peft.bank.tables import Sizes, SlotTables, numbers_of
-from lpt_peft.checkpoint import CheckBackbone, PromptContent
+from lpt_peft.bank.tables import Sizes, SlotTables
+from lpt_peft.checkpoint import CheckBackbone
 from lpt_peft.errors import BackboneError, InputError, StateError
 
 
@@ -32,7 +30,7 @@ class PromptBank:
     The prompts of the tasks are rows of tables of fixed capacity, and images take theirs by the number of the row. A
     mixed batch is therefore a single forward, and `compile` compiles it once for all tasks: adding and removing tasks
     compiles nothing, as long as they fit the reserved sizes. Tasks may differ in classes, prompt tokens, groups,
-    phase, query and shared layers. All methods are safe for threads.
+    phase, query and shared layers. Calls, `add`, `replace` and `remove` may come from several threads.
 
     Every answer comes from the version that its name had when the batch started: `replace` and `remove` do not disturb
     batches that are running. When all slots are taken, the least recently used task that is not pinned moves to CPU
@@ -42,10 +40,11 @@ class PromptBank:
         vit: A plain ViT as for `LongTailPromptAdapter.wrap`; its blocks are changed in place, and it is set to eval
             mode. Move it to its device before.
         capacity: Slots for tasks.
-        max_classes: Most classes of a task, reserved from the start. For this and the following sizes, None grows with
-            the tasks, which compiles a compiled bank again.
-        max_prompt_length, max_pool_size, max_top_k, max_group_layers: The same for prompt tokens `n`, groups `m`,
-            selected groups `k`, and blocks with group prompts `L - K`.
+        max_prompt_length: Most prompt tokens `n` of a task, reserved from the start. For this and the following sizes,
+            None grows with the tasks, which compiles a compiled bank again.
+        max_pool_size: Most groups `m`.
+        max_top_k: Most selected groups `k`.
+        max_group_layers: Most blocks with group prompts, `L - K`.
         check_backbone: For prompts of another backbone or of other weights: "error" refuses, "warn" warns, "off" does
             not check.
 
@@ -76,7 +75,6 @@ class PromptBank:
         vit: nn.Module,
         *,
         capacity: int = 32,
-        max_classes: int | None = None,
         max_prompt_length: int | None = None,
         max_pool_size: int | None = None,
         max_top_k: int | None = None,
@@ -87,7 +85,6 @@ class PromptBank:
         backbone = find_backbone(vit)
         depth = len(backbone.blocks)
         limits = {
-            "num_classes": max_classes,
             "prompt_length": max_prompt_length,
             "pool_size": max_pool_size,
             "top_k": max_top_k,
@@ -99,22 +96,14 @@ class PromptBank:
             raise BackboneError(f"This {type(vit).__name__} is on the meta device: load its weights first.")
         # The width of keys is reserved with the groups: that of the feature, or of the tokens with query="block_k".
         key_dim = max(backbone.dim, backbone.feature_dim) if max_pool_size is not None else 0
-        reserved = Sizes(**{name: limit or 0 for name, limit in limits.items()}, key_dim=key_dim)
+        reserved = Sizes(depth, **{name: limit or 0 for name, limit in limits.items()}, key_dim=key_dim)
         self.vit = vit
         self.backbone = backbone
         self._order = StreamOrder(device)
-        self._tables = SlotTables(
-            capacity=capacity,
-            depth=depth,
-            dim=backbone.dim,
-            feature_dim=backbone.feature_dim,
-            order=self._order,
-            reserved=reserved,
-        )
-        self._registry = Registry(self._tables, capacity, self._order)
+        tables = SlotTables(capacity=capacity, dim=backbone.dim, order=self._order, reserved=reserved)
+        self._registry = Registry(tables, capacity, self._order)
         self._weights = FrozenWeights(backbone)
         self._reader = TaskReader(backbone, self._weights, limits, check_backbone)
-        self._masks = MaskSupport(backbone)
         self._runner = Runner(backbone, device)
         backbone.attach()
         vit.eval()
@@ -153,14 +142,12 @@ class PromptBank:
             PromptFileError: The file is refused, or is for another backbone.
             HubError: The Hub did not deliver the prompts.
             ConfigError: The prompts are shallow or larger than a limit of the bank, or an argument is out of range.
-            BackboneError: The task has another number of prompt tokens or shared layers than the others, and the
-                attention of this ViT cannot exclude padding.
             StateError: All slots hold pinned tasks, or the bank was unwrapped.
         """
         self._check_open()
         if not isinstance(name, str) or not name:
             raise InputError(f"name={name!r:.80} must be a text that is not empty.")
-        digest, content = self._read(
+        digest, content = self._reader.read(
             source,
             revision=revision,
             subfolder=subfolder,
@@ -190,7 +177,7 @@ class PromptBank:
         """
         self._check_open()
         self._registry.content(name)  # an unknown name raises before the file is read
-        digest, content = self._read(
+        digest, content = self._reader.read(
             source,
             revision=revision,
             subfolder=subfolder,
@@ -223,29 +210,41 @@ class PromptBank:
         Raises:
             InputError: A task is unknown, the number of tasks is not that of the images, or the batch has more tasks
                 than slots; nothing was computed. Or the images do not fit the ViT.
-            BackboneError: Images with and without prompts are mixed, and the ViT cannot exclude padding.
+            BackboneError: The tasks differ in prompt tokens or shared layers, and the ViT cannot exclude padding.
             StateError: The ViT was moved to another device, or the bank was unwrapped.
         """
         self._check_open()
         names = tasks_of(images, tasks)
         with self._registry.lease(names) as leased:
-            mode = mode_of(leased.numbers, leased.tables)
-            if mode.masked:
-                self._masks.require()
             (images,) = self._weights.cast_inputs((images,))
-            logits, features, groups = self._runner(leased.tables, mode, images, leased.slots)
-        return BankOutput(logits, features, groups, leased.facts)
+            return self._runner(leased, images)
 
     def compile(self, **options: Any) -> None:
-        """Compile the forward with `torch.compile(fullgraph=True)` at its first call; once for all tasks.
+        """Compile the forward up to the features with `torch.compile(fullgraph=True)` at its first call.
 
         A graph is compiled for each kind of batch when it first occurs: see `lpt_peft.bank.forward.Mode`. Batches of
-        another size, and tasks larger than all before, compile again; reserved sizes prevent the latter.
+        another size, and tasks larger than all before, compile again; reserved sizes prevent the latter. Classifiers
+        may have any number of classes; they are not part of the graph.
 
         Args:
             **options: Of `torch.compile`, such as `mode` or `dynamic`.
         """
         self._runner.compile(**options)
+
+    def export_module(self, tasks: Sequence[str]) -> BankModule:
+        """Return a module that answers some tasks, for `torch.export` and other tools that need a module.
+
+        Its forward takes images and the index (B,) int64 of the task of each image among `tasks`. The prompts are
+        copied to buffers; the ViT is shared with the bank.
+
+        Raises:
+            InputError: There is no task, a task is unknown, or there are more tasks than slots.
+        """
+        self._check_open()
+        if isinstance(tasks, str) or not tasks:
+            raise InputError(f"tasks={tasks!r:.80} must be a list of at least 1 name of a task.")
+        with self._registry.lease(list(tasks)) as leased:
+            return BankModule(self.backbone, leased)
 
     def cast_backbone(self, dtype: torch.dtype) -> None:
         """Cast the frozen weights to float32, bfloat16 or float16, and images from now on; see the adapter's method."""
@@ -264,19 +263,17 @@ class PromptBank:
         return vit
 
     def memory(self) -> dict[str, int]:
-        """Return bytes: "slots", the tables on the device, and "files", all prompt files in CPU memory."""
-        return {"slots": self._tables.nbytes(), "files": self._registry.nbytes()}
+        """Return bytes.
+
+        Returns:
+            "slots", the tables on the device; "heads", the classifiers of the tasks in slots, on the device; and
+            "files", all prompt files in CPU memory.
+        """
+        return self._registry.nbytes()
 
     def __repr__(self) -> str:
         """Sizes and model, for `print(bank)`."""
-        return f"PromptBank({type(self.backbone.model).__name__}, {len(self.tasks)} tasks, {self._tables.sizes})"
-
-    def _read(self, source: Source, **location: Any) -> tuple[str, PromptContent]:
-        """Read and check a prompt file; returns its digest and content."""
-        digest, content = self._reader.read(source, **location)
-        if self._tables.would_pad(numbers_of(content)):
-            self._masks.require()
-        return digest, content
+        return f"PromptBank({type(self.backbone.model).__name__}, {len(self.tasks)} tasks)"
 
     def _check_open(self) -> None:
         if "vit" not in vars(self):

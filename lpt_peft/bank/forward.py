@@ -1,8 +1,8 @@
-"""The forward of a bank: images and the slot of each image to padded logits.
+"""The forward of a bank: images and the slot of each image to features and selected groups.
 
-Prompts, keys and class vectors of an image are gathered from the tables by its slot. Images with fewer prompt tokens
-than the tables, or without groups in a block, have padding tokens, which attention excludes by a mask. Not here: the
-tables (`tables.py`), and which tasks are in them (`registry.py`).
+Prompts and keys of an image are gathered from the tables by its slot. Images with fewer prompt tokens than others of
+the batch, or without groups in a block, have padding tokens, which attention excludes by a mask. Not here: the tables
+(`tables.py`), which tasks are in them (`registry.py`), and the classifiers (`heads.py`).
 """
 
 from __future__ import annotations
@@ -14,40 +14,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpt_peft._numerics import full_precision
+from lpt_peft._numerics import at_least_float32, full_precision
 from lpt_peft.backbones.base import Backbone, Stream
-from lpt_peft.bank.tables import Tables, TaskNumbers
+from lpt_peft.bank.tables import Sizes, Tables, TaskNumbers
 from lpt_peft.prompting import Prompt, set_prompt_mask
 
 
 class Mode(NamedTuple):
-    """Steps that a batch needs; a graph is compiled for each combination that occurs."""
+    """Sizes and steps of a batch; a graph is compiled for each combination that occurs."""
 
-    prompts: bool
-    """An image has prompts."""
+    length: int
+    """Prompt tokens `n` of an image, with padding; 0 for a batch without prompts."""
+    split: int
+    """First block that runs with group prompts; L for a batch without groups."""
+    top_k: int
+    """Selected groups `k` of an image, with padding."""
+    query_blocks: tuple[int, ...]
+    """Blocks before which images may select their groups by the query at block K."""
     first_pass: bool
     """An image needs the feature under the shared prompts, as its feature or as its query."""
-    groups: bool
-    """An image selects groups: the blocks after K run with group prompts."""
-    block_k: bool
-    """An image selects its groups by the query at block K."""
     masked: bool
     """Images differ in prompt tokens or in K, so that padding must be excluded."""
 
 
-def mode_of(numbers: Sequence[TaskNumbers], tables: Tables) -> Mode:
-    """Return the steps that a batch needs, from the sizes of the task of each image."""
-    distinct = set(numbers)
-    length, split = tables.shared.shape[2], tables.shared.shape[1] - tables.groups.shape[2]
-    grouped = [task for task in distinct if task.groups]
-    prompts = any(task.length for task in distinct)
-    padded = any(task.length != length for task in distinct) or any(task.first != split for task in grouped)
+def mode_of(numbers: Sequence[TaskNumbers], sizes: Sizes | None) -> Mode:
+    """Return the sizes and steps of a batch.
+
+    Args:
+        numbers: Sizes of the task of each image.
+        sizes: Sizes of the tables for a graph that serves all tasks; None for the smallest sizes of this batch.
+    """
+    tasks = set(numbers)
+    length, split = max(task.length for task in tasks), min(task.first for task in tasks)
+    top_k = max(task.top_k for task in tasks)
+    grouped = [task for task in tasks if task.groups]
+    query_blocks = sorted({task.first for task in grouped if task.block_k})
+    if sizes is not None:
+        length = sizes.prompt_length if length else 0
+        if grouped:
+            split, top_k = sizes.depth - sizes.group_layers, sizes.top_k
+        if query_blocks:
+            query_blocks = list(range(split, sizes.depth))
+    padded = any(task.length != length for task in tasks) or any(task.first != split for task in grouped)
     return Mode(
-        prompts=prompts,
-        first_pass=any(not (task.groups and task.block_k) for task in distinct),
-        groups=bool(grouped),
-        block_k=any(task.block_k for task in grouped),
-        masked=prompts and padded,
+        length=length,
+        split=split,
+        top_k=top_k,
+        query_blocks=tuple(query_blocks),
+        first_pass=any(not (task.groups and task.block_k) for task in tasks),
+        masked=length > 0 and padded,
     )
 
 
@@ -61,27 +76,27 @@ class Batch(NamedTuple):
     """(B,) int64, slots."""
     numbers: Tensor
     """(B, 5) int64, see `TaskNumbers`."""
-    shared: list[Prompt]
-    """For each block, the prompts (B, n, d) in the dtype of the tokens; None for a batch without prompts."""
-    counts: Tensor
-    """(B, n) bool, False for padding of `shared`."""
+    counts: Tensor | None
+    """(B, n) bool, False for padding of the prompts; None without padding."""
 
     def number(self, name: str) -> Tensor:
         """Return a column (B,) of the numbers."""
         return self.numbers[:, TaskNumbers._fields.index(name)]
 
+    def shared(self, block: int, dtype: torch.dtype) -> Tensor:
+        """Return the shared prompts (B, n, d) of a block."""
+        return self.tables.shared[:, block, : self.mode.length][self.task].to(dtype)
+
     def run_shared(self, stream: Stream, start: int, stop: int) -> Stream:
         """Run blocks with the shared prompts."""
-        mask = self.counts if self.mode.masked else None
         for block in range(start, stop):
-            stream = run_block_masked(self.backbone, stream, block, self.shared[block], mask)
+            prompt = self.shared(block, stream.tokens.dtype) if self.mode.length else None
+            stream = run_block_masked(self.backbone, stream, block, prompt, self.counts)
         return stream
 
 
-def bank_forward(
-    backbone: Backbone, tables: Tables, mode: Mode, images: Tensor, task: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the answers of a batch.
+def bank_forward(backbone: Backbone, tables: Tables, mode: Mode, images: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the features of a batch.
 
     Args:
         backbone: The wrapped ViT.
@@ -91,25 +106,21 @@ def bank_forward(
         task: Slots (B,) int64.
 
     Returns:
-        Logits (B, C) with -inf beyond the classes of a task, features (B, feature_dim), and groups (B, k) int64.
+        Features (B, feature_dim) and groups (B, k) int64, valid up to the `top_k` of a task.
     """
-    depth = tables.shared.shape[1]
-    split = depth - tables.groups.shape[2]
+    depth = len(backbone.blocks)
     stream = backbone.embed(images)
     numbers = tables.numbers[task]
-    shared: list[Prompt] = [None] * depth
-    if mode.prompts:
-        shared = list(tables.shared[task].to(stream.tokens.dtype).unbind(1))
-    counts = torch.arange(tables.shared.shape[2], device=task.device) < numbers[:, :1]
-    batch = Batch(backbone, tables, mode, task, numbers, shared, counts)
-    kept = batch.run_shared(stream, 0, split)
-    feature = backbone.pool(batch.run_shared(kept, split, depth)) if mode.first_pass else None
-    groups = task.new_zeros(task.shape[0], tables.weights.shape[1])
-    if mode.groups:
+    counts = torch.arange(mode.length, device=task.device) < numbers[:, :1] if mode.masked else None
+    batch = Batch(backbone, tables, mode, task, numbers, counts)
+    kept = batch.run_shared(stream, 0, mode.split)
+    feature = backbone.pool(batch.run_shared(kept, mode.split, depth)) if mode.first_pass else None
+    groups = task.new_zeros(task.shape[0], mode.top_k)
+    if mode.split < depth:
         grouped, groups = _group_pass(batch, kept, groups if feature is None else _select(batch, feature))
         feature = grouped if feature is None else torch.where(batch.number("groups")[:, None] > 0, grouped, feature)
     assert feature is not None  # noqa: S101 - a batch needs at least one of the passes; narrows the type
-    return _logits(batch, feature), feature, groups
+    return feature, groups
 
 
 def run_block_masked(backbone: Backbone, stream: Stream, block: int, prompt: Prompt, mask: Tensor | None) -> Stream:
@@ -134,22 +145,22 @@ def _group_pass(batch: Batch, stream: Stream, groups: Tensor) -> tuple[Tensor, T
     Returns:
         Features (B, feature_dim), and selected groups (B, k).
     """
-    backbone, tables, task = batch.backbone, batch.tables, batch.task
-    depth = tables.shared.shape[1]
-    split = depth - tables.groups.shape[2]
-    first = batch.number("first")
-    weights = tables.weights[task].to(stream.tokens.dtype)
-    for block in range(split, depth):
-        if batch.mode.block_k:
+    backbone, tables, mode, task = batch.backbone, batch.tables, batch.mode, batch.task
+    depth, dtype = len(backbone.blocks), stream.tokens.dtype
+    first, top_k = batch.number("first"), batch.number("top_k")[:, None]
+    weights = (torch.arange(mode.top_k, device=task.device) < top_k).to(dtype) / top_k.clamp(min=1)
+    for block in range(mode.split, depth):
+        if block in mode.query_blocks:
             here = (first == block) & (batch.number("block_k") > 0)
             groups = torch.where(here[:, None], _select(batch, _block_query(backbone, stream)), groups)
-        selected = tables.groups[task[:, None], groups, block - split].to(stream.tokens.dtype)
+        layer = tables.groups[:, :, block - depth, : mode.length]
+        selected = layer[task[:, None], groups].to(dtype)
         mean = (weights[:, None] @ selected.flatten(2)).unflatten(2, selected.shape[2:]).squeeze(1)
-        shared, mask = batch.shared[block], None
-        assert isinstance(shared, Tensor)  # noqa: S101 - a batch with groups has prompts; narrows the type
-        if batch.mode.masked:
-            mask = torch.cat([batch.counts, batch.counts & (first <= block)[:, None]], 1)
-        stream = run_block_masked(backbone, stream, block, torch.cat([shared, mean], 1), mask)
+        mask = batch.counts
+        if mask is not None:
+            mask = torch.cat([mask, mask & (first <= block)[:, None]], 1)
+        prompt = torch.cat([batch.shared(block, dtype), mean], 1)
+        stream = run_block_masked(backbone, stream, block, prompt, mask)
     return backbone.pool(stream), groups
 
 
@@ -161,24 +172,11 @@ def _block_query(backbone: Backbone, stream: Stream) -> Tensor:
 
 def _select(batch: Batch, query: Tensor) -> Tensor:
     """Groups (B, k) whose keys are nearest to the queries (B, key_dim)."""
-    tables = batch.tables
-    cosines = _cosines(query, tables.keys[batch.task], tables.key_norms[batch.task])
+    with full_precision(query.device.type):
+        query, keys = at_least_float32(query), at_least_float32(batch.tables.keys[batch.task])
+        wide = torch.promote_types(query.dtype, keys.dtype)
+        units = F.normalize(query.to(wide), dim=-1)
+        units = F.pad(units, (0, keys.shape[2] - units.shape[1]))  # tasks may have queries of two widths
+        cosines = (F.normalize(keys.to(wide), dim=-1) @ units.unsqueeze(2)).squeeze(2)
     padding = torch.arange(cosines.shape[1], device=cosines.device) >= batch.number("groups")[:, None]
-    return cosines.masked_fill(padding, -torch.inf).topk(tables.weights.shape[1], dim=-1)[1]
-
-
-def _logits(batch: Batch, feature: Tensor) -> Tensor:
-    tables = batch.tables
-    cosines = _cosines(feature, tables.head[batch.task], tables.head_norms[batch.task])
-    padding = torch.arange(cosines.shape[1], device=cosines.device) >= batch.number("classes")[:, None]
-    logits = tables.scale[batch.task].to(cosines.dtype)[:, None] * cosines
-    return logits.masked_fill(padding, -torch.inf)
-
-
-def _cosines(queries: Tensor, vectors: Tensor, norms: Tensor) -> Tensor:
-    """Cosines (B, m) of queries (B, q) with vectors (B, m, q) of norms (B, m); float32 or float64."""
-    with full_precision(queries.device.type):
-        wide = torch.promote_types(torch.promote_types(queries.dtype, vectors.dtype), torch.float32)
-        units = F.normalize(queries.to(wide), dim=-1)
-        units = F.pad(units, (0, vectors.shape[2] - units.shape[1]))  # tasks may have queries of two widths
-        return (vectors.to(wide) @ units.unsqueeze(2)).squeeze(2) / norms.to(wide)
+    return cosines.masked_fill(padding, -torch.inf).topk(batch.mode.top_k, dim=-1)[1]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lpt_peft.backbones.base import Backbone, Stream, execution_device
 from lpt_peft.bank.forward import run_block_masked
-from lpt_peft.errors import BackboneError, LPTError
+from lpt_peft.errors import BackboneError
 
 _TOLERANCE = 0.05  # of the effect that an excluded token would have; a mask that is not applied gives 1
 
@@ -27,8 +28,8 @@ class MaskSupport:
         self._checked = False
         self._error: str | None = None
 
-    def require(self) -> None:
-        """Check the backbone, at the first call.
+    def require(self, images: Any) -> None:
+        """Check the backbone on the images of the first batch that needs it.
 
         Raises:
             BackboneError: It cannot exclude padding.
@@ -36,7 +37,7 @@ class MaskSupport:
         with self._lock:
             if not self._checked:
                 try:
-                    check_masks(self._backbone)
+                    check_masks(self._backbone, images)
                 except BackboneError as error:
                     self._error = str(error)
                 self._checked = True
@@ -45,53 +46,36 @@ class MaskSupport:
 
 
 @torch.no_grad()
-def check_masks(backbone: Backbone) -> None:
-    """Compare prompts of 2 tokens with prompts of 3 tokens of which a mask excludes the last, on a random image.
+def check_masks(backbone: Backbone, images: Any) -> None:
+    """Compare random prompts of 2 tokens with prompts of 3 tokens of which a mask excludes the last.
 
     Raises:
         BackboneError: An attention takes no mask, or does not apply it to prompts.
     """
     name = type(backbone.model).__name__
     cure = (
-        "In a bank on this model, all tasks need the same prompt_length and shared_layers, and a batch is either with "
-        "prompts or plain. Use a bank for each prompt_length and shared_layers."
+        "Use a batch for each prompt_length and shared_layers, without images of the plain model. A compiled bank "
+        "needs a bank for each."
     )
+    stream = backbone.embed(images)
+    device = execution_device(backbone.model)
+    prompts = torch.randn((1, 3, backbone.dim), generator=torch.Generator().manual_seed(0)).to(stream.tokens)
+    prompts = (prompts * stream.tokens.std()).expand(len(stream.tokens), -1, -1)
+    counted = torch.tensor([[True, True, False]], device=device).expand(len(stream.tokens), -1)
     try:
-        effect, deviation, rounding = _effect_and_deviation(backbone)
-    except LPTError as error:
+        short, masked, full = (
+            _feature(backbone, stream, prompt, mask)
+            for prompt, mask in ((prompts[:, :2], None), (prompts, counted), (prompts, None))
+        )
+    except BackboneError as error:
         raise BackboneError(f"Prompts of unequal length cannot be mixed on this {name}: {error} {cure}") from error
-    except Exception as error:  # depends on the model
-        raise BackboneError(
-            f"Prompts of unequal length cannot be mixed on this {name}, because they cannot be checked on a random "
-            f"image: {error!s:.200} {cure}"
-        ) from error
+    effect, deviation = float((full - short).norm()), float((masked - short).norm())
+    rounding = 4 * torch.finfo(stream.tokens.dtype).eps * float(short.norm())
     if not deviation <= max(_TOLERANCE * effect, rounding):
         raise BackboneError(
             f"Prompts of unequal length cannot be mixed on this {name}: its attention ignores the mask that excludes "
             f"padding (difference {deviation:.2g}, effect of the padding {effect:.2g}). {cure}"
         )
-
-
-def _effect_and_deviation(backbone: Backbone) -> tuple[float, float, float]:
-    """Norms of feature differences: effect of the third token, difference with the mask, and rounding errors."""
-    size = backbone.preprocess()["input_size"]
-    reference = next(parameter for parameter in backbone.model.parameters() if parameter.is_floating_point())
-    device = execution_device(backbone.model)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn((1, *size), generator=generator).to(device, reference.dtype)
-    stream = backbone.embed(images)
-    prompts = torch.randn((1, 3, backbone.dim), generator=generator).to(stream.tokens)
-    prompts = prompts * stream.tokens.std()
-    short, masked, full = (
-        _feature(backbone, stream, prompt, mask)
-        for prompt, mask in (
-            (prompts[:, :2], None),
-            (prompts, torch.tensor([[True, True, False]], device=device)),
-            (prompts, None),
-        )
-    )
-    rounding = 4 * torch.finfo(stream.tokens.dtype).eps * float(short.norm())
-    return float((full - short).norm()), float((masked - short).norm()), rounding
 
 
 def _feature(backbone: Backbone, stream: Stream, prompt: Tensor, mask: Tensor | None) -> Tensor:

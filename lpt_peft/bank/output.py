@@ -8,6 +8,9 @@ from typing import NamedTuple, overload
 
 from torch import Tensor
 
+from lpt_peft.bank.tables import numbers_of
+from lpt_peft.checkpoint import PromptContent
+
 
 class TaskPrediction(NamedTuple):
     """Result of one image."""
@@ -41,15 +44,25 @@ class TaskFacts(NamedTuple):
     temperature: float
 
 
+PLAIN = TaskFacts(None, 0, 0, None, 1.0)
+"""Facts of the plain model."""
+
+
+def facts_of(name: str, content: PromptContent) -> TaskFacts:
+    """Return the facts of a task from its prompt file."""
+    metadata, top_k = content.metadata, numbers_of(content).top_k
+    return TaskFacts(name, content.config.num_classes, top_k, metadata.label_names, metadata.temperature or 1.0)
+
+
 @dataclass(frozen=True, eq=False)
 class BankOutput(Sequence[TaskPrediction]):
     """Results of a batch of B images: a sequence of `TaskPrediction`.
 
     Attributes:
-        logits: (B, C) float32 or float64, C of the largest task of the bank; -inf beyond the classes of an image's
+        logits: (B, C) float32 or float64, C of the largest task of the batch; -inf beyond the classes of an image's
             task.
         features: (B, feature_dim) inputs of the classifiers.
-        groups: (B, k) int64, k of the largest task; valid up to the `top_k` of an image's task.
+        groups: (B, k) int64 with padding; valid up to the `top_k` of an image's task.
         facts: For each image, its task.
     """
 

@@ -18,7 +18,6 @@ from lpt_peft.hub import read_prompts
 
 Source = str | PathLike[str]
 KEYWORDS = {
-    "num_classes": "max_classes",
     "prompt_length": "max_prompt_length",
     "pool_size": "max_pool_size",
     "top_k": "max_top_k",

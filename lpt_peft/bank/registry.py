@@ -8,14 +8,16 @@ Not here: the tensors of the slots (`tables.py`).
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from lpt_peft.bank.output import TaskFacts
+from lpt_peft.bank.heads import Head, head_of
+from lpt_peft.bank.output import PLAIN, TaskFacts, facts_of
 from lpt_peft.bank.streams import StreamOrder
-from lpt_peft.bank.tables import SlotTables, Tables, TaskNumbers, numbers_of
+from lpt_peft.bank.tables import Sizes, SlotTables, Tables, TaskNumbers, numbers_of
 from lpt_peft.checkpoint import PromptContent
 from lpt_peft.errors import InputError, StateError
 
@@ -30,6 +32,7 @@ class Version:
         numbers: Its sizes.
         names: Tasks that point to it.
         slot: Its row of the tables; None while it is only in CPU memory.
+        head: Its classifier on the device, while it has a slot.
         leases: Batches that use it.
         used: Time of its last use, as a count of uses.
     """
@@ -39,6 +42,7 @@ class Version:
     numbers: TaskNumbers
     names: set[str] = field(default_factory=set)
     slot: int | None = None
+    head: Head | None = None
     leases: int = 0
     used: int = 0
 
@@ -47,8 +51,12 @@ class Leased(NamedTuple):
     """What a batch needs of the bank; its slots do not change during the lease."""
 
     tables: Tables
+    sizes: Sizes
+    """Sizes of the tables."""
     slots: list[int]
     """Slot of each image; 0 for the plain model."""
+    heads: dict[int, Head]
+    """Classifiers by slot."""
     numbers: list[TaskNumbers]
     """Sizes of the task of each image."""
     facts: tuple[TaskFacts, ...]
@@ -71,7 +79,8 @@ class Registry:
         self._pinned: frozenset[str] = frozenset()
         self._free = list(range(capacity, 0, -1))
         self._uses = 0
-        self._plain = TaskNumbers(*self._tables.tables.numbers[0].tolist())
+        self._waiting: deque[object] = deque()
+        self._plain = TaskNumbers(0, tables.sizes.depth, 0, 0, 0)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -79,21 +88,15 @@ class Registry:
         with self._changed:
             return tuple(self._tasks)
 
-    def slots(self) -> dict[str, int | None]:
-        """Slot of each task; None while it is only in CPU memory."""
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the slots on the device, of the classifiers of their tasks, and of all files in CPU memory."""
         with self._changed:
-            return {name: version.slot for name, version in self._tasks.items()}
-
-    def free_slots(self) -> int:
-        """Number of empty slots."""
-        with self._changed:
-            return len(self._free)
-
-    def nbytes(self) -> int:
-        """Bytes of all prompt files in CPU memory."""
-        with self._changed:
-            tensors = [tensor for version in self._versions.values() for tensor in version.content.tensors.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            versions = list(self._versions.values())
+            return {
+                "slots": self._tables.nbytes(),
+                "heads": sum(version.head.nbytes for version in versions if version.head is not None),
+                "files": sum(tensor.nbytes for version in versions for tensor in version.content.tensors.values()),
+            }
 
     def content(self, name: str) -> PromptContent:
         """Return the prompt file of a task."""
@@ -131,7 +134,8 @@ class Registry:
     def lease(self, names: Sequence[str | None]) -> Iterator[Leased]:
         """Keep the current versions of tasks in their slots, for a batch.
 
-        Waits while other batches occupy the slots that this batch needs; it then leases all or nothing.
+        Waits while other batches occupy the slots that this batch needs, in the order of the calls; it then leases all
+        or nothing.
 
         Args:
             names: Task of each image; None is the plain model.
@@ -141,19 +145,14 @@ class Registry:
         """
         distinct = list(dict.fromkeys(name for name in names if name is not None))
         with self._changed:
-            while True:
-                versions = {name: self._find(name) for name in distinct}
-                if self._load(list(dict.fromkeys(versions.values()))):
-                    break
-                self._changed.wait()
-            batch = list(dict.fromkeys(versions.values()))
+            batch = self._wait_for(distinct)
             for version in batch:
                 version.leases += 1
                 self._touch(version)
-            leased = self._leased(names, versions)
-        slots = [version.slot for version in batch if version.slot is not None]
+            leased = self._leased(names)
+        slots = list(leased.heads)
         try:
-            self._order.before_reading(slots)
+            self._order.before_reading(slots, [tensor for head in leased.heads.values() for tensor in head[:2]])
             yield leased
         finally:
             with self._changed:
@@ -163,13 +162,30 @@ class Registry:
                     self._release(version)
                 self._changed.notify_all()
 
-    def _leased(self, names: Sequence[str | None], versions: dict[str, Version]) -> Leased:
-        plain = TaskFacts(None, 0, 0, None, 1.0)
-        facts = {name: _facts(name, version.content) for name, version in versions.items()}
-        slots = [0 if name is None else versions[name].slot or 0 for name in names]
-        numbers = [self._plain if name is None else versions[name].numbers for name in names]
+    def _wait_for(self, names: list[str]) -> list[Version]:
+        """Return the versions of tasks, all of which are in slots; batches that came earlier are first."""
+        ticket = object()
+        self._waiting.append(ticket)
+        try:
+            while True:
+                batch = list(dict.fromkeys(self._find(name) for name in names))
+                if self._waiting[0] is ticket and self._load(batch):
+                    return batch
+                self._changed.wait()
+        finally:
+            self._waiting.remove(ticket)
+            self._changed.notify_all()
+
+    def _leased(self, names: Sequence[str | None]) -> Leased:
+        versions = {name: self._tasks[name] for name in names if name is not None}
+        facts = {name: facts_of(name, version.content) for name, version in versions.items()}
         return Leased(
-            self._tables.tables, slots, numbers, tuple(plain if name is None else facts[name] for name in names)
+            tables=self._tables.tables,
+            sizes=self._tables.sizes,
+            slots=[0 if name is None else versions[name].slot or 0 for name in names],
+            heads={version.slot: version.head for version in versions.values() if version.slot and version.head},
+            numbers=[self._plain if name is None else versions[name].numbers for name in names],
+            facts=tuple(PLAIN if name is None else facts[name] for name in names),
         )
 
     def _find(self, name: str) -> Version:
@@ -223,9 +239,12 @@ class Registry:
             return
         if self._versions.get(version.digest) is version:
             del self._versions[version.digest]
+        self._evict(version)
+
+    def _evict(self, version: Version) -> None:
         if version.slot is not None:
             self._free.append(version.slot)
-            version.slot = None
+        version.slot = version.head = None
 
     def _load(self, batch: list[Version]) -> bool:
         """Give slots to versions that have none; False, without a change, while other batches hold too many slots.
@@ -251,13 +270,11 @@ class Registry:
         idle.sort(key=lambda version: (bool(version.names), version.used), reverse=True)
         for version in missing:
             if not self._free:
-                evicted = idle.pop()
-                assert evicted.slot is not None  # noqa: S101 - narrows the type
-                self._free.append(evicted.slot)
-                evicted.slot = None
-            slot = self._free[-1]
+                self._evict(idle.pop())
+            slot = self._free[-1]  # stays free if memory runs out
             self._order.before_writing(slot)
             self._tables.write(slot, version.content)
+            version.head = head_of(version.content, self._order.device)
             self._order.after_writing(slot)
             version.slot = self._free.pop()
         return True
@@ -268,15 +285,3 @@ class Registry:
     def _touch(self, version: Version) -> None:
         self._uses += 1
         version.used = self._uses
-
-
-def _facts(name: str, content: PromptContent) -> TaskFacts:
-    metadata: Any = content.metadata
-    numbers = numbers_of(content)
-    return TaskFacts(
-        name,
-        numbers.classes,
-        content.config.top_k if numbers.groups else 0,
-        metadata.label_names,
-        metadata.temperature or 1.0,
-    )

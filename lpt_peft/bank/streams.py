@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
 class StreamOrder:
@@ -37,10 +38,14 @@ class StreamOrder:
         if self._streams:
             self._written[slot] = self._record()
 
-    def before_reading(self, slots: Sequence[int]) -> None:
-        """Let the current stream wait until slots are written."""
-        for slot in slots if self._streams else ():
-            torch.cuda.current_stream(self.device).wait_event(self._written[slot])
+    def before_reading(self, slots: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        """Let the current stream wait until slots are written, and keep tensors in memory until it has read them."""
+        if self._streams:
+            stream = torch.cuda.current_stream(self.device)
+            for slot in slots:
+                stream.wait_event(self._written[slot])
+            for tensor in tensors:
+                tensor.record_stream(stream)
 
     def after_reading(self, slots: Sequence[int]) -> None:
         """Remember the end of a batch that reads slots."""

@@ -66,6 +66,8 @@ def _run(words: Sequence[str]) -> int:
         import tyro
     except ImportError as error:
         raise MissingExtraError(f'The lpt-peft command needs {error.name}: pip install "lpt_peft[cli]".') from error
+    from lpt_peft.cli.common.parsing import parse
+
     commands = _commands(words)
     if words and words[0] not in commands and not words[0].startswith("-"):
         near = get_close_matches(words[0], commands, 1, 0.5)
@@ -73,7 +75,15 @@ def _run(words: Sequence[str]) -> int:
         _fail(f'There is no sub-command "{words[0]}".{meant} There are {", ".join(commands)}: lpt-peft --help.')
         return USAGE
     with wrapped_help() if {"-h", "--help"} & set(words) else nullcontext():
-        status = tyro.extras.subcommand_cli_from_dict(commands, prog="lpt-peft", description=_DESCRIPTION, args=words)
+        if not words or words[0] not in commands:
+            tyro.extras.subcommand_cli_from_dict(commands, prog="lpt-peft", description=_DESCRIPTION, args=words)
+            return OK  # the help was printed
+        call, problems = parse(words[0], commands[words[0]], words[1:])
+    for problem in problems:
+        _fail(problem)
+    if problems:
+        return USAGE
+    status = call()
     return OK if status is None else int(status)
 
 

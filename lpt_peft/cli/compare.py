@@ -22,7 +22,7 @@ from lpt_peft.cli.common.flags import check_phase_flags
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.options import Json
 from lpt_peft.cli.common.paths import check_new_folder
-from lpt_peft.cli.common.rows import BUILT_IN, Rows, default_settings, overridden_flags, read_rows
+from lpt_peft.cli.common.rows import BUILT_IN, Rows, default_settings, overridden_flags, read_rows, sizes_without_effect
 from lpt_peft.cli.common.run_settings import RunSettings
 from lpt_peft.errors import ConfigError
 
@@ -100,6 +100,8 @@ def compare_command(words: Sequence[str]) -> Callable[..., int]:
         for row, flag in overridden_flags(read, words):
             notice(f"row {row} sets {flag} itself, so the flag does not change it")
         plan = make_plan(read, run, data, output, seeds=seeds, split=split, baseline=baseline)
+        for row, name in sizes_without_effect(read, plan.settings):
+            notice(f"row {row}: {name}: no effect with method {plan.settings[row].training.method}")
         if jobs < 1:
             raise ConfigError(f"--jobs {jobs} must be at least 1.")
         return run_plan(plan, jobs=jobs, as_json=as_json)

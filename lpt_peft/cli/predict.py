@@ -55,6 +55,7 @@ def predict(
         from lpt_peft.cli.common.image_progress import image_progress
         from lpt_peft.cli.common.prediction_output import make_writer
         from lpt_peft.inference import Classifier
+        from lpt_peft.recipe.resume.interrupt import Interruption
 
     _check_options(images, show, min_probability, batch_size, num_workers)
     if as_json and output_format not in (None, "json"):
@@ -71,13 +72,18 @@ def predict(
     try:
         with closing(classifier.stream(paths, show=show)) as predictions, image_progress(total) as advance:
             while batch := list(islice(predictions, batch_size)):
-                writer.write([tally.add(prediction) for prediction in batch])
+                with Interruption() as stop:  # a line is never cut
+                    writer.write([tally.add(prediction) for prediction in batch])
+                if stop.requested:
+                    raise KeyboardInterrupt
                 advance(len(batch))
-    except (KeyboardInterrupt, LPTError):
+    except (KeyboardInterrupt, LPTError) as error:
         if tally.seen:
             writer.close()
         tally.report()
-        raise
+        if isinstance(error, LPTError):
+            raise
+        raise KeyboardInterrupt(f"interrupted after {number(tally.seen, 'image')}") from None
     if not tally.seen:
         raise InputError("Standard input names no image: give a path per line, or separate them by NUL.")
     writer.close()

@@ -19,7 +19,7 @@ import tyro
 from lpt_peft._run_folder import SETTINGS
 from lpt_peft.cli.common.exit_codes import INCOMPLETE, OK
 from lpt_peft.cli.common.extras import requires_extra
-from lpt_peft.cli.common.flags import check_method_flags, check_phase_flags
+from lpt_peft.cli.common.flags import check_method_flags, check_phase_flags, unused_sizes
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.options import Json
 from lpt_peft.cli.common.paths import check_new_folder, home_path
@@ -72,6 +72,8 @@ def train_command(words: Sequence[str]) -> Callable[..., int]:
             log_with: Log metrics to this tracker as well.
             as_json: Print the content of results.json instead of the table.
         """
+        for name in unused_sizes(run.prompts, run.training.method):
+            notice(f"{name}={getattr(run.prompts, name)!r}: no effect with method {run.training.method}")
         return run_training(data, output, run, resume=resume, find_lr=find_lr, log_with=log_with, as_json=as_json)
 
     return train

@@ -8,14 +8,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from traceback import walk_tb
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 _MAX_WORKERS = 8
 _SMALL = 256  # images; below this, starting workers takes about as long as loading
@@ -59,7 +62,7 @@ def worker_options(num_workers: int) -> dict[str, Any]:
     return {
         "num_workers": num_workers,
         "multiprocessing_context": "fork" if fork and num_workers else None,
-        "worker_init_fn": _leave_signals_to_parent,
+        "worker_init_fn": _start_worker,
         "generator": torch.Generator(),  # by default the loader draws a seed from the caller's generator
     }
 
@@ -72,7 +75,11 @@ def open_batches(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
     close the queues before the iterator uses them to stop its workers, which hang until they are killed, ten seconds
     later ("Bad file descriptor" in QueueFeederThread). Here they are stopped at once.
     """
-    iterator = iter(loader)
+    try:
+        iterator = iter(loader)
+    except BaseException as error:
+        _kill_workers(error)
+        raise
     try:
         yield iterator
     except BaseException:
@@ -90,7 +97,20 @@ def stop_workers(loader: DataLoader[Any], iterator: Iterator[Any] | None = None)
     loader._iterator = None
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def _kill_workers(error: BaseException) -> None:
+    """Kill the workers of an iterator whose constructor failed, by an interruption or an error of the sampler.
+
+    Only the traceback refers to the iterator. Its workers would ignore the SIGTERM that Python sends at exit, and keep
+    it waiting.
+    """
+    for frame, _ in walk_tb(error.__traceback__):
+        if isinstance(iterator := frame.f_locals.get("self"), _BaseDataLoaderIter):
+            for worker in getattr(iterator, "_workers", ()):
+                worker.kill()
+                worker.join()
+
+
+def _start_worker(worker: int) -> None:
     """Ignore SIGINT and the first SIGTERM, so that the parent can finish its step and save.
 
     A terminal or a cluster sends them to the whole process group. The parent stops its workers by a message, and by
@@ -98,7 +118,14 @@ def _leave_signals_to_parent(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _ignore_once)
+    sys.excepthook = _report_thread
 
 
 def _ignore_once(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
+
+
+def _report_thread(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Report an error of the thread that sends tensors, unless the parent was interrupted while it received one."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)

@@ -6,7 +6,7 @@ Not here: loading (`lpt_peft.inference.source`), reading of images (`lpt_peft.in
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from os import PathLike
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from lpt_peft._numerics import at_least_float32
 from lpt_peft.data.transforms import ImageTransform, transforms
 from lpt_peft.data.workers import choose_workers, open_batches, worker_options
 from lpt_peft.errors import StateError
-from lpt_peft.inference.items import ItemChecker, ItemReader, collate_read, iterate_items
+from lpt_peft.inference.items import ItemPreparer, ItemReader, collate_read, single_images
 from lpt_peft.inference.prediction import Prediction
 from lpt_peft.inference.source import Model, Source, load_model
 
@@ -209,19 +209,21 @@ class Classifier:
         show = checked_integer("show", show, 1, self.num_classes)
         if self.model.training:
             raise StateError("The model is in training mode, in which predictions are random: call model.eval().")
-        return self._stream(iterate_items(images), show, self._workers(images))
+        images = single_images(images)
+        return self._stream(images, show, self._workers(images))
 
-    def _workers(self, images: Any) -> int:
+    def _workers(self, images: Iterable[Any]) -> int:
         if self.num_workers is not None:
             return self.num_workers
         size = len(images) if isinstance(images, Sized) else None
         return choose_workers(size, lambda: 4 * 3 * self._size[0] * self._size[1] * self.batch_size)
 
-    def _stream(self, items: Iterator[Any], show: int, workers: int) -> Generator[Prediction, None, None]:
+    def _stream(self, images: Iterable[Any], show: int, workers: int) -> Generator[Prediction, None, None]:
         names: deque[list[str]] = deque()
+        failures: list[Exception] = []
         loader = DataLoader(
             ItemReader(self.transform),
-            batch_sampler=self._batches(items, names),  # images in place of indices
+            batch_sampler=self._batches(self._prepared(images, failures), names),  # images in place of indices
             collate_fn=collate_read,
             pin_memory=self.device.type == "cuda",
             **worker_options(workers),
@@ -230,20 +232,29 @@ class Classifier:
             while (batch := _next(batches)) is not None:
                 tensor, errors = batch
                 yield from self._predictions(names.popleft(), tensor, errors, show)
+        if failures:
+            raise failures[0]
 
-    def _batches(self, items: Iterator[Any], names: deque[list[str]]) -> Iterator[list[Any]]:
-        """Yield batches of images, and append their names."""
-        checker = ItemChecker(self._size, warn=self._normalizes)
-        position = 0
-        while batch := list(islice(items, self.batch_size)):
-            names.append([checker.name(item, position + offset) for offset, item in enumerate(batch)])
-            position += len(batch)
-            yield batch
+    def _prepared(self, images: Iterable[Any], failures: list[Exception]) -> Iterator[tuple[str, Any]]:
+        """Yield names and prepared images; stop at the first error, which is raised after the predictions before it."""
+        prepare = ItemPreparer(self._size, self.transform.reading, warn=self._normalizes)
+        try:
+            for position, image in enumerate(images):
+                yield prepare(image, position)
+        except Exception as error:
+            failures.append(error)
+
+    def _batches(self, prepared: Iterator[tuple[str, Any]], names: deque[list[str]]) -> Iterator[list[Any]]:
+        """Yield batches of prepared images, and append their names."""
+        while batch := list(islice(prepared, self.batch_size)):
+            names.append([name for name, _ in batch])
+            yield [image for _, image in batch]
 
     def _predictions(
         self, names: Sequence[str], images: Tensor | None, errors: Sequence[str | None], show: int
     ) -> Iterator[Prediction]:
-        read = iter(() if images is None else self._classify(images, show))
+        readable = [name for name, error in zip(names, errors, strict=True) if error is None]
+        read = iter(() if images is None else self._classify(readable, images, show))
         for name, error in zip(names, errors, strict=True):
             if error is not None:
                 yield Prediction(image=name, error=error)
@@ -258,16 +269,18 @@ class Classifier:
             )
 
     @torch.no_grad()
-    def _classify(self, images: Tensor, show: int) -> Iterator[tuple[list[int], list[float], list[int]]]:
+    def _classify(
+        self, names: Sequence[str], images: Tensor, show: int
+    ) -> Iterator[tuple[list[int], list[float], list[int]]]:
         """Labels, probabilities and groups of each image (B, 3, h, w)."""
         weights = (weight.dtype for weight in self.model.vit.parameters() if weight.is_floating_point())
         images = images.to(self.device, next(weights, torch.float32), non_blocking=True)
         output = self.model(images, return_output=True)
         logits = at_least_float32(output.logits)
-        if not bool(logits.isfinite().all()):
+        if not all(finite := logits.isfinite().all(1).tolist()):
             raise StateError(
-                "The logits of an image are NaN or infinite: the weights overflow in this dtype, or are damaged. Load "
-                "the model with dtype=torch.float32 or torch.bfloat16."
+                f"{names[finite.index(False)]}: the logits are NaN or infinite, because the weights overflow in this "
+                "dtype or are damaged. Load the model with dtype=torch.float32 or torch.bfloat16."
             )
         probabilities, labels = (logits / (self.temperature or 1.0)).softmax(1).topk(show)
         return zip(labels.tolist(), probabilities.tolist(), output.groups.tolist(), strict=True)

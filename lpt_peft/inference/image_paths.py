@@ -18,7 +18,7 @@ def image_paths(places: Place | Iterable[Place]) -> Iterator[str]:
 
     Paths of files are returned as they are, also of files that do not exist. Of a folder, the files with the ending of
     an image format at any depth are returned, in the order of their names; hidden and system entries are left out.
-    Links are followed after other entries, but no folder is entered twice. Of a pattern such as "photos/**/*.jpg", all
+    Links are followed after other entries, but no folder is entered twice. Of a pattern such as `photos/**/*.jpg`, all
     files that it matches are returned. A path that exists is never a pattern. The folders are read while the result is
     iterated.
 

@@ -76,7 +76,7 @@ def load_model(
             "the ViT: from_pretrained(source, vit)."
         )
     if device is not None:
-        _check_device(device)
+        check_device(device)
     run_dtype = None
     built = vit is None
     model: Model
@@ -111,7 +111,12 @@ def load_model(
     return model.eval() if device is None else model.to(device).eval()
 
 
-def _check_device(device: torch.device | str) -> None:
+def check_device(device: torch.device | str) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        ConfigError: It is not available.
+    """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -68,7 +68,7 @@ class Evaluation:
             dataset = Subset(dataset, self._share)
         self._model, self._distributed, self._accelerator = model, distributed, accelerator
         self._crops, self._tau = checked_integer("crops", crops, 1), post_hoc_tau
-        self._loader = _loader(model, dataset, batch_size, num_workers, persistent)
+        self._loader = evaluation_loader(model, dataset, batch_size, num_workers, persistent)
 
     def __call__(self, metrics: ShotMetrics, recorder: PredictionRecorder | None = None) -> ShotResult:
         """Reset `metrics`, update them with all images and compute; the model's mode is restored.
@@ -88,12 +88,12 @@ class Evaluation:
         metrics.reset()
         evaluated = 0
         report = Reporter(False, True).unreadable_images(dataset=self._dataset)  # nothing inside that of a run
-        outputs = _outputs(self._model, self._loader, self._accelerator, self._crops)
-        with report, closing(outputs):
-            for output, labels in outputs:
+        with report, evaluation_batches(self._model, self._loader, self._accelerator) as batches:
+            for images, labels in batches:
+                output = self._output(images)
                 if self._tau:
                     logits = adjust_logits(output[0], metrics.class_counts, tau=self._tau)
-                    output = type(output)(logits, *output[1:])  # noqa: PLW2901
+                    output = type(output)(logits, *output[1:])
                 metrics.update(output[0], labels)
                 if recorder is not None:
                     recorder.update(output, labels)
@@ -111,6 +111,12 @@ class Evaluation:
         notes = [f"mean of log p over {self._crops} crops"] if self._crops > 1 else []
         notes += [f"post-hoc logit adjustment, tau {self._tau:g}"] if self._tau else []
         return replace(result, rule="; ".join([result.rule, *notes]))
+
+    def _output(self, images: Tensor) -> Any:
+        """Output for a batch (B, C, H, W), or for crops (B, crops, C, H, W)."""
+        if self._crops == 1:
+            return self._model(images, return_output=True)
+        return _mean_output([self._model(view, return_output=True) for view in _views(images, self._crops)])
 
     def close(self) -> None:
         """Stop persistent workers."""
@@ -188,39 +194,47 @@ def predict(
     if not len(dataset):  # type: ignore[arg-type]
         raise InputError("The dataset is empty: there is nothing to predict.")
     outputs, labels = [], []
-    with closing(_outputs(model, _loader(model, dataset, batch_size, num_workers), accelerator)) as found:
-        for output, target in found:
+    loader = evaluation_loader(model, dataset, batch_size, num_workers)
+    with evaluation_batches(model, loader, accelerator) as batches:
+        for images, target in batches:
+            output = model(images, return_output=True)
             outputs.append(type(output)(*(tensor.cpu() for tensor in output)))
             labels.append(target)
     joined = (torch.cat(fields) for fields in zip(*outputs, strict=True))
     return type(outputs[0])(*joined), torch.cat(labels)
 
 
-def _loader(
+def evaluation_loader(
     model: nn.Module, dataset: Dataset[Any], batch_size: int, num_workers: int | None, persistent: bool = False
 ) -> DataLoader[Any]:
+    """Build the loader of a pass over (image, label) items in their order, see `image_loader`."""
     workers = resolve_workers(num_workers, dataset, batch_size)
     pin = next(model.parameters()).device.type == "cuda"
     return image_loader(dataset, batch_size=batch_size, num_workers=workers, pin_memory=pin, persistent=persistent)
 
 
-@torch.no_grad()
-def _outputs(
-    model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator | None, crops: int = 1
-) -> Generator[tuple[Any, Tensor], None, None]:
-    """Outputs on the model's device and labels on the CPU, batch by batch."""
+@contextmanager
+def evaluation_batches(
+    model: nn.Module, loader: DataLoader[Any], accelerator: Accelerator | None
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """Yield the batches of a pass without gradients, with the model in eval mode and in the precision of a run.
+
+    Batches of which no image can be read are left out.
+
+    Args:
+        model: Its mode is restored afterwards.
+        loader: Of `evaluation_loader`.
+        accelerator: Provides mixed precision; None computes in the model's own dtypes.
+
+    Returns:
+        Context of an iterator over images on the model's device and labels on the CPU.
+    """
     device, training = next(model.parameters()).device, model.training
+    precision = nullcontext() if accelerator is None else accelerator.autocast()
     model.eval()
     try:
-        with open_batches(loader) as batches:
-            for batch in batches:
-                if batch is None:  # no image of the batch can be read
-                    continue
-                images, labels = batch
-                views = [images] if crops == 1 else _views(images, crops)
-                with nullcontext() if accelerator is None else accelerator.autocast():
-                    outputs = [model(view.to(device, non_blocking=True), return_output=True) for view in views]
-                yield outputs[0] if crops == 1 else _mean_output(outputs), labels
+        with open_batches(loader) as batches, torch.no_grad(), precision:
+            yield ((batch[0].to(device, non_blocking=True), batch[1]) for batch in batches if batch is not None)
     finally:
         model.train(training)
 

@@ -134,7 +134,7 @@ def _prompts(analysis: Mapping[str, Any]) -> Answer:
 
 
 def _groups(analysis: Mapping[str, Any]) -> Answer:
-    question, pool = "Is phase 2 worth its cost?", analysis.get("pool")
+    question, pool = "Are the groups worth their cost?", analysis.get("pool")
     if pool is None:
         model = analysis["model"]
         if model["groups"] is not None:
@@ -155,10 +155,10 @@ def _groups(analysis: Mapping[str, Any]) -> Answer:
             text += " Random groups do about as well, so the choice itself adds little."
     elif none["high"] < 0:
         verdict = f"No: {points(none['estimate'])}"
-        text += " Train without phase 2 (group.epochs 0)."
+        text += " Train without groups (--phases shared)."
     else:
         verdict = "No clear gain: the interval contains 0"
-        text += " A run without phase 2 (group.epochs 0) trains and predicts faster."
+        text += " A run without groups (--phases shared) has a smaller file and, with query final, predicts faster."
     return Answer(question, verdict, text)
 
 
@@ -178,8 +178,9 @@ def _probabilities(analysis: Mapping[str, Any]) -> Answer:
     if few["error"] is not None:
         text += f", few-shot classes {percent(few['error'])}"
     if calibration["after"] is not None:
-        after, value = calibration["after"]["overall"]["error"], calibration["temperature"]["value"]
-        text += f"; with the temperature {value:.2f}, {percent(after)}"
+        after, temperature = calibration["after"]["overall"]["error"], calibration["temperature"]
+        source = {"file": "stored with the model", "validation": "fitted on the validation images"}
+        text += f"; with the temperature {temperature['value']:.2f} ({source[temperature['source']]}), {percent(after)}"
     kind = "too high" if gap > 0 else "too low"
     worst = max(overall["error"], few["error"] or 0)
     if worst <= _TRUSTED:

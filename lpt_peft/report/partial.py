@@ -60,7 +60,6 @@ def partial_analysis(
         target=found.target,
         prediction=found.prediction,
         probability=found.probability,
-        calibrated=found.probability,
         groups=found.target.new_empty(len(found.target), 0) if found.groups is None else found.groups,
         features={},
         variants={},

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from lpt_peft.samplers.checks import Rows
-
+Rows = npt.NDArray[np.signedinteger[Any]]
 Key = tuple[int, int]  # seed, epoch
 BLOCK_ROWS = 2**14  # indices generated at a time; changing it changes the order
 _INSTANCES, _CLASSES, _MEMBERS = range(3)  # purposes of generators, so that no two purposes share random numbers
@@ -23,11 +24,12 @@ def instance_balanced(images: int, key: Key, start: int, size: int) -> Iterator[
     return _chunks(block, passes * images, start, size)
 
 
-def class_balanced(class_of: Rows, run: int, key: Key, start: int, size: int) -> Iterator[Rows]:
+def class_balanced(class_of: npt.NDArray[np.integer[Any]], run: int, key: Key, start: int, size: int) -> Iterator[Rows]:
     """Yield runs of `run` images of every class in random order, without end, in chunks of `size` from `start`."""
     counts = np.bincount(class_of)
     first = np.cumsum(counts) - counts
-    order = _generator(key, _MEMBERS).permutation(len(class_of))
+    order = _integers_below(len(class_of))
+    _generator(key, _MEMBERS).shuffle(order)
     members = order[np.argsort(class_of[order], kind="stable")]  # sorted by class, shuffled within each class
     cycles = max(1, BLOCK_ROWS // (len(counts) * run))
 
@@ -47,8 +49,14 @@ def _generator(key: Key, *purpose: int) -> np.random.Generator:
 
 
 def _shuffled(generator: np.random.Generator, size: int, times: int) -> Rows:
-    """Concatenate `times` random permutations of the integers below `size`: (times * size,) int64."""
-    return generator.permuted(np.tile(np.arange(size, dtype=np.int64), (times, 1)), axis=1).ravel()
+    """Concatenate `times` random permutations of the integers below `size`: (times * size,)."""
+    rows = np.tile(_integers_below(size), (times, 1))
+    return generator.permuted(rows, axis=1, out=rows).ravel()
+
+
+def _integers_below(size: int) -> Rows:
+    """0 to `size - 1` in 32 bits if they fit, which saves memory; the order of a shuffle does not depend on it."""
+    return np.arange(size, dtype=np.int32 if size <= 2**31 else np.int64)
 
 
 def _chunks(block: Callable[[int], Rows], length: int, start: int, size: int) -> Iterator[Rows]:

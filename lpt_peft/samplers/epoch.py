@@ -5,14 +5,15 @@ from __future__ import annotations
 import zlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from lpt_peft._numbers import checked_integer
 from lpt_peft.errors import InputError
-from lpt_peft.samplers.checks import Labels, checked_labels, checked_replica, current_replica
+from lpt_peft.samplers.checks import Labels, Rows, checked_labels, checked_replica, current_replica
 
 _T = TypeVar("_T")
 
@@ -24,7 +25,7 @@ class EpochSampler(Sampler[_T]):
         self, labels: Labels, samples_per_class: int, seed: int, num_replicas: int | None, rank: int | None
     ) -> None:
         label_array = checked_labels(labels)
-        classes, self._class_of = np.unique(label_array, return_inverse=True)
+        classes, self._class_of = _distinct(label_array)
         if len(classes) == 1:
             raise InputError(
                 f"labels contain a single class ({classes[0]}), so there is nothing to balance: "
@@ -34,7 +35,7 @@ class EpochSampler(Sampler[_T]):
         self._samples_per_class = checked_integer("samples_per_class", samples_per_class, 1)
         self._seed = checked_integer("seed", seed, 0)
         self._given_replica = checked_replica(num_replicas, rank)
-        self._labels_crc32 = zlib.crc32(label_array.astype("<i8").tobytes())
+        self._labels_crc32 = zlib.crc32(np.ascontiguousarray(label_array, dtype="<i8").data)
         self._epoch = self._start = self._position = 0
 
     @property
@@ -158,3 +159,17 @@ class EpochSampler(Sampler[_T]):
         epoch = checked_integer("state['epoch']", state["epoch"], 0, error=InputError)
         position = checked_integer("state['position']", state["position"], 0, len(self), error=InputError)
         self._epoch, self._start, self._position = epoch, position, position
+
+
+def _distinct(labels: Rows) -> tuple[Rows, npt.NDArray[np.unsignedinteger[Any]]]:
+    """Distinct labels in ascending order, and the position of every label among them.
+
+    As `np.unique` with `return_inverse`, but without a sort unless labels are much larger than their number, and with
+    positions in 1 byte for at most 256 classes and in 2 bytes for at most 65,536.
+    """
+    if labels.max() > 2**16 + 4 * len(labels):
+        classes, positions = np.unique(labels, return_inverse=True)
+        return classes, positions.astype(np.min_scalar_type(len(classes) - 1))
+    present = np.bincount(labels) > 0
+    classes = np.flatnonzero(present)
+    return classes, (np.cumsum(present) - 1).astype(np.min_scalar_type(len(classes) - 1))[labels]

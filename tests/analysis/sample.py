@@ -27,10 +27,11 @@ def random_measured(classes, images, groups=8, width=6, seed=0):
         target=target,
         prediction=guesses(),
         probability=probability,
-        calibrated=probability.sqrt(),
         groups=torch.rand(images, groups - 1, generator=generator).topk(2, dim=1).indices,
         features=features,
         variants={name: guesses() for name in names},
+        calibrated=probability.sqrt(),
+        losses=torch.rand(images, 2, generator=generator),
     )
 
 
@@ -43,7 +44,6 @@ def sample_analysis(classes=6, images=300, groups=8):
     row = {"kind": "folder", "source": "x", "strength": None, "unmatched": [], "missing": []}
     shift = {"classes": 3, "images": 30, "original": 0.9, "shifted": 0.4, "lost": 0.5, "kept": 0.4444, **row}
     empty = {"classes": 0, "images": 0, "original": None, "shifted": None, "lost": None, "kept": None, **row}
-    temperature = {"value": 1.5, "loss_before": 1.0, "loss_after": 0.9}
     return {
         "classes": sections.classes_section(test, names, counts, "lpt"),
         "confused_pairs": sections.pairs_section(test, classes),
@@ -52,6 +52,6 @@ def sample_analysis(classes=6, images=300, groups=8):
         "pretraining": sections.pretraining_section(first, test, "glyphs"),
         "matching": sections.matching_section(test, classes, groups),
         "pool": sections.pool_section(test, counts, groups),
-        "calibration": sections.calibration_section(test, counts, "lpt", temperature),
+        "calibration": sections.calibration_section(test, counts, "lpt", (1.5, "file")),
         "shift": [{"name": "sketch", **shift}, {"name": "empty", **empty}],
     }

@@ -58,6 +58,15 @@ def random_tasks(vit: nn.Module, folder: Path, count: int, seed: int = 0) -> dic
     return adapters
 
 
+def slots_of(bank: PromptBank) -> dict[str, int | None]:
+    """Slot of each task; None while it is only in CPU memory."""
+    return {name: version.slot for name, version in bank._registry._tasks.items()}
+
+
+def free_slots(bank: PromptBank) -> int:
+    return len(bank._registry._free)
+
+
 def fill(bank: PromptBank, folder: Path, names: list[str]) -> PromptBank:
     for name in names:
         bank.add(name, folder / name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from lpt_peft import PromptBank
 from tests.bank.tasks import deviation, fill, make_adapter, random_tasks, save
 from tests.conftest import tiny_vit
 
-RESERVED = {"max_classes": 9, "max_prompt_length": 4, "max_pool_size": 6, "max_top_k": 3, "max_group_layers": 3}
+RESERVED = {"max_prompt_length": 4, "max_pool_size": 6, "max_top_k": 3, "max_group_layers": 3}
 
 
 def images_of(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -29,14 +31,34 @@ def graphs() -> int:
 def test_compiled_answers_equal_single_adapters(tmp_path: Path, backend: str) -> None:
     counters.clear()
     vit = tiny_vit(depth=4)
-    adapters = random_tasks(vit, tmp_path, 8)
+    adapters = random_tasks(vit, tmp_path, 32)
     bank = fill(PromptBank(vit), tmp_path, list(adapters))
     for model in (bank.vit, *adapters.values()):
         model.double()
     bank.compile(backend=backend)
-    images = images_of(16)
-    output = bank(images, [*adapters] * 2)
-    assert deviation(output, images, adapters, None) < 1e-12
+    images, tasks = images_of(32), list(adapters)
+    random.Random(0).shuffle(tasks)
+    assert deviation(bank(images, tasks), images, adapters, None) < 1e-12
+    assert graphs() == 1
+
+
+def test_threads_share_a_compiled_bank(tmp_path: Path) -> None:
+    """A new thread neither fails nor compiles again."""
+    counters.clear()
+    vit = tiny_vit()
+    adapters = random_tasks(vit, tmp_path, 4)
+    bank = fill(PromptBank(vit), tmp_path, list(adapters))
+    for model in (bank.vit, *adapters.values()):
+        model.double()
+    bank.compile(backend="aot_eager")
+    images = images_of(4)
+
+    def ask(number: int) -> float:
+        tasks = random.Random(number).sample(list(adapters), 4)
+        return deviation(bank(images, tasks), images, adapters, None)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(ask, range(12))) < 1e-12
     assert graphs() == 1
 
 
@@ -63,13 +85,13 @@ def test_adding_replacing_and_removing_compiles_nothing(tmp_path: Path) -> None:
 
 def test_a_graph_for_each_kind_of_batch(tmp_path: Path) -> None:
     counters.clear()
-    vit = tiny_vit(depth=4)
+    vit = tiny_vit()
     kinds: dict[str, dict[str, Any]] = {
         "shared": {"phase": "shared"},
         "final": {},
         "block_k": {"query": "block_k"},
     }
-    sizes = {"prompt_length": 2, "pool_size": 3, "top_k": 2, "shared_layers": 2}
+    sizes = {"prompt_length": 2, "pool_size": 3, "top_k": 2, "shared_layers": 1}
     adapters = {
         kind: make_adapter(vit, seed, **{**sizes, **options}) for seed, (kind, options) in enumerate(kinds.items())
     }
@@ -89,8 +111,8 @@ def test_a_graph_for_each_kind_of_batch(tmp_path: Path) -> None:
 
 def test_larger_tasks_compile_again_with_static_sizes(tmp_path: Path) -> None:
     counters.clear()
-    vit = tiny_vit(depth=4)
-    adapters = {str(classes): make_adapter(vit, classes, num_classes=classes) for classes in (3, 5, 8)}
+    vit = tiny_vit()
+    adapters = {str(length): make_adapter(vit, length, prompt_length=length) for length in (2, 3, 5)}
     bank = PromptBank(vit)
     bank.compile(backend="aot_eager")
     images = images_of(4, torch.float32)

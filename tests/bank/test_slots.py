@@ -23,7 +23,7 @@ from lpt_peft.errors import (
     PromptFileNotFoundError,
     StateError,
 )
-from tests.bank.tasks import deviation, fill, make_adapter, save
+from tests.bank.tasks import deviation, fill, free_slots, make_adapter, save, slots_of
 from tests.conftest import tiny_vit
 
 NAMES = ["a", "b", "c", "d"]
@@ -46,12 +46,8 @@ def bank_of(folder: Path, names: list[str], **options: Any) -> PromptBank:
     return fill(PromptBank(tiny_vit(), **options), folder, names)
 
 
-def slots(bank: PromptBank) -> dict[str, int | None]:
-    return bank._registry.slots()
-
-
 def resident(bank: PromptBank) -> set[str]:
-    return {name for name, slot in slots(bank).items() if slot is not None}
+    return {name for name, slot in slots_of(bank).items() if slot is not None}
 
 
 def test_the_least_recently_used_task_is_evicted(adapters: Any, tmp_path: Path) -> None:
@@ -75,11 +71,11 @@ def test_a_pinned_task_is_never_evicted(adapters: Any, tmp_path: Path) -> None:
     bank.replace("a", tmp_path / "d")  # still pinned
     bank(images_of(1), "b")
     bank(images_of(1), "c")
-    assert slots(bank)["a"] is not None
+    assert slots_of(bank)["a"] is not None
     bank.remove("a")
     bank.add("a", tmp_path / "a")  # not pinned any more
     bank(images_of(2), ["b", "c"])
-    assert slots(bank)["a"] is None
+    assert slots_of(bank)["a"] is None
 
 
 def test_pinned_tasks_leave_a_slot(adapters: Any, tmp_path: Path) -> None:
@@ -99,14 +95,14 @@ def test_pinned_tasks_leave_a_slot(adapters: Any, tmp_path: Path) -> None:
 def test_equal_prompt_files_share_a_slot(adapters: Any, tmp_path: Path) -> None:
     bank = bank_of(tmp_path, ["a"], capacity=4)
     bank.add("copy", tmp_path / "a")
-    assert slots(bank)["a"] == slots(bank)["copy"]
+    assert slots_of(bank)["a"] == slots_of(bank)["copy"]
     bank.replace("a", tmp_path / "b")
-    assert slots(bank)["a"] != slots(bank)["copy"]
+    assert slots_of(bank)["a"] != slots_of(bank)["copy"]
     answers = {"a": adapters["b"], "copy": adapters["a"]}
     assert deviation(bank(images_of(2), ["a", "copy"]), images_of(2), answers, None) < 1e-4
     for name in ("a", "copy"):
         bank.remove(name)
-    assert bank._registry.free_slots() == 4
+    assert free_slots(bank) == 4
     assert bank.memory()["files"] == 0
 
 
@@ -119,18 +115,18 @@ def test_a_version_in_use_keeps_its_slot(adapters: Any, tmp_path: Path) -> None:
         bank.remove("b")
         for name in ("b", "d"):
             bank.add(name, tmp_path / name)
-        assert slot not in slots(bank).values()
-        assert bank._registry.free_slots() == 0
+        assert slot not in slots_of(bank).values()
+        assert free_slots(bank) == 0
         assert all(torch.equal(table[slot], old) for table, old in zip(leased.tables, before, strict=True))
         # A larger task gives new tables; those of the batch stay.
         bank.remove("d")
         save(make_adapter(tiny_vit(), 9, num_classes=30, pool_size=5, top_k=4), tmp_path / "large")
         bank.add("large", tmp_path / "large")
         assert all(torch.equal(table[slot], old) for table, old in zip(leased.tables, before, strict=True))
-    assert bank._registry.free_slots() == 1
+    assert free_slots(bank) == 1
     bank.remove("large")
     assert deviation(bank(images_of(2), ["a", "b"]), images_of(2), {**adapters, "a": adapters["c"]}, None) < 1e-4
-    assert bank._registry.free_slots() == 1
+    assert free_slots(bank) == 1
 
 
 def test_a_batch_of_too_many_tasks_is_refused(adapters: Any, tmp_path: Path) -> None:
@@ -204,13 +200,13 @@ def test_refused_files_change_nothing(adapters: Any, tmp_path: Path) -> None:
         loose.add("c", wide)
     with pytest.raises(ConfigError, match="check_backbone"):
         bank_of(tmp_path, [], check_backbone="maybe")
-    before = slots(bank), bank.memory()
+    before = slots_of(bank), bank.memory()
     for folder, error in refused.items():
         with pytest.raises(error):
             bank.add("b", folder)
         with pytest.raises(error):
             bank.replace("a", folder)
-        assert (slots(bank), bank.memory()) == before
+        assert (slots_of(bank), bank.memory()) == before
     assert deviation(bank(images_of(1), "a"), images_of(1), adapters, None) < 1e-4
     with pytest.raises(InputError, match="name=''"):
         bank.add("", tmp_path / "b")
@@ -219,7 +215,6 @@ def test_refused_files_change_nothing(adapters: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keyword", "limit", "found"),
     [
-        ("max_classes", 4, "num_classes=5"),
         ("max_prompt_length", 1, "prompt_length=2"),
         ("max_pool_size", 2, "pool_size=3"),
         ("max_top_k", 1, "top_k=2"),
@@ -269,10 +264,12 @@ def test_memory_of_1000_tasks(tmp_path: Path) -> None:
         # Without the waits for the disk of save_pretrained.
         (tmp_path / WEIGHTS_NAME).write_bytes(encode(replace(content, tensors=tensors)).weights)
         bank.add(str(number), tmp_path)
-    parameters = sum(parameter.numel() for parameter in adapter.adapter_state_dict().values())
-    bookkeeping = 9 * (8 * (2 + 1 + 3) + 8 + 5 * 8)  # norms, weights, scale and numbers of 9 rows
-    assert bank.memory()["slots"] == 9 * 4 * parameters + bookkeeping
-    assert 4000 * parameters <= bank.memory()["files"] <= 4000 * parameters + 1000 * 8 * 2  # with the usage counts
+    found, size = bank.memory(), content.config
+    head = size.num_classes * size.feature_dim
+    prompts = sum(parameter.numel() for parameter in adapter.adapter_state_dict().values()) - head
+    assert found["slots"] == 9 * (4 * prompts + 8 * 5)  # with the numbers of each row
+    assert found["heads"] == 8 * (4 * head + 8 * size.num_classes)  # with the norms
+    assert 4000 * (prompts + head) <= found["files"] <= 4000 * (prompts + head) + 1000 * 8 * 2  # with the usage counts
     assert len(bank.tasks) == 1000
     assert len(resident(bank)) == 8
     tasks = [str(number) for number in (0, 999, 17)]

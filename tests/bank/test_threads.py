@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lpt_peft import PromptBank
 from lpt_peft.errors import InputError
-from tests.bank.tasks import make_adapter, save
+from tests.bank.tasks import free_slots, make_adapter, save, slots_of
 from tests.conftest import tiny_vit
 
 FILES, NAMES, CAPACITY = 6, ["a", "b", "c", "d", "e"], 3
@@ -123,7 +123,7 @@ class Sequential(RuleBasedStateMachine):
     def slots_are_accounted_for(self) -> None:
         if not hasattr(self, "bank"):
             return
-        slots = self.bank._registry.slots()
+        slots = slots_of(self.bank)
         assert set(slots) == set(self.model) == set(self.bank.tasks)
         taken: dict[int, set[int]] = {}
         for name, slot in slots.items():
@@ -131,7 +131,7 @@ class Sequential(RuleBasedStateMachine):
                 taken.setdefault(slot, set()).add(self.model[name])
             assert slot is not None or name not in self.pinned
         assert all(len(files) == 1 for files in taken.values())
-        assert len(taken) + self.bank._registry.free_slots() == CAPACITY
+        assert len(taken) + free_slots(self.bank) == CAPACITY
         assert not any(version.leases for version in self.bank._registry._versions.values())
 
 
@@ -240,7 +240,7 @@ def test_threads_that_change_and_ask(seconds: float, threads: int) -> None:
     assert not any(version.leases for version in registry._versions.values())
     for name in soak.bank.tasks:
         soak.bank.remove(name)
-    assert registry.free_slots() == 4
+    assert free_slots(soak.bank) == 4
     assert not registry._versions
 
 
@@ -263,7 +263,7 @@ def test_two_threads_add_the_same_name(tmp_path: Path) -> None:
         thread.join()
     assert len(results) == 1
     assert is_answer(bank(IMAGE, "task")[0].logits, results[0])
-    assert bank._registry.free_slots() == 1
+    assert free_slots(bank) == 1
 
 
 def test_a_batch_waits_for_slots_of_other_batches() -> None:

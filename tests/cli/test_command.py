@@ -127,7 +127,7 @@ def test_bash_completes_commands_and_options(tmp_path):
         f"source {tmp_path / 'completion'}\n"
         "function=$(complete -p lpt-peft | sed 's/.*-F \\([^ ]*\\).*/\\1/')\n"
         'answer() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); $function; echo ${COMPREPLY[@]}; }\n'
-        "answer lpt-peft e\n"
+        "answer lpt-peft ev\n"
         "answer lpt-peft train --shot\n"
     )
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)

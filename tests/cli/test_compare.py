@@ -191,6 +191,36 @@ def test_flags_that_rows_override_are_reported(no_training, data, rows, tmp_path
     assert "row probe sets --method itself, so the flag does not change it" in capsys.readouterr().err
 
 
+def test_sizes_without_effect_are_named_once_for_each_row(no_training, data, rows, tmp_path, capsys):
+    """Sizes of [defaults] that another row uses are not named; those of no row are."""
+    own = tmp_path / "rows.toml"
+    own.write_text(rows.read_text().replace("[rows.lpt]", "top-k = 1\n[rows.lpt]"))
+    assert main(words_of(data, own, tmp_path / "out", "--jobs", "0")) == 1
+    found = [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
+    assert found == ["lpt-peft: row probe: top_k: no effect with method linear_probe"]
+    words = words_of(data, "linear_probe,vpt_deep", tmp_path / "out", "--jobs", "0", "--prompt-length", "3")
+    assert main([*words, "--pool-size", "3", "--backbone", "glyph_vit"]) == 1
+    found = [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
+    assert found == [
+        "lpt-peft: row linear_probe: pool_size: no effect with method linear_probe",
+        "lpt-peft: row vpt_deep: pool_size: no effect with method vpt_deep",
+    ]
+
+
+def test_the_file_of_another_method_is_not_counted(no_training, copied, data, rows, capsys):
+    """A folder that was used for two methods holds prompts/ and model/."""
+    expected = {row["name"]: row["file_bytes"] for row in results(copied)["rows"]}
+    for cell in copied.glob("*/seed*"):
+        other = cell / ("prompts" if (cell / "model").exists() else "model")
+        other.mkdir()
+        (other / "large.bin").write_bytes(bytes(10**6))
+    assert main(words_of(data, rows, copied)) == 0
+    assert {row["name"]: row["file_bytes"] for row in results(copied)["rows"]} == expected
+    for name, size in expected.items():
+        folder = copied / name / "seed0" / ("model" if name == "probe" else "prompts")
+        assert size == sum(file.stat().st_size for file in folder.iterdir())
+
+
 def test_data_without_the_split(no_training, data, rows, tmp_path, capsys):
     words = words_of(data / "train", rows, tmp_path / "out")
     assert main(words) == 1

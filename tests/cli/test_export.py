@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -11,21 +12,33 @@ import torch
 from PIL import Image
 
 from lpt_peft.cli import main
+from lpt_peft.inference.source import load_model
 from tests.cli.runs import NAMES, load_adapter
 
 
-def images_of(data):
-    """The test images of the run (9, 3, 32, 32): 32 px, mean and std 0.5."""
-    files = [data / "test" / name / f"{number}.png" for name in NAMES for number in range(3)]
-    pixels = np.stack([np.array(Image.open(file)) for file in files])
+def images_of(folder):
+    """The images of a folder (N, 3, 32, 32): 32 px, mean and std 0.5."""
+    pixels = np.stack([np.array(Image.open(file)) for file in sorted(folder.rglob("*.png"))])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def test_two_runs_share_an_onnx_graph(run, data, tmp_path, capsys):
+def check_results(model, found, images):
+    """Compare logits, probabilities and, if there are any, groups with those of a model in eval mode."""
+    with torch.no_grad():
+        output = model(images, return_output=True)
+    logits, probabilities, *groups = map(torch.as_tensor, found)
+    torch.testing.assert_close(logits, output.logits, atol=1e-4 * float(output.logits.abs().max()), rtol=0)
+    expected = (output.logits / (model.metadata.temperature or 1)).softmax(1)
+    torch.testing.assert_close(probabilities, expected, atol=1e-3, rtol=0)
+    assert [group.tolist() for group in groups] == ([output.groups.tolist()] if model.phase == "group" else [])
+
+
+def test_two_runs_share_an_onnx_graph(pair_run, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
     for name in ("first", "second"):
-        shutil.copytree(run, tmp_path / name)
-    other = load_adapter(run / "prompts")
+        shutil.copytree(pair_run, tmp_path / name)
+    other = load_model(pair_run)
     with torch.no_grad():
         other.head.weight.copy_(other.head.weight.flip(0))
         other.shared.prompts.add_(0.1)
@@ -36,34 +49,39 @@ def test_two_runs_share_an_onnx_graph(run, data, tmp_path, capsys):
     assert result["tasks"] == ["first", "second"]
     assert result["deviation"] < 1e-4
     session = onnxruntime.InferenceSession(result["file"])
-    images = images_of(data)
+    images = images_of(pair_run.parent / "data")
     for name in ("first", "second"):
-        model = load_adapter(tmp_path / name / "prompts").eval()
-        output = model(images, return_output=True)
-        arrays = np.load(tmp_path / "bank" / "tasks" / f"{name}.npz")
-        logits, _, groups = session.run(None, {"images": images.numpy(), **arrays})
-        np.testing.assert_allclose(logits, output.logits.detach(), atol=1e-4 * float(output.logits.abs().max()))
-        np.testing.assert_array_equal(groups, output.groups)
+        with np.load(tmp_path / "bank" / "tasks" / f"{name}.npz") as arrays:
+            found = session.run(None, {"images": images.numpy(), **arrays})
+        check_results(load_model(tmp_path / name), found, images)
         about = json.loads((tmp_path / "bank" / "tasks" / f"{name}.json").read_text("utf-8"))
-        assert about["class_names"] == NAMES
-        assert about["temperature"] == model.metadata.temperature
+        assert about["class_names"] == ["été", "日本"]
         assert about["preprocess"]["crop_pct"] == 1
 
 
-def test_a_run_is_exported_into_its_folder(run, data, tmp_path, capsys):
+def test_a_run_is_exported_into_its_folder(run, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)  # which is only for training
     shutil.copytree(run, tmp_path / "run")
     assert main(["export", str(tmp_path / "run"), "--format", "pt2"]) == 0
-    first, *others = capsys.readouterr().out.splitlines()
+    streams = capsys.readouterr()
+    first, *others = streams.out.splitlines()
     file = tmp_path / "run" / "export" / "model.pt2"
     assert first.startswith(f"{file}: logits differ by ")
     assert others == ["inputs   images", "outputs  logits, probabilities, groups"]
-    images = images_of(data)
+    assert streams.err.splitlines() == [
+        "lpt-peft: tracing VisionTransformer",
+        "lpt-peft: writing the program",
+        "lpt-peft: comparing the file with the model",
+    ]
+    images = images_of(data / "test")
     model = load_adapter(run / "prompts").eval()
-    expected = model(images)
-    logits, probabilities, _ = torch.export.load(file).module()(images)
-    torch.testing.assert_close(logits, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
-    torch.testing.assert_close(probabilities, (expected / model.metadata.temperature).softmax(1), atol=1e-3, rtol=0)
-    assert json.loads((file.parent / "model.json").read_text("utf-8"))["class_names"] == NAMES
+    assert model.metadata.temperature not in (None, 1.0), "fitted on the validation split"
+    with torch.no_grad():
+        check_results(model, torch.export.load(file).module()(images), images)
+    description = json.loads((file.parent / "model.json").read_text("utf-8"))
+    assert description["class_names"] == NAMES
+    assert description["preprocess"]["crop_pct"] == 1
+    assert description["route"] == "exact"
     assert main(["export", str(tmp_path / "run"), "--format", "pt2"]) == 1
     assert "exists already: give the path of a new folder" in capsys.readouterr().err
 
@@ -74,9 +92,12 @@ def test_a_run_is_exported_into_its_folder(run, data, tmp_path, capsys):
         (["RUN", "other"], "other is a further task, which needs --swappable"),
         (["RUN", "RUN", "--swappable"], "Two tasks have the name"),
         (["nowhere"], "nowhere does not exist"),
+        (["owner/name"], "owner/name is no folder here: give --output FOLDER"),
         (["RUN", "--output", "~nobody/export"], "the home directory ~nobody is unknown"),
         (["RUN", "nowhere", "--swappable", "--output", "bank"], "nowhere does not exist"),
-        (["RUN", "--device", "cuda", "--output", "bank"], 'is for format="aoti"'),
+        (["RUN", "--device", "meta", "--output", "bank"], 'is for format="aoti"'),
+        (["RUN", "--device", "abacus", "--output", "bank"], "device='abacus' is not available"),
+        (["RUN", "--route", "router", "--output", "bank"], "route='router' needs a router"),
     ],
 )
 def test_errors(run, tmp_path, capsys, monkeypatch, words, message):
@@ -85,4 +106,16 @@ def test_errors(run, tmp_path, capsys, monkeypatch, words, message):
     streams = capsys.readouterr()
     assert message in streams.err
     assert streams.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_nothing_behind(pair_run, tmp_path, capsys, monkeypatch):
+    from lpt_peft.inference import export_model  # noqa: PLC0415
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules[export_model.__module__], "write_pt2", interrupted)
+    assert main(["export", str(pair_run), "--format", "pt2", "--output", str(tmp_path / "bank")]) == 130
+    assert "interrupted" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

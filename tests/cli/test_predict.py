@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -20,7 +22,10 @@ import torch
 from PIL import Image
 
 from lpt_peft.cli import main
+from lpt_peft.cli.common import prediction_output
+from lpt_peft.cli.common.exit_codes import BROKEN_PIPE
 from lpt_peft.cli.common.load_run import load_run
+from lpt_peft.cli.common.prediction_output import make_writer
 from lpt_peft.inference import Classifier, items
 from tests.cli.runs import BACKBONE, NAMES, SMALL, load_adapter
 
@@ -305,7 +310,132 @@ def test_answers_come_before_the_end_of_standard_input(run, data):
         process.stdin.close()
         assert process.wait(60) == 130
         assert process.stdout.read() == ""
-        assert process.stderr.read() == "lpt-peft: interrupted.\n"
+        assert process.stderr.read() == "lpt-peft: interrupted after 2 images.\n"
+
+
+def read_answers(text, output_format):
+    """Paths of the images in a document; it must be complete."""
+    if output_format == "table":
+        assert text.endswith("\n")
+        return [line.split()[0] for line in text.splitlines()]
+    if output_format == "csv":
+        assert text.endswith("\n")
+        rows = list(csv.DictReader(io.StringIO(text)))
+        assert all(0 < float(row["probability"]) <= 1 and None not in row for row in rows)
+        return [row["image"] for row in rows]
+    answers = json.loads(text) if output_format == "json" else answers_of(text)
+    assert all(len(answer["classes"]) == 3 for answer in answers)
+    return [answer["image"] for answer in answers]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("output_format", ["table", "json", "jsonl", "csv"])
+def test_ctrl_c_loses_nothing_that_was_printed(run, data, output_format, workers):
+    """Ctrl-C reaches all processes of the command; what was printed before is complete."""
+    image = str(data / "test" / "ant" / "0.png")
+    words = ["predict", str(run), "-", "--format", output_format, "--batch-size", "7", "--num-workers", workers]
+    with subprocess.Popen(
+        [sys.executable, "-m", "lpt_peft", *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        feeder = threading.Thread(target=feed, args=(process.stdin, image))
+        feeder.start()
+        text = "".join(process.stdout.readline() for _ in range(40))
+        os.killpg(process.pid, signal.SIGINT)
+        rest, err = process.stdout.read(), process.stderr.read()
+        assert process.wait(60) == 130
+        feeder.join()
+    found = read_answers(text + rest, output_format)
+    assert len(found) >= 38
+    assert len(found) % 7 == 0
+    assert set(found) == {image}
+    assert err == f"lpt-peft: interrupted after {len(found)} images.\n"
+
+
+def feed(stream, image):
+    """Write the path of an image until the reader has gone."""
+    with suppress(BrokenPipeError):
+        while True:
+            stream.write(f"{image}\n")
+    with suppress(BrokenPipeError):
+        stream.close()
+
+
+@pytest.mark.parametrize("output_format", ["table", "json", "jsonl", "csv"])
+def test_an_interruption_while_a_batch_is_written_waits_for_its_end(run, data, capsys, monkeypatch, output_format):
+    image = str(data / "test" / "ant" / "0.png")
+
+    class Interrupted:
+        def __init__(self, *arguments):
+            self._writer = make_writer(*arguments)
+            self.close = self._writer.close
+
+        def write(self, answers):
+            os.kill(os.getpid(), signal.SIGINT)
+            self._writer.write(answers)
+
+    monkeypatch.setattr(prediction_output, "make_writer", Interrupted)
+    words = ["predict", str(run), *[image] * 12, "--format", output_format, "--batch-size", "5"]
+    assert main(words) == 130
+    out, err = capsys.readouterr()
+    assert read_answers(out, output_format) == [image] * 5
+    assert err == "lpt-peft: interrupted after 5 images.\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("output_format", ["table", "json", "jsonl", "csv"])
+def test_a_reader_that_has_gone_ends_the_command_quietly(run, data, output_format):
+    """As in `lpt-peft predict run - | head -n 1`."""
+    image = str(data / "test" / "ant" / "0.png")
+    words = ["predict", str(run), "-", "--format", output_format, "--batch-size", "7", "--num-workers", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "lpt_peft", *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        feeder = threading.Thread(target=feed, args=(process.stdin, image))
+        feeder.start()
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == BROKEN_PIPE
+        feeder.join()
+
+
+def test_names_with_unusual_characters(run, data, tmp_path):
+    names = [
+        "a b",
+        'quo"te',
+        "com,ma",
+        "new\nline",
+        "car\rriage",
+        "t\tab",
+        "back\\slash",
+        "esc\x1b[31m",
+        "日本",
+        "[red]",
+    ]
+    paths = [os.fsencode(tmp_path / f"{name}.png") for name in names] + [os.fsencode(tmp_path) + b"/caf\xe9.png"]
+    for path in paths:
+        shutil.copy(data / "test" / "ant" / "0.png", path)
+    command = [sys.executable, "-m", "lpt_peft", "predict", str(run), *paths, "--format"]
+    found = {
+        output_format: subprocess.run([*command, output_format], capture_output=True, check=True).stdout.decode()
+        for output_format in ("table", "json", "jsonl", "csv")
+    }
+    assert [os.fsencode(path) for path in read_answers(found["jsonl"], "jsonl")] == paths
+    assert [os.fsencode(path) for path in read_answers(found["json"], "json")] == paths
+    *rest, last = [row["image"] for row in csv.DictReader(io.StringIO(found["csv"], newline=""))]
+    assert [os.fsencode(path) for path in rest] == paths[:-1]
+    assert last.endswith("/caf\\udce9.png")
+    assert len(found["table"].splitlines()) == len(found["jsonl"].splitlines()) == len(paths)
+    assert "\x1b" not in found["table"] + found["jsonl"] + found["json"]
 
 
 def test_an_empty_list_is_an_error(run, capsys, monkeypatch):

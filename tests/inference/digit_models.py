@@ -15,6 +15,14 @@ from lpt_peft.vit_classifier import ViTClassifier
 NAMES = ("zéro", "one", "two", "三", "four", "five", "six", "seven", "eight", "nine")
 
 
+def small_vit():
+    """The first two blocks of the bundled ViT, which export quickly."""
+    vit = glyph_vit()
+    vit.blocks = vit.blocks[:2]
+    vit._model_args["depth"] = 2
+    return vit
+
+
 def digits(split="test", count=60):
     """Images (count, 3, 32, 32) and labels (count,), evenly spaced over the split."""
     data = DigitsLT(split)
@@ -33,10 +41,10 @@ def fit_head(model, classes, temperature):
 
 
 def digit_adapter(phase, query="final", *, seed=0, classes=10, pool_size=8, temperature=0.7, **options):
-    """An adapter of the bundled ViT whose groups differ, in eval mode."""
+    """An adapter of the small ViT whose groups differ, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vit = glyph_vit()
+        vit = small_vit()
         sizes = {"prompt_length": 3, "pool_size": pool_size, "logit_scale": 20.0 + seed}
         if options.get("placement") == "shallow":
             sizes.pop("pool_size")
@@ -52,7 +60,23 @@ def digit_adapter(phase, query="final", *, seed=0, classes=10, pool_size=8, temp
 
 
 def digit_classifier(method, *, classes=10, temperature=1.3):
-    """A classifier without prompts on the bundled ViT, in eval mode."""
-    model = ViTClassifier.wrap(glyph_vit(), classes, method=method).eval()
+    """A classifier without prompts on the small ViT, in eval mode."""
+    model = ViTClassifier.wrap(small_vit(), classes, method=method).eval()
     fit_head(model, classes, temperature)
     return model
+
+
+@torch.no_grad()
+def check_results(model, found, images, atol=1e-4):
+    """Logits within `atol` of their size, the same groups, and probabilities of the fitted temperature."""
+    output = model(images, return_output=True)
+    size = output.logits.abs().max()
+    assert size > 5, "the logits are those of a fitted head"
+    assert (found["logits"] - output.logits).abs().max() < atol * size
+    expected = (output.logits / model.metadata.temperature).softmax(1)
+    torch.testing.assert_close(found["probabilities"], expected, atol=10 * atol, rtol=0)
+    assert ("groups" in found) == bool(output.groups.shape[1])
+    if "groups" in found:
+        if len(images) > 10:
+            assert len(output.groups.unique()) >= min(4, len(model.pool.keys)), "the images select different groups"
+        assert torch.equal(found["groups"], output.groups)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import tracemalloc
 import warnings
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lpt_peft.data.files.reading import Reading
 from lpt_peft.errors import ConfigError, InputError, StateError
 from lpt_peft.inference import Classifier, Prediction
 from lpt_peft.inference import classifier as classifier_module
@@ -148,6 +153,63 @@ def test_workers_change_nothing(classifier, tmp_path):
     assert not multiprocessing.active_children()
 
 
+def encoded(image, file_format, **options):
+    stream = io.BytesIO()
+    image.save(stream, file_format, **options)
+    return stream.getvalue()
+
+
+def unusual_files():
+    """Contents of files in which a PIL image loses its meaning on the way to another process, or cannot be sent."""
+    image = pictures(1)[0]
+    grey = Image.fromarray(np.linspace(0, 65535, 1600).reshape(40, 40).astype(np.uint16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = [image.convert("P"), image.rotate(90).convert("P")]
+    return {
+        "16-bit": encoded(grey, "PNG"),
+        "16-bit, white is zero": encoded(grey, "TIFF", tiffinfo={262: 0}),
+        "rotated": encoded(image, "JPEG", exif=exif),
+        "CMYK": encoded(image.convert("CMYK"), "JPEG"),
+        "animated": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "palette with a transparent colour": encoded(frames[0], "PNG", transparency=3),
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_open_image_is_read_as_its_file(workers):
+    files = unusual_files()
+    follows_exif = described(adapter_of(), preprocess={"background": [0, 0, 255], "crop_pct": 0.5})
+    classifier = Classifier(follows_exif, batch_size=4, num_workers=workers)
+    names = [*files, *files]
+    items = [*files.values(), *(Image.open(io.BytesIO(content)) for content in files.values())]
+    predictions = dict(zip(enumerate(names), classifier(items, show=7), strict=True))
+    for position, name in enumerate(files):
+        of_file, of_image = predictions[position, name], predictions[position + len(files), name]
+        assert of_file.error is None, name
+        assert of_image.probabilities == of_file.probabilities, name
+    inverted, grey = predictions[1, "16-bit, white is zero"], predictions[0, "16-bit"]
+    assert inverted.probabilities != grey.probabilities
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_cannot_be_sent_to_a_worker_does_not_stop_it(classifier, workers):
+    truncated = Image.open(io.BytesIO(encoded(PICTURE, "PNG")[:200]))
+    pixels = classifier.transform(PICTURE)
+    items = [truncated, pixels.clone().requires_grad_() * 1, pixels * float("nan"), pixels.bfloat16(), PICTURE]
+    found = Classifier(MODEL, batch_size=2, num_workers=workers)(items, show=7)
+    assert "truncated" in found[0].error
+    assert found[2].error == "the tensor has values that are NaN or infinite"
+    assert_predictions([found[1], found[4]], EXPECTED.repeat(2, 1))
+    assert found[3].error is None
+
+
+def test_copies_of_a_classifier(classifier):
+    for other in (copy.deepcopy(classifier), pickle.loads(pickle.dumps(classifier))):
+        assert other.model is not classifier.model
+        assert other(PICTURE) == classifier(PICTURE)
+
+
 def test_a_stream_reads_a_bounded_number_of_images_ahead():
     taken = count()
     image = torch.zeros(3, 40, 50, dtype=torch.uint8)
@@ -181,15 +243,20 @@ def test_a_stream_keeps_no_images():
     assert peak(400) < 1.5 * peak(40)
 
 
-def test_errors_of_the_iterable_are_raised_and_workers_end():
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("before", [0, 1, 4, 7])
+def test_errors_of_the_iterable_follow_the_predictions_before_them(workers, before):
     def failing():
-        yield from pictures(7)
+        yield from pictures(before)
         raise OSError("the disk is gone")
 
-    for workers in (0, 1):
-        with pytest.raises(OSError, match="the disk is gone"):
-            Classifier(MODEL, batch_size=2, num_workers=workers)(failing())
-        assert not multiprocessing.active_children()
+    classifier = Classifier(MODEL, batch_size=2, num_workers=workers)
+    for images, error in ((failing(), OSError), ([*pictures(before), 3, PICTURE], InputError)):
+        found = []
+        with pytest.raises(error, match=f"the disk is gone|image {before} is a int"):
+            deque(map(found.append, classifier.stream(images)), 0)
+        assert [prediction.image for prediction in found] == [f"image {number}" for number in range(before)]
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("empty", [[], (), iter([]), torch.zeros(0, 3, 32, 32), np.zeros((0, 9, 9, 3), np.uint8)])
@@ -203,6 +270,11 @@ def test_no_images(classifier, empty):
         (3, "images is a int: give a path, the bytes"),
         (None, "images is a NoneType"),
         ({"image": "a.png"}, "images is a dict"),
+        (io.BytesIO(b"GIF"), r"images is a BytesIO, an open file: give its content, images\.read\(\)"),
+        (bytearray(b"GIF"), "images is a bytearray: give a path, the bytes"),
+        (SimpleNamespace(ndim=2, __iter__=iter), "images is a SimpleNamespace: give a path"),
+        (np.array(3), "images is a ndarray: give a path"),
+        ([bytearray(b"GIF")], r"image 0 is a bytearray\. Give a path"),
         (np.float32(1), "images is a float32"),
         ([3], "image 0 is a int. Give a path"),
         ([PICTURE, (PICTURE, 1)], r"image 1 is a tuple; of a data set of pairs, .*\(image for image, label in data\)"),
@@ -212,7 +284,10 @@ def test_no_images(classifier, empty):
             r"array \(3, 9, 9\) of dtype uint8; its channels must be last: array.transpose",
         ),
         (np.zeros((9, 9, 5), np.uint8), r"array \(9, 9, 5\) of dtype uint8\. Give"),
-        (torch.zeros(9, 9, 3, dtype=torch.uint8), r"tensor \(9, 9, 3\) of dtype uint8"),
+        (
+            torch.zeros(9, 9, 3, dtype=torch.uint8),
+            r"tensor \(9, 9, 3\) of dtype uint8; its channels must be first: tensor\.permute",
+        ),
         (torch.zeros(3, 9, 9, dtype=torch.int64), r"tensor \(3, 9, 9\) of dtype int64"),
         (
             torch.zeros(3, 9, 9),
@@ -282,8 +357,8 @@ def test_logits_that_are_not_finite_are_an_error():
     model = adapter_of()
     with torch.no_grad():
         model.vit.norm.weight[0] = float("nan")
-    with pytest.raises(StateError, match=r"NaN or infinite.*dtype=torch\.float32"):
-        Classifier(model)(PICTURE)
+    with pytest.raises(StateError, match=r"^image 1: the logits are NaN or infinite.*dtype=torch\.float32"):
+        Classifier(model)([b"x", PICTURE])
 
 
 def test_no_gradient_mode_leaks_and_no_generator_is_used(classifier):
@@ -328,6 +403,21 @@ def test_workers_are_chosen_by_the_number_of_images(monkeypatch):
     automatic([PICTURE, PICTURE])
     automatic(iter([PICTURE]))
     assert asked == [(2, 4 * 3 * 32 * 32 * 4), (None, 4 * 3 * 32 * 32 * 4)]
+    for single in (encoded(PICTURE, "PNG"), np.zeros((300, 300, 3), np.uint8), "a" * 300):
+        automatic(single)
+        assert asked.pop() == (1, 4 * 3 * 32 * 32 * 4)
+
+
+def test_workers_end_if_the_first_batch_is_interrupted():
+    """As by Ctrl-C while a list on standard input is awaited: the loader fails before it is complete."""
+
+    def interrupted():
+        yield PICTURE
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Classifier(MODEL, batch_size=2, num_workers=2)(interrupted())
+    assert not multiprocessing.active_children()
 
 
 def test_a_killed_worker_is_explained(tmp_path):
@@ -340,6 +430,8 @@ def test_a_killed_worker_is_explained(tmp_path):
 
 
 class Killer:
+    reading = Reading()
+
     def __call__(self, image):
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lpt_peft import LongTailPromptAdapter
-from lpt_peft.analysis import accuracy_of, blur, knn_predict, separability
+from lpt_peft.analysis import accuracy_of, blur, knn_predict, reliability, separability
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.errors import ConfigError, InputError
 from lpt_peft.recipe import TrainSettings, make_accelerator
@@ -165,7 +166,9 @@ def test_blur_is_applied_to_pixels_and_the_temperature_is_that_of_the_validation
         predicted = adapter(blur(TEST.images.images, blurred["strength"])).argmax(1)
     expected = accuracy_of(predicted, torch.tensor(TEST.labels), 3).balanced_accuracy
     assert blurred["shifted"] == pytest.approx(expected, abs=1e-6)
-    value = result["calibration"]["temperature"]["value"]
+    temperature = result["calibration"]["temperature"]
+    value = temperature["value"]
+    assert temperature["source"] == "validation"
     with torch.no_grad():
         logits = adapter(VALIDATION.images.images).double()
     target = torch.tensor(VALIDATION.labels)
@@ -174,6 +177,44 @@ def test_blur_is_applied_to_pixels_and_the_temperature_is_that_of_the_validation
         return float(torch.nn.functional.cross_entropy(logits / temperature, target))
 
     assert loss(value) < min(loss(1.02 * value), loss(0.98 * value))
+
+
+def test_a_stored_temperature_is_used_without_a_pass_over_the_validation_images():
+    adapter = trained()
+    fitted = run(adapter)["calibration"]
+    adapter.metadata = replace(adapter.metadata, temperature=2.5)
+    validation = Unreadable([None] * 3, [0, 1, 2], NAMES)  # reading an image is an error
+    images = AnalysedImages(TEST, "test", "data", train=TRAIN, validation=validation)
+    stored = run(adapter, images=images)["calibration"]
+    with torch.no_grad():
+        logits, target = adapter(TEST.images.images).double(), torch.tensor(TEST.labels)
+    for temperature in (stored["temperature"], fitted["temperature"]):
+        for name, divisor in (("loss_before", 1.0), ("loss_after", temperature["value"])):
+            expected = float(torch.nn.functional.cross_entropy(logits / divisor, target))
+            assert temperature[name] == pytest.approx(expected, abs=2e-6)
+    assert (stored["temperature"]["value"], stored["temperature"]["source"]) == (2.5, "file")
+    assert stored["before"] == fitted["before"]
+    probability = (logits / 2.5).softmax(1).amax(1).float()
+    correct = logits.argmax(1) == target
+    expected = reliability(probability, correct)
+    assert stored["after"]["overall"]["error"] == pytest.approx(expected.error, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("split", "reason"),
+    [
+        ("validation", "fitted on the validation images, which are the evaluated images here"),
+        ("test", "the model's file has none, and there is no validation split to fit it on"),
+    ],
+)
+def test_the_reason_for_a_missing_temperature(split, reason):
+    adapter = trained()
+    if split == "validation":
+        adapter.metadata = replace(adapter.metadata, temperature=2.5)
+    result = run(adapter, images=AnalysedImages(TEST, split, "data", train=TRAIN))
+    assert reason in result["left_out"]["temperature"]
+    assert result["calibration"]["temperature"] is None
+    assert result["calibration"]["after"] is None
 
 
 @pytest.mark.parametrize(("method", "states"), [("linear_probe", ["plain"]), ("full", ["tuned"])])

@@ -14,6 +14,7 @@ from lpt_peft._random import seeded
 from lpt_peft._run_folder import MODEL_METHODS, prompt_folder
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.cli.common.backbone_names import check_backbone_name
+from lpt_peft.cli.common.flags import GROUP_SIZES
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.run_settings import RunSettings
 from lpt_peft.errors import ConfigError
@@ -71,7 +72,7 @@ def build_adapter(run: RunSettings, class_names: Sequence[str]) -> LongTailPromp
     """
     sizes = asdict(run.prompts)
     if run.training.method == "vpt_shallow":
-        sizes["placement"] = "shallow"
+        sizes = {name: size for name, size in sizes.items() if name not in GROUP_SIZES} | {"placement": "shallow"}
     vit = build_run_backbone(run)
     with seeded(run.training.seed):
         adapter = LongTailPromptAdapter.wrap(vit, len(class_names), **sizes)

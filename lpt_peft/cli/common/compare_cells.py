@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from lpt_peft._files import write_atomic
 from lpt_peft._json import flatten
-from lpt_peft._run_folder import MODEL, PROMPTS, SETTINGS
+from lpt_peft._run_folder import MODEL, MODEL_METHODS, PROMPTS, SETTINGS
 from lpt_peft.cli.common.build_adapter import build_model
 from lpt_peft.cli.common.messages import notice
 from lpt_peft.cli.common.open_data import open_splits
@@ -154,6 +153,7 @@ class Comparer:
 
     def _row(self, name: str, failed: Mapping[Cell, str]) -> Row:
         runs, sizes = [], []
+        folder = MODEL if self._plan.settings[name].training.method in MODEL_METHODS else PROMPTS
         for cell in self.cells:
             if cell.row != name or cell in failed:
                 continue
@@ -168,12 +168,6 @@ class Comparer:
                     peak_memory_bytes=record["peak_memory_bytes"],
                 )
             )
-            sizes.append(_file_bytes(cell.folder))
+            sizes.append(sum(file.stat().st_size for file in (cell.folder / folder).glob("*") if file.is_file()))
         size = max(sizes, default=None)
         return Row(name=name, runs=runs, trained_parameters=self._parameters[name], file_bytes=size)
-
-
-def _file_bytes(folder: Path) -> int:
-    """Size of the prompt file or model file of a run."""
-    files = (file for name in (PROMPTS, MODEL) for file in (folder / name).glob("*") if file.is_file())
-    return sum(file.stat().st_size for file in files)

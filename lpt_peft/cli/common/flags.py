@@ -6,16 +6,19 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lpt_peft._run_folder import MODEL_METHODS
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe.method_settings import METHODS, unused_fields
 from lpt_peft.recipe.settings import PhaseSettings
 
+if TYPE_CHECKING:
+    from lpt_peft.cli.common.run_settings import PromptSettings
+
 _PHASE_FLAG = re.compile(r"--((?:shared|group)\.([\w-]+))(?:=(.*))?", re.DOTALL)
-_GROUP_SIZES = {"--pool-size", "--top-k", "--shared-layers", "--query"}
-_PROMPT_FLAGS = {"--prompt-length", "--start-from"}
+GROUP_SIZES = frozenset({"pool_size", "top_k", "shared_layers", "query"})
+"""Fields of `PromptSettings` that only method "lpt" uses."""
 _SETTINGS = re.compile(r"\b(?:Phase|Train|Image|Prompt|Run)Settings: ")
 
 
@@ -55,11 +58,24 @@ def check_method_flags(words: Sequence[str]) -> None:
     method = parser.parse_known_args(list(words))[0].method
     if method not in METHODS:
         return  # the default, or tyro refuses it
-    unused = {f"--{name.replace('_', '-')}" for name in unused_fields(method)}
-    unused |= _GROUP_SIZES if method != "lpt" else set()
-    unused |= _PROMPT_FLAGS if method in MODEL_METHODS else set()
+    names = (
+        unused_fields(method) | _unused_prompt_fields(method) | ({"start_from"} if method in MODEL_METHODS else set())
+    )
+    unused = {f"--{name.replace('_', '-')}" for name in names}
     if found := [flag for flag in flags if flag in unused]:
         raise ConfigError(f"{found[0]} has no effect with --method {method}: leave it out.")
+
+
+def unused_sizes(prompts: PromptSettings, method: str) -> list[str]:
+    """Return the sizes of prompts that a method does not use, and that differ from their defaults."""
+    unused = _unused_prompt_fields(method)
+    return [f.name for f in fields(prompts) if f.name in unused and getattr(prompts, f.name) != f.default]
+
+
+def _unused_prompt_fields(method: str) -> frozenset[str]:
+    if method in MODEL_METHODS:
+        return GROUP_SIZES | {"prompt_length"}
+    return GROUP_SIZES if method != "lpt" else frozenset()
 
 
 def name_flags(message: str, words: Sequence[str]) -> str:

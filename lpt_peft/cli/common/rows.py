@@ -22,6 +22,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from lpt_peft.cli.common.flags import unused_sizes
 from lpt_peft.cli.common.messages import without_errno
 from lpt_peft.cli.common.paths import home_path
 from lpt_peft.cli.common.run_settings import ImageSettings, PromptSettings, RunSettings
@@ -125,6 +126,19 @@ def overridden_flags(rows: Rows, words: Sequence[str]) -> Iterator[tuple[str, st
     for row, values in rows.rows.items():
         own = {key for key, value in _flat(values) if not isinstance(value, dict)}
         yield from ((row, flag) for flag, name in names.items() if name in own)
+
+
+def sizes_without_effect(rows: Rows, settings: Mapping[str, RunSettings]) -> Iterator[tuple[str, str]]:
+    """Pairs of a row and a size of prompts that its method does not use, unless it is set for other rows.
+
+    Args:
+        rows: As given.
+        settings: Of every row.
+    """
+    unused = {row: unused_sizes(run.prompts, run.training.method) for row, run in settings.items()}
+    for row, values in rows.rows.items():
+        own = {key for key, _ in _flat(values)}
+        yield from ((row, name) for name in unused[row] if name in own or all(name in u for u in unused.values()))
 
 
 def _from_file(path: Path) -> Rows:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lpt_peft._files import new_folder
@@ -18,15 +16,21 @@ from lpt_peft._json import dumps
 from lpt_peft._version import __version__
 from lpt_peft.checkpoint.files import expand_user
 from lpt_peft.errors import ConfigError
-from lpt_peft.inference.export import formats
-from lpt_peft.inference.export.formats import DESCRIPTION, EXTRA, FILE_NAMES, FORMATS, ExportFormat, Runner
-from lpt_peft.inference.export.graph import DTYPES, ExportDtype, Graph, export_graph, inference_copy
-from lpt_peft.inference.export.tasks import Model, Task, check_task_name, graph_settings, load_task, task_of
-from lpt_peft.inference.export.verify import Expected, expected_of, verification_images, verify
-from lpt_peft.vit_classifier import ViTClassifier
-
-TASKS = "tasks"
-"""Folder of the tasks in an export with exchangeable tasks."""
+from lpt_peft.inference.export.formats import DESCRIPTION, FILE_NAMES, FORMATS, TASKS, ExportFormat, Runner
+from lpt_peft.inference.export.graph import DTYPES, ExportDtype, Graph, check_exportable, export_graph, inference_copy
+from lpt_peft.inference.export.onnx_files import ADAPTER, EXTRA, OnnxSession, require_onnx, write_adapter, write_onnx
+from lpt_peft.inference.export.tasks import (
+    Model,
+    Task,
+    check_task_name,
+    graph_settings,
+    load_task,
+    task_of,
+    write_task,
+)
+from lpt_peft.inference.export.torch_files import open_aoti, open_pt2, write_aoti, write_pt2
+from lpt_peft.inference.export.verify import Expected, expected_of, explained, verification_images, verify_tasks
+from lpt_peft.inference.source import check_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +65,20 @@ def export_model(
     dtype: ExportDtype = "float32",
     task: str | None = None,
     tasks: Mapping[str, str | PathLike[str]] | None = None,
-    preprocess: Mapping[str, Any] | None = None,
     device: str | torch.device = "cpu",
+    progress: Callable[[str], None] | None = None,
 ) -> ExportResult:
     """Export a trained model as a file that runs without lpt_peft, and compare its results with those of the model.
 
     The graph takes `images` (B, 3, H, W) float32, preprocessed, with any B and the H and W of the backbone. It returns
     `logits` (B, C) float32, `probabilities` (B, C) float32 with the fitted temperature, and in phase "group" `groups`
-    (B, k) int64. `model.json` beside it holds class names, preprocessing, inputs and outputs; an ONNX file holds them
-    as metadata as well, and a program of torch.export as the extra file `model.json`.
+    (B, k) int64. `model.json` beside it holds class names, preprocessing, inputs and outputs; an ONNX file and an
+    AOTInductor package hold them as metadata as well, and a program of torch.export as the extra file `model.json`.
 
     With `task`, the trained tensors are inputs of the graph under the names that they have in prompt files, followed by
-    the scalars `logit_scale` and `temperature`. Each task is written as `tasks/NAME.npz` with these inputs, and
-    `tasks/NAME.json` with its class names and preprocessing. Tasks may differ in classes and number of groups.
+    `logit_scale` (1,) and `temperature` (1,). Each task is written as `tasks/NAME.npz` with these inputs,
+    `tasks/NAME.json` with its class names and preprocessing, and for ONNX `tasks/NAME.onnx_adapter`, the inputs in the
+    adapter format of onnxruntime. Tasks may differ in classes, logit scale, temperature and number of groups.
 
     Args:
         model: An adapter in the phase that is exported, or a classifier; it is not changed.
@@ -82,10 +87,10 @@ def export_model(
             of machine.
         dtype: Of the backbone's weights and arithmetic. Inputs and outputs, prompts and head are float32 in both cases.
         task: Name of the model's own task; makes tasks exchangeable. None: the tensors are constants.
-        tasks: Further tasks by name: prompt files (a folder, or "owner/name" on the Hub), or model files of linear
-            probes. Needs `task`.
-        preprocess: Replaces values of `model.preprocess()` in the description.
+        tasks: Further tasks by name: folders of runs or prompt files, or "owner/name" on the Hub; for a linear probe
+            folders of runs or model files. Needs `task`.
         device: Device of an "aoti" package.
+        progress: Called with a line of text before each step that takes long.
 
     Returns:
         The written file and the deviation.
@@ -93,8 +98,8 @@ def export_model(
     Raises:
         ConfigError: An argument is invalid, or the folder exists.
         InputError: A task does not fit the graph of the model.
-        PromptFileError: The prompt file of a task is refused, or is for another backbone.
-        StateError: The model was unwrapped.
+        PromptFileError, ModelFileError: The file of a task is refused, or is for another backbone.
+        StateError: The model was unwrapped, or the run of a task has not written its result yet.
         MissingExtraError: onnx or onnxscript is not installed.
         ExportError: The model cannot be traced or compiled, or the file returns other results; nothing is kept.
         OSError: The disk is full, or the folder is not writable.
@@ -113,29 +118,39 @@ def export_model(
     """
     path = expand_user(folder)
     _check_arguments(path, format=format, dtype=dtype, device=device, task=task, tasks=tasks)
-    if format == "onnx":
-        formats.require_onnx()
+    check_exportable(model, swappable=task is not None)
+    report = progress or (lambda line: None)
     target = torch.device(device)
     reference = inference_copy(model, "float32", str(target))
-    own = task_of(reference, preprocess)
+    own = task_of(reference)
     images = verification_images(tuple(own.preprocess["input_size"]))
     checks: list[tuple[str | None, Task, Expected]] = [(task, own, expected_of(reference, images, own.temperature))]
-    exported = reference if dtype == "float32" else inference_copy(model, dtype, str(target))
-    graph = export_graph(exported, own, swappable=task is not None)
-    description = {**_description(reference, graph, format, dtype), **({} if task else own.description())}
     for name, source in (tasks or {}).items():
         load_task(reference, name, source)
         other = task_of(reference)
         checks.append((name, other, expected_of(reference, images, other.temperature)))
+    report(f"tracing {type(model.vit).__name__}")
+    exported = reference if dtype == "float32" else inference_copy(model, dtype, str(target))
+    graph = export_graph(exported, own, swappable=task is not None)
+    description = {**_description(reference, graph, format, dtype), **({} if task else own.description())}
     with new_folder(path) as temporary:
         file = temporary / FILE_NAMES[format]
-        run = _write(graph, file, format, description, target)
+        report(_LONG_STEPS[format])
+        _write(graph, file, format, description)
         (temporary / DESCRIPTION).write_text(dumps(description, indent=2) + "\n", encoding="utf-8")
-        if task is not None:
-            (temporary / TASKS).mkdir()
-            for label, found, _ in checks:
-                _write_task(temporary / TASKS, str(label), found)
-        deviation = None if run is None else _verify(run, file, checks, images=images, dtype=dtype)
+        deviation = None
+        with explained(file.name):
+            run = _open(file, format, graph.outputs, target)
+            if task is not None:
+                (temporary / TASKS).mkdir()
+                for label, found, _ in checks:
+                    write_task(temporary / TASKS, str(label), found)
+                    if isinstance(run, OnnxSession):
+                        write_adapter(temporary / TASKS / f"{label}{ADAPTER}", found.inputs())
+            if run is not None:
+                report("comparing the file with the model")
+                expected = {name: results for name, _, results in checks}
+                deviation = verify_tasks(run, file, expected, images=images, dtype=dtype)
         del run  # closes the file, which Windows needs before it renames the folder
     if deviation is None:
         warnings.warn(
@@ -153,6 +168,13 @@ def export_model(
     )
 
 
+_LONG_STEPS: dict[ExportFormat, str] = {
+    "onnx": "converting to ONNX",
+    "pt2": "writing the program",
+    "aoti": "compiling with AOTInductor, for one to several minutes",
+}
+
+
 def _check_arguments(
     path: Path,
     *,
@@ -166,6 +188,7 @@ def _check_arguments(
         raise ConfigError(f'format={format!r} must be "onnx", "pt2" or "aoti".')
     if dtype not in DTYPES:
         raise ConfigError(f'dtype={dtype!r} must be "float32" or "float16".')
+    check_device(device)
     if format != "aoti" and torch.device(device).type != "cpu":
         raise ConfigError(f'device={str(device)!r} is for format="aoti": {format} files run on any device.')
     if tasks and task is None:
@@ -174,8 +197,10 @@ def _check_arguments(
         check_task_name(name)
     if task is not None and task in (tasks or {}):
         raise ConfigError(f"Two tasks have the name {task!r}: rename one of them.")
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise ConfigError(f"{path} exists already: give the path of a new folder, or remove this folder first.")
+    if format == "onnx":
+        require_onnx()
 
 
 def _description(model: Model, graph: Graph, format: str, dtype: str) -> dict[str, Any]:
@@ -183,8 +208,7 @@ def _description(model: Model, graph: Graph, format: str, dtype: str) -> dict[st
     return {
         "format": f"lpt_peft-export-{format}",
         "lpt_peft_version": __version__,
-        "method": model.method if isinstance(model, ViTClassifier) else "prompts",
-        **{key: value for key, value in graph_settings(model).items() if key != "method"},
+        **graph_settings(model),
         "backbone": info.architecture,
         "fingerprint": model.fingerprint,
         "dtype": dtype,
@@ -193,42 +217,22 @@ def _description(model: Model, graph: Graph, format: str, dtype: str) -> dict[st
     }
 
 
-def _write(
-    graph: Graph, file: Path, format: ExportFormat, description: Mapping[str, Any], device: torch.device
-) -> Runner | None:
-    """Write and open the file; None if it cannot be run here."""
+def _write(graph: Graph, file: Path, format: ExportFormat, description: Mapping[str, Any]) -> None:
     if format == "onnx":
-        formats.write_onnx(graph, file, description)
-        return formats.open_onnx(file)
+        write_onnx(graph, file, description)
+    elif format == "pt2":
+        write_pt2(graph, file, description)
+    else:
+        write_aoti(graph, file, description)
+
+
+def _open(file: Path, format: ExportFormat, outputs: list[str], device: torch.device) -> Runner | None:
+    """Open the file; None if it cannot be run here, because onnxruntime is not installed."""
     if format == "pt2":
-        formats.write_pt2(graph, file, description)
-        return formats.open_pt2(file, graph.outputs)
-    formats.write_aoti(graph, file)
-    return formats.open_aoti(file, graph.outputs, device)
-
-
-def _write_task(folder: Path, name: str, task: Task) -> None:
-    data = io.BytesIO()
-    np.savez(data, **{key: tensor.numpy() for key, tensor in task.inputs().items()})  # type: ignore[arg-type]
-    (folder / f"{name}.npz").write_bytes(data.getvalue())
-    (folder / f"{name}.json").write_text(dumps(task.description(), indent=2) + "\n", encoding="utf-8")
-
-
-def _verify(
-    run: Runner,
-    file: Path,
-    checks: list[tuple[str | None, Task, Expected]],
-    *,
-    images: torch.Tensor,
-    dtype: ExportDtype,
-) -> float:
-    """Run the file with the written tensors of every task; return the largest deviation."""
-    deviations = []
-    for name, _, expected in checks:
-        inputs = {}
-        if name is not None:
-            with np.load(file.parent / TASKS / f"{name}.npz") as arrays:
-                inputs = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
-        label = file.name if name is None else f"{file.name} with the task {name}"
-        deviations.append(verify(run, inputs, images=images, expected=expected, dtype=dtype, name=label))
-    return max(deviations)
+        return open_pt2(file, outputs)
+    if format == "aoti":
+        return open_aoti(file, outputs, device)
+    try:
+        return OnnxSession(file)
+    except ImportError:
+        return None

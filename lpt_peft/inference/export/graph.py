@@ -15,10 +15,10 @@ from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 
 from lpt_peft._numerics import at_least_float32
-from lpt_peft._text import printable
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.errors import ConfigError, ExportError, LPTError, StateError
 from lpt_peft.heads import cosine_logits
+from lpt_peft.inference.export.formats import reason
 from lpt_peft.inference.export.tasks import Model, Task
 from lpt_peft.vit_classifier import ViTClassifier
 
@@ -82,13 +82,7 @@ class SwappableGraph(nn.Module):
 
 
 def inference_copy(model: Model, dtype: ExportDtype, device: str = "cpu") -> Model:
-    """Copy a model for inference: eval mode, frozen, the ViT in `dtype`, prompts and head in float32.
-
-    Raises:
-        StateError: The model was unwrapped.
-    """
-    if "vit" not in dict(model.named_children()):
-        raise StateError(f"This {type(model).__name__} was unwrapped and cannot be exported: wrap the ViT again.")
+    """Copy a model for inference: eval mode, frozen, the ViT in `dtype`, prompts and head in float32."""
     copied = copy.deepcopy(model).to(device).eval().requires_grad_(False)
     target = getattr(torch, dtype)
     if any(weight.dtype != target for weight in copied.vit.parameters() if weight.is_floating_point()):
@@ -108,10 +102,8 @@ def export_graph(model: Model, task: Task, *, swappable: bool) -> Graph:
         swappable: Make the trained tensors inputs, with a dynamic number of classes and groups.
 
     Raises:
-        ConfigError: The model cannot be exported in its state.
         ExportError: torch.export fails.
     """
-    _check_exportable(model, swappable)
     has_groups = isinstance(model, LongTailPromptAdapter) and model.phase == "group"
     device = next(model.vit.parameters()).device
     images = torch.zeros(_TRACED_BATCH, *task.preprocess["input_size"])
@@ -142,31 +134,43 @@ def export_graph(model: Model, task: Task, *, swappable: bool) -> Graph:
         raise
     except Exception as error:  # torch.export raises errors of many classes
         raise ExportError(
-            f"torch.export cannot trace this {type(model.vit).__name__}: {printable(str(error), 300)}. Use a backbone "
+            f"torch.export cannot trace this {type(model.vit).__name__}: {reason(error)}. Use a backbone "
             "whose export is supported: docs/backbones.md."
         ) from error
     outputs = ["logits", "probabilities", *(["groups"] if has_groups else [])]
     return Graph(program, inputs, outputs, dynamic_shapes)
 
 
-def _check_exportable(model: Model, swappable: bool) -> None:
+def check_exportable(model: Model, *, swappable: bool) -> None:
+    """Refuse models without a graph.
+
+    Args:
+        model: The model.
+        swappable: Whether the trained tensors are inputs.
+
+    Raises:
+        StateError: The model was unwrapped.
+        ConfigError: The route or the method of the model excludes the graph.
+    """
+    if "vit" not in dict(model.named_children()):
+        raise StateError(f"This {type(model).__name__} was unwrapped and cannot be exported: wrap the ViT again.")
     if isinstance(model, ViTClassifier):
         if swappable and model.method == "full":
             raise ConfigError(
                 "Full fine-tuning has other weights of the ViT for each task, so its tasks cannot share a graph: "
                 "export each without swappable."
             )
-        return
-    if model.route not in ("exact", "router"):
-        raise ConfigError(
-            f"The route is a margin ({model.route:g}), by which a batch takes one pass or two, and a graph has no "
-            'such choice: set adapter.route to "exact" or "router" before the export.'
-        )
-    if swappable and model.route == "router":
-        raise ConfigError(
-            'A router belongs to the prompts of a task, and is no input of the graph: set adapter.route = "exact" '
-            "before a swappable export."
-        )
+    elif model.phase == "group" and model.route != "exact":
+        if model.route != "router":
+            raise ConfigError(
+                f"The route is a margin ({model.route:g}), by which a batch takes one pass or two, and a graph has no "
+                'such choice: set adapter.route to "exact" or "router" before the export.'
+            )
+        if swappable:
+            raise ConfigError(
+                "A router belongs to the prompts of a task and cannot be an input of the graph: set adapter.route = "
+                '"exact" before a swappable export.'
+            )
 
 
 def _results(logits: Tensor, temperature: float | Tensor, groups: Tensor) -> tuple[Tensor, ...]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lpt_peft._numerics import cosine
-from lpt_peft.errors import ExportError
-from lpt_peft.inference.export.formats import Runner
+from lpt_peft.errors import ExportError, LPTError
+from lpt_peft.inference.export.formats import TASKS, Runner, reason
 from lpt_peft.inference.export.graph import IMAGES, ExportDtype
-from lpt_peft.inference.export.tasks import Model
+from lpt_peft.inference.export.onnx_files import ADAPTER, read_adapter
+from lpt_peft.inference.export.tasks import Model, read_inputs
 from lpt_peft.router import selection_gap
 from lpt_peft.vit_classifier import ViTClassifier
 
@@ -111,3 +115,49 @@ def verify(
             "onnxscript."
         )
     return deviation
+
+
+def verify_tasks(
+    run: Runner, file: Path, expected: Mapping[str | None, Expected], *, images: Tensor, dtype: ExportDtype
+) -> float:
+    """Compare a file with the model for every task, with the tensors that are written beside it.
+
+    Args:
+        run: The opened file.
+        file: The file; its folder has the tasks.
+        expected: Results of the model by the name of a task; None without exchangeable tasks.
+        images: (B, 3, H, W) float32.
+        dtype: Of the exported weights.
+
+    Returns:
+        Largest deviation of the logits, relative to the largest logit.
+
+    Raises:
+        ExportError: The results of a task differ.
+    """
+    deviations = []
+    for name, results in expected.items():
+        compare = partial(verify, images=images, expected=results, dtype=dtype)
+        if name is None:
+            deviations.append(compare(run, {}, name=file.name))
+            continue
+        folder = file.parent / TASKS
+        deviations.append(compare(run, read_inputs(folder, name), name=f"{file.name} with the task {name}"))
+        adapter = folder / f"{name}{ADAPTER}"
+        if adapter.is_file():
+            compare(run, read_adapter(adapter), name=f"{file.name} with {adapter.name}")
+    return max(deviations)
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turn errors of a runtime into ExportError; `name` is that of the file."""
+    try:
+        yield
+    except (LPTError, OSError):
+        raise
+    except Exception as error:  # runtimes raise errors of many classes
+        raise ExportError(
+            f"{name} was written, but cannot be run: {reason(error)}. The exported file was not kept. "
+            "Export another format, or report this with the versions of torch, onnxscript and onnxruntime."
+        ) from error

@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lpt_peft.adapter import LongTailPromptAdapter
 from lpt_peft.analysis import add_noise, blur
-from lpt_peft.data.workers import open_batches
 from lpt_peft.errors import InputError
 from lpt_peft.metrics.accumulator import predict_labels
-from lpt_peft.recipe.loading.loader import image_loader, resolve_workers
+from lpt_peft.recipe.evaluate import evaluation_batches, evaluation_loader
 from lpt_peft.recipe.loading.readable import without_replacements
 from lpt_peft.recipe.progress import Reporter
 
@@ -36,14 +36,16 @@ class Measured(NamedTuple):
     """(N,) int64."""
     probability: Tensor
     """(N,) float32: softmax probability of the predicted class."""
-    calibrated: Tensor
-    """(N,) float32: the same with the temperature."""
     groups: Tensor
     """(N, k) int64: selected groups; k is 0 without groups."""
     features: dict[str, Tensor]
     """(N, d) float32 by state."""
     variants: dict[str, Tensor]
     """(N,) int64: predicted classes by variant."""
+    calibrated: Tensor | None = None
+    """(N,) float32: `probability` with the temperature, if it is given."""
+    losses: Tensor | None = None
+    """(N, 2) float32: negative log-likelihood in nats, without and with the temperature, if it is given."""
 
 
 def states_of(model: Any) -> list[str]:
@@ -53,7 +55,6 @@ def states_of(model: Any) -> list[str]:
     return ["tuned"] if model.method == "full" else ["plain"]
 
 
-@torch.no_grad()
 def measure(
     model: Any,
     dataset: Dataset[Any],
@@ -63,38 +64,29 @@ def measure(
     reporter: Reporter,
     num_workers: int | None = None,
     features: bool = False,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     variants: Sequence[Variant] = (),
 ) -> Measured:
     """Run a model on images; unreadable images are left out.
 
     Args:
-        model: An adapter or a classifier without prompts, in eval mode, on its device.
+        model: An adapter or a classifier without prompts, on its device.
         dataset: Yields (image, label).
         name: Of the pass, for the progress and messages.
         accelerator: Provides mixed precision.
         reporter: Shows the progress.
         num_workers: Processes that load images; None chooses.
         features: Compute features in all states.
-        temperature: Of `calibrated`.
+        temperature: Of `calibrated` and `losses`; the labels must then be classes of the model.
         variants: Further predictions.
 
     Raises:
         InputError: No image can be read.
     """
-    device = next(model.parameters()).device
-    loader = image_loader(
-        without_replacements(dataset),
-        batch_size=_BATCH,
-        num_workers=resolve_workers(num_workers, dataset, _BATCH),
-        pin_memory=device.type == "cuda",
-    )
+    loader = evaluation_loader(model, without_replacements(dataset), _BATCH, num_workers)
     columns: dict[str, list[Tensor]] = {}
-    with open_batches(loader) as batches, accelerator.autocast():
-        for batch in reporter.track(batches, name, len(loader)):
-            if batch is None:  # no image of the batch can be read
-                continue
-            images, target = batch[0].to(device, non_blocking=True), batch[1]
+    with evaluation_batches(model, loader, accelerator) as batches:
+        for images, target in reporter.track(batches, name, len(loader)):
             row = _row(model, images, target, states_of(model) if features else [], temperature=temperature)
             for variant in variants:
                 row |= {f"variants.{key}": logits.argmax(1) for key, logits in variant(images).items()}
@@ -111,14 +103,17 @@ def measure(
         target=joined["target"],
         prediction=joined["prediction"],
         probability=joined["probability"],
-        calibrated=joined["calibrated"],
         groups=joined["groups"],
         features=named("features."),
         variants=named("variants."),
+        calibrated=joined.get("calibrated"),
+        losses=joined.get("losses"),
     )
 
 
-def _row(model: Any, images: Tensor, target: Tensor, states: Sequence[str], *, temperature: float) -> dict[str, Tensor]:
+def _row(
+    model: Any, images: Tensor, target: Tensor, states: Sequence[str], *, temperature: float | None
+) -> dict[str, Tensor]:
     """Columns of a batch, (B, ...)."""
     output = model(images, return_output=True)
     logits = output.logits.float()
@@ -127,9 +122,12 @@ def _row(model: Any, images: Tensor, target: Tensor, states: Sequence[str], *, t
         "target": target,
         "prediction": prediction,
         "probability": probability,
-        "calibrated": probability if temperature == 1 else predict_labels(logits / temperature, logits.shape[1])[1],
         "groups": output.groups,
     }
+    if temperature is not None:
+        scaled, classes = logits / temperature, target.to(logits.device)
+        row["calibrated"] = predict_labels(scaled, logits.shape[1])[1]
+        row["losses"] = torch.stack([F.cross_entropy(z, classes, reduction="none") for z in (logits, scaled)], 1)
     row |= {f"features.{state}": _features(model, state, images, output).float() for state in states}
     return row
 

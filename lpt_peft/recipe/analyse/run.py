@@ -18,7 +18,7 @@ from lpt_peft._numbers import checked_integer
 from lpt_peft._text import number
 from lpt_peft._version import __version__
 from lpt_peft.adapter import LongTailPromptAdapter
-from lpt_peft.analysis import ClassMatch, Temperature, accuracy_shift, fit_temperature
+from lpt_peft.analysis import ClassMatch, accuracy_shift, fit_temperature
 from lpt_peft.data.images import LabelledImages
 from lpt_peft.errors import InputError
 from lpt_peft.metrics.result import counts_by_class
@@ -50,7 +50,7 @@ class AnalysedImages:
     train: LabelledImages | None = None
     """Training images, for neighbours and discriminants."""
     validation: LabelledImages | None = None
-    """For the temperature."""
+    """For the temperature, if the model's file has none."""
     shifts: Mapping[str, tuple[str, LabelledImages]] = field(default_factory=dict)
     """Shifted test sets by name: where they come from, and the images, with their own classes."""
     pretraining: tuple[str, LabelledImages] | None = None
@@ -110,7 +110,8 @@ def analyse(
         - `matching`: histogram (C x m), usage, unused, group_entropy, class_entropy, mutual_information, chance (bits)
         - `pool`: rows chosen, random, averaged, none, fixed, oracle with accuracy and balanced_accuracy;
           chosen_minus the others, as intervals of the balanced accuracy; fixed_group, oracle_groups
-        - `calibration`: temperature (value, loss_before, loss_after, or None), and before and after (None without) for
+        - `calibration`: temperature (source "file" or "validation", value, and the mean negative log-likelihood of the
+          evaluated images, loss_before and loss_after; or None), and before and after (None without) for
           overall, many, medium, few: error, and images, accuracy and confidence of 15 bins
         - `shift`: a list of name, kind ("noise", "blur" or "folder"), strength, source, classes, images, original,
           shifted, lost, kept, and unmatched and missing class names
@@ -134,7 +135,7 @@ def analyse(
     named = {"train": images.train, "evaluation": images.evaluation, "validation": images.validation}
     with reporter.unreadable_images(**{name: split for name, split in named.items() if split is not None}):
         temperature = run.temperature(images, left_out)
-        value = 1.0 if temperature is None else temperature.value
+        value = None if temperature is None else temperature[0]
         everything, test = run.evaluation(images.evaluation, max_images, value)
         train = None if images.train is None else run.features(images.train, "training images", max_images)
         strengths = _strengths(model)
@@ -216,7 +217,7 @@ class _Passes:
     def features(self, images: LabelledImages, name: str, most: int) -> Measured:
         return self.measure(_subset(images, most), name, features=True)
 
-    def evaluation(self, images: LabelledImages, most: int, temperature: float) -> tuple[Measured, Measured]:
+    def evaluation(self, images: LabelledImages, most: int, temperature: float | None) -> tuple[Measured, Measured]:
         """Predictions on all images, and features of at most `most` of them."""
         if len(images) <= most:
             found = self.measure(images, "evaluated images", features=True, temperature=temperature)
@@ -224,10 +225,16 @@ class _Passes:
         everything = self.measure(images, "evaluated images", temperature=temperature)
         return everything, self.features(images, "features", most)
 
-    def temperature(self, images: AnalysedImages, left_out: dict[str, str]) -> Temperature | None:
-        """Temperature of the validation images; None, and why, if it cannot be fitted."""
+    def temperature(self, images: AnalysedImages, left_out: dict[str, str]) -> tuple[float, str] | None:
+        """Temperature of the model's "file", or fitted on the "validation" images; None, and why, if there is none."""
+        if images.split == "validation":
+            left_out["temperature"] = "it is fitted on the validation images, which are the evaluated images here"
+            return None
+        stored: float | None = self._model.metadata.temperature
+        if stored is not None:
+            return stored, "file"
         if images.validation is None:
-            left_out["temperature"] = "there is no validation split besides the evaluated images"
+            left_out["temperature"] = "the model's file has none, and there is no validation split to fit it on"
             return None
         subset = _subset(images.validation, max(1, _MOST_LOGITS // len(images.validation.class_names)))
         self._reporter.note(f"validation images: {number(len(subset), 'image')}")
@@ -238,7 +245,7 @@ class _Passes:
             accelerator=self._accelerator,
         )
         try:
-            return fit_temperature(output.logits, target)
+            return fit_temperature(output.logits, target).value, "validation"
         except InputError as error:
             left_out["temperature"] = str(error)
             return None

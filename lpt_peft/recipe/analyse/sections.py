@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lpt_peft.analysis import (
-    Temperature,
     accuracy_of,
     bootstrap_accuracy,
     bootstrap_difference,
@@ -54,7 +53,7 @@ def prediction_sections(
     class_names: Sequence[str],
     class_counts: Sequence[int],
     shot_rule: str,
-    temperature: Temperature | None = None,
+    temperature: tuple[float, str] | None = None,
 ) -> dict[str, Any]:
     """The sections that need predictions alone."""
     size = len(class_names)
@@ -210,12 +209,14 @@ def pool_section(measured: Measured, class_counts: Sequence[int], groups: int) -
 
 
 def calibration_section(
-    measured: Measured, class_counts: Sequence[int], shot_rule: str, temperature: Temperature | None
+    measured: Measured, class_counts: Sequence[int], shot_rule: str, temperature: tuple[float, str] | None
 ) -> dict[str, Any]:
-    """Calibration by shot group, before and after the temperature, if it is given."""
+    """Calibration by shot group, before and after the temperature, if its value and source are given."""
     correct, rule = measured.prediction == measured.target, SHOT_RULES[shot_rule]
     before = reliability_by_shots(measured.probability, correct, measured.target, class_counts, rule)
-    after = None
-    if temperature is not None:
-        after = reliability_by_shots(measured.calibrated, correct, measured.target, class_counts, rule)
-    return {"temperature": plain(temperature), "before": plain(before), "after": plain(after)}
+    if temperature is None or measured.calibrated is None or measured.losses is None:
+        return {"temperature": None, "before": plain(before), "after": None}
+    after = reliability_by_shots(measured.calibrated, correct, measured.target, class_counts, rule)
+    (value, source), losses = temperature, measured.losses.double().mean(0).tolist()
+    record = {"value": value, "loss_before": losses[0], "loss_after": losses[1]}
+    return {"temperature": {"source": source, **plain(record)}, "before": plain(before), "after": plain(after)}

@@ -153,7 +153,7 @@ class Loop:
         self.reporter.warn(
             f"In epoch {run.epoch} of phase {run.name}, {100 * predicted:.1f} % of the predictions on training images "
             f"name the {number} most frequent classes, which {100 * labelled:.1f} % of these images belong to: the "
-            f"model only predicts rare classes. Lower learning_rate (now {run.phase.learning_rate:g})."
+            f"model only predicts rare classes. Lower {run.rate}."
         )
         run.monitor = None
 

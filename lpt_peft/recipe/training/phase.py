@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class PhaseRun:
         monitor: RarePredictionMonitor | None = None,
         schedule: Schedule | None = None,
     ) -> None:
-        self.name, self.model, self.phase, self.steps = name, model, phase, steps
+        self.name, self.model, self.steps = name, model, steps
         self.step = self.stale = 0
         self.stopped = False
         self.best: dict[str, Any] = {"score": -math.inf, "epoch": None}
@@ -83,6 +84,11 @@ class PhaseRun:
         self._total = phase.epochs * steps
         model.zero_grad(set_to_none=True)  # a gradient left by the caller would be added to that of the first step
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        rate, only_head = phase.head_learning_rate, all(name.startswith("head.") for name in self.trainable)
+        self._has_head_rate = only_head and rate not in (None, phase.learning_rate)
+        if self._has_head_rate and rate is not None:  # nothing is trained with learning_rate
+            phase = replace(phase, learning_rate=rate)
+        self.phase = phase
         pool = getattr(model, "pool", None)
         self._pool: PromptPool | None = pool if isinstance(pool, PromptPool) else None
         if self._pool is not None and bool((self._pool.usage < 0).any()):
@@ -93,6 +99,11 @@ class PhaseRun:
         )
         self._average = clone_values(self.trainable) if settings.average else None
         self._best_values: Values | None = None
+
+    @property
+    def rate(self) -> str:
+        """Name and value of the setting that determines the learning rate, for messages."""
+        return f"{'head_' * self._has_head_rate}learning_rate (now {self.phase.learning_rate:g})"
 
     @property
     def epoch(self) -> int:
@@ -174,8 +185,7 @@ class PhaseRun:
             event = "The loss became" if not math.isfinite(loss) else "A gradient became infinite or NaN at a loss of"
             raise StateError(
                 f"{event} {loss} in step {self.step} (epoch {self.epoch}) of phase {self.name}. The step was skipped, "
-                f"and earlier checkpoints are intact. Lower learning_rate (now {self.phase.learning_rate:g}), set "
-                "clip_norm, or check the images."
+                f"and earlier checkpoints are intact. Lower {self.rate}, set clip_norm, or check the images."
             )
 
     def end_epoch(self) -> dict[str, Any]:

@@ -10,12 +10,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch.utils.data import TensorDataset
 
 from lpt_peft import DualSampler
 from lpt_peft._random import derive_seed
-from lpt_peft.errors import ConfigError
+from lpt_peft.errors import ConfigError, StateError
 from lpt_peft.recipe import make_accelerator, run_phase, train
 from lpt_peft.recipe.parallel import check_accelerator
+from lpt_peft.vit_classifier import ViTClassifier
+from tests.conftest import tiny_vit
 from tests.recipe.tiny import PHASE, SETTINGS, STEPS_PER_EPOCH, NoiseFreeLoss, striped_data, tiny_adapter
 
 NOISE_FREE = {"progress": False, "criterion": NoiseFreeLoss(PHASE.epochs)}
@@ -207,3 +210,24 @@ def test_bfloat16_computation_trains_float32_parameters():
         AcceleratorState._reset_state()
     assert torch.bfloat16 in seen
     assert all(tensor.dtype == torch.float32 for tensor in adapter.adapter_state_dict().values())
+
+
+@pytest.mark.parametrize("head", [None, 0.5])
+def test_the_progress_of_a_linear_probe_shows_the_rate_of_its_head(head):
+    """Nothing is trained with learning_rate if only the head is trained, with a rate for the head."""
+    dataset, labels = striped_data()
+    phase = replace(PHASE, epochs=1, warmup=0, learning_rate=0.125, head_learning_rate=head)
+    model = ViTClassifier.wrap(tiny_vit(), 3, method="linear_probe")
+    before = model.head.weight.detach().clone()
+    settings = replace(SETTINGS, method="linear_probe", optimizer="sgd", shared=phase, group=phase, num_workers=0)
+    settings = replace(settings, loss="cross_entropy", sampling="instance")
+    peak = (head or 0.125) * 8 / 256
+    [record] = train(model, dataset, labels, settings, progress=False)
+    assert not torch.equal(model.head.weight, before)
+    steps = STEPS_PER_EPOCH
+    expected = peak * 0.5 * (1 + math.cos(math.pi * (steps - 1) / steps))
+    assert record["learning_rate"] == pytest.approx(expected, rel=1e-6)
+    broken = TensorDataset(dataset.tensors[0] * float("nan"), dataset.tensors[1])
+    name = "learning_rate \\(now 0.125\\)" if head is None else "head_learning_rate \\(now 0.5\\)"
+    with pytest.raises(StateError, match=f"Lower {name}, set clip_norm"):
+        train(model, broken, labels, settings, progress=False)

@@ -1,0 +1,1 @@
+"""Tests of examples/serve.py: a real server, and clients in threads."""

@@ -1,0 +1,168 @@
+"""Answers: those of single adapters, in fewer batches than requests, also while tasks change."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from functools import partial
+
+import pytest
+
+from tests.serve.server import in_threads, photo, together
+
+
+@pytest.fixture
+def all_tasks(server, prompts):
+    for name in ("fish", "dark"):
+        assert server.put(name, prompts.source(name))[0] == 201
+    yield ["cars", "birds", "fish", "dark"]
+    for name in ("fish", "dark"):
+        assert server.delete(name) == (200, {"removed": name})
+
+
+def test_fifty_requests_at_a_time_get_the_answers_of_single_adapters(server, prompts, all_tasks):
+    before = server.get("/health")
+    tasks = [all_tasks[number % 4] for number in range(50)]
+    answers = together([partial(server.ask, task, photo(number)) for number, task in enumerate(tasks)])
+    for number, (task, (status, answer)) in enumerate(zip(tasks, answers, strict=True)):
+        assert status == 200, answer
+        assert answer["task"] == task
+        assert prompts.is_answer(answer, task, photo(number))
+    after = server.get("/health")
+    assert after["images"] - before["images"] == 50
+    assert after["batches"] - before["batches"] < 25
+
+
+def test_an_answer_has_the_most_probable_classes(server, prompts):
+    status, answer = server.ask("cars", photo(3), show=2)
+    assert status == 200
+    expected = prompts.expected("cars", photo(3))[:2]
+    assert [(entry["class"], entry["label"]) for entry in answer["classes"]] == [
+        (entry["class"], entry["label"]) for entry in expected
+    ]
+    assert len(server.request("POST", "/tasks/cars", photo(3))[2]["classes"]) == 5
+    info = server.get("/tasks/cars")
+    assert answer["version"] == info["digest"][:12]
+    assert info["temperature"] == 0.7
+
+
+def test_a_task_is_preprocessed_as_its_prompt_file_says(prompts):
+    """The oracle notices another mean and std."""
+    classifier = prompts.classifiers["dark"]
+    right = prompts.expected("dark", photo(0))
+    transform, classifier.transform = classifier.transform, prompts.classifiers["cars"].transform
+    try:
+        assert not prompts.is_answer({"classes": right}, "dark", photo(0))
+    finally:
+        classifier.transform = transform
+
+
+def test_a_connection_answers_several_requests(server, prompts):
+    with server.connect() as connection:
+        for path, status in [("/tasks/cars?show=99", 200), ("/tasks/none", 404), ("/tasks/cars?show=99", 200)]:
+            connection.request("POST", path, photo(1))
+            response = connection.getresponse()
+            content = response.read()
+            assert response.status == status, content
+            assert response.headers["Connection"] is None
+    assert server.get("/tasks") == {"tasks": ["cars", "birds"]}
+
+
+def test_more_tasks_at_a_time_than_slots(prompts):
+    tasks = ["cars", "birds", "fish", "dark"]
+    arguments = [f"{name}={prompts.source(name)}" for name in tasks]
+    with in_threads(*arguments, "--capacity", "2", "--wait-ms", "300") as server:
+        answers = together([partial(server.ask, tasks[number % 4], photo(number)) for number in range(12)])
+        for number, (status, answer) in enumerate(answers):
+            assert status == 200, answer
+            assert prompts.is_answer(answer, tasks[number % 4], photo(number))
+        assert [server.get(f"/tasks/{name}")["in_slot"] for name in tasks].count(True) == 2
+        assert server.get("/health")["batches"] < 12
+
+
+@pytest.mark.slow
+def test_compiled(prompts):
+    tasks = ["cars", "birds"]
+    arguments = [f"{name}={prompts.source(name)}" for name in tasks]
+    with in_threads(*arguments, "--compile", "--wait-ms", "300") as server:
+        assert server.put("cars-2", prompts.source("cars-2"))[0] == 201
+        tasks.append("cars-2")
+        for count in (1, 3, 9):
+            answers = together([partial(server.ask, tasks[number % 3], photo(number)) for number in range(count)])
+            for number, (status, answer) in enumerate(answers):
+                assert status == 200, answer
+                assert prompts.is_answer(answer, tasks[number % 3], photo(number))
+
+
+def test_a_request_that_waits_while_its_task_is_replaced_or_removed(prompts):
+    """The versions differ in preprocessing: an image prepared for the old version must not meet the new version."""
+    tasks = {"changed": "cars", "removed": "birds", "kept": "fish"}
+    arguments = [f"{name}={prompts.source(source)}" for name, source in tasks.items()]
+    with in_threads(*arguments, "--wait-ms", "1500") as server:
+        results = {}
+
+        def ask(name):
+            results[name] = server.ask(name, photo(5))
+
+        threads = [threading.Thread(target=ask, args=(name,)) for name in tasks]
+        for thread in threads:
+            thread.start()
+        while server.get("/health")["waiting"] < 3:
+            time.sleep(0.01)
+        assert server.put("changed", prompts.source("cars-2"))[0] == 200
+        assert server.delete("removed")[0] == 200
+        for thread in threads:
+            thread.join()
+    assert results["removed"][0] == 404
+    for name, source in {"changed": "cars-2", "kept": "fish"}.items():
+        status, answer = results[name]
+        assert status == 200, answer
+        assert prompts.is_answer(answer, source, photo(5))
+
+
+def test_tasks_that_change_while_requests_run(server, prompts):
+    """An answer is that of a version which its task had during the request; another task is never disturbed."""
+    photos = [photo(number) for number in range(6)]
+    versions = {server.put("changing", prompts.source(name))[1]["digest"][:12]: name for name in ("cars", "cars-2")}
+    history = [(time.monotonic(), None, "cars-2")]  # from, to, version; None is the time of the next change
+    records, stopped, rng = [], threading.Event(), random.Random(0)
+
+    def change():
+        for _ in range(30):
+            start, found = time.monotonic(), rng.choice(["cars", "cars-2", None, "cars", "cars-2"])
+            if found is None:
+                server.delete("changing")
+            else:
+                assert server.put("changing", prompts.source(found))[0] in (200, 201)
+            history[-1] = (history[-1][0], time.monotonic(), history[-1][2])
+            history.append((start, None, found))
+            done = len(records) + 16
+            while len(records) < done:  # all clients have asked at least once since then
+                time.sleep(0.001)
+        stopped.set()
+
+    def client(number):
+        while not stopped.is_set():
+            task, which = ["changing", "birds"][number % 2], number % len(photos)
+            start = time.monotonic()
+            with_status = server.ask(task, photos[which])
+            records.append((start, time.monotonic(), task, which, *with_status))
+
+    together([change, *(partial(client, number) for number in range(8))])
+    history[-1] = (history[-1][0], time.monotonic(), history[-1][2])
+    assert len({status for *_, status, _ in records}) > 1, "the task was never missing"
+    for start, end, task, which, status, answer in records:
+        if task == "birds":
+            assert status == 200
+            assert prompts.is_answer(answer, "birds", photos[which])
+            continue
+        possible = {version for begun, ended, version in history if begun <= end and ended >= start}
+        if status == 404:
+            assert None in possible
+        else:
+            assert status == 200, answer
+            assert versions[answer["version"]] in possible
+            assert prompts.is_answer(answer, versions[answer["version"]], photos[which])
+    server.delete("changing")
+    assert server.get("/tasks") == {"tasks": ["cars", "birds"]}
