@@ -281,7 +281,7 @@ def test_groups_are_refused():
     with pytest.raises(StateError, match='placement="shallow" has none: use features'):
         adapter.queries(x())
     with pytest.raises(ConfigError, match='query="block_k" selects groups, and placement="shallow" has no groups'):
-        PromptConfig(dim=24, depth=2, num_classes=3, placement="shallow", query="block_k")
+        PromptConfig(dim=8, depth=2, num_classes=3, placement="shallow", query="block_k")
     with pytest.raises(ConfigError, match='placement=\'middle\' must be "deep" or "shallow"'):
         LongTailPromptAdapter.wrap(tiny_vit(), 3, placement="middle")
     dataset, labels = striped_data()
