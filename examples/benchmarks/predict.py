@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,10 +164,11 @@ def run_command(run: Path, folder: Path, total: int) -> CommandRun:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        count = 1 + sum(1 for _ in lines)
+        count = 1 + sum(1 for _ in islice(lines, total - 1))  # the end of the process is no part of the run
         seconds = time.perf_counter() - first
         ended.set()
         watcher.join()
+        count += sum(1 for _ in lines)
     if process.returncode or count != total:
         raise SystemExit(f"lpt-peft predict failed with status {process.returncode} after {count} images.")
     after = os.times()
