@@ -258,6 +258,17 @@ def test_digits_losses_at_tiny_size(script, capsys):
     assert min(overall) > 40, "a head learns something in two epochs; chance is 10"
 
 
+@pytest.mark.nightly
+def test_export_at_tiny_size(script, capsys):
+    pytest.importorskip("onnxruntime")
+    export = script("export")
+    export.main(export.Settings(model="test_vit", batch_size=2, rounds=1, aoti=False))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-6] == "test_vit, phase group, batch 2, 1 threads"
+    assert [float(re.search(r"([\d.]+)$", line)[1]) > 0 for line in lines[-5:]] == [True] * 5
+    assert lines[-5].endswith("1.00"), "relative to the model in PyTorch"
+
+
 def test_serve_at_tiny_size(script, capsys):
     serve = script("serve")
     sizes = {"model": "vit_tiny_patch16_224", "img_size": 32, "pixels": 40}

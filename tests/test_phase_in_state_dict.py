@@ -24,7 +24,7 @@ def build(seed=0, phase="shared"):
     """A small adapter with different logits in both phases; prompts depend on the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapter = LongTailPromptAdapter.wrap(tiny_vit(), prompt_length=3, pool_size=5).eval()
+        adapter = LongTailPromptAdapter.wrap(tiny_vit(), prompt_length=3, pool_size=5, query="final").eval()
         with torch.no_grad():
             for tensor in (adapter.shared.prompts, adapter.pool.prompts):
                 tensor.normal_()

@@ -60,7 +60,7 @@ def test_sizes_of_groups_are_named_once(sizes, named):
         warnings.simplefilter("error")
         copy.deepcopy(adapter)
         shallow(pool_size=20, top_k=2, shared_layers=1)  # the defaults
-        LongTailPromptAdapter.wrap(make("timm ViT"), 5, **sizes)  # has groups
+        LongTailPromptAdapter.wrap(make("timm ViT"), 5, query="final", **sizes)  # has groups
 
 
 def test_timm_against_concatenation():
@@ -281,12 +281,12 @@ def test_groups_are_refused():
     with pytest.raises(StateError, match='placement="shallow" has none: use features'):
         adapter.queries(x())
     with pytest.raises(ConfigError, match='query="block_k" selects groups, and placement="shallow" has no groups'):
-        LongTailPromptAdapter.wrap(tiny_vit(), 3, placement="shallow", query="block_k")
+        PromptConfig(dim=8, depth=2, num_classes=3, placement="shallow", query="block_k")
     with pytest.raises(ConfigError, match='placement=\'middle\' must be "deep" or "shallow"'):
         LongTailPromptAdapter.wrap(tiny_vit(), 3, placement="middle")
     dataset, labels = striped_data()
     small = LongTailPromptAdapter.wrap(tiny_vit(), 3, prompt_length=2, placement="shallow")
-    with pytest.raises(ConfigError, match=r'placement="shallow" has no groups.*group.epochs=0'):
+    with pytest.raises(ConfigError, match=r'placement="shallow" has no groups.*phases="shared"'):
         train(small, dataset, labels, SETTINGS, progress=False)
 
 

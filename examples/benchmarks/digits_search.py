@@ -5,7 +5,7 @@ combination of the given values, and prints validation accuracy (mean over class
 images are never read.
 
     python examples/benchmarks/digits_search.py "LPT, phase 1" --grid shared.learning_rate=0.1,0.4 init_head=class_mean
-    python examples/benchmarks/digits_search.py LPT --grid group.pool_learning_rate=null,2 prompts.query=final,block_k
+    python examples/benchmarks/digits_search.py LPT --grid group.pool_learning_rate=0.2,2 prompts.query=final,block_k
 """
 
 from __future__ import annotations

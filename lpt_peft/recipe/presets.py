@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from lpt_peft.config import Query
 from lpt_peft.errors import ConfigError
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 
@@ -26,7 +26,7 @@ class Preset:
     """
 
     settings: TrainSettings
-    query: Query = "final"
+    query: Literal["final", "block_k"] = "final"
     """How groups are selected, for `LongTailPromptAdapter.wrap`."""
     shot_rule: str
     """A name of `lpt_peft.metrics.SHOT_RULES`."""

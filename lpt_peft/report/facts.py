@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lpt_peft._json import flatten
+from lpt_peft.errors import ConfigError
 from lpt_peft.metrics.result import SHOTS
 from lpt_peft.metrics.shot_rules import SHOT_NAMES
 from lpt_peft.recipe.settings import TrainSettings
@@ -32,13 +33,27 @@ def results_table(run: RunFiles) -> Table:
 
 
 def settings_table(run: RunFiles) -> Table:
-    """All settings; those of the training that differ from their defaults are marked."""
+    """All settings, with the learning rates that were used; changed settings of the training are marked."""
     defaults = {f"training.{name}": value for name, value in flatten(TrainSettings().to_dict()).items()}
+    resolved = _resolved(run.settings.get("training", {}))
     rows = [
-        [name, clip(str(value), 300), "changed" if name in defaults and defaults[name] != value else ""]
+        [
+            name,
+            clip(str(resolved.get(name, value)), 300),
+            "changed" if name in defaults and defaults[name] != value else "",
+        ]
         for name, value in flatten(run.settings).items()
     ]
     return Table([Column("setting", "text"), Column("value", "text"), Column("default", "text")], rows)
+
+
+def _resolved(training: Any) -> dict[str, Any]:
+    """Settings of the training with the learning rates that were used; empty for those of another version."""
+    try:
+        used = TrainSettings.from_dict(training).resolved().to_dict()
+    except ConfigError:
+        return {}
+    return {f"training.{name}": value for name, value in flatten(used).items()}
 
 
 def _data(run: RunFiles) -> list[tuple[str, str]]:

@@ -24,7 +24,17 @@ from lpt_peft.recipe.rates import learning_rates
 from lpt_peft.recipe.training.phase import PhaseRun
 from lpt_peft.vit_classifier import ViTClassifier
 from tests.conftest import tiny_vit
-from tests.recipe.tiny import FailingLoss, PowerCut, RandomlyScaled, result_of, same, striped_data, tiny_adapter
+from tests.processes import run_ranks
+from tests.recipe.tiny import (
+    FailingLoss,
+    NoiseFreeLoss,
+    PowerCut,
+    RandomlyScaled,
+    result_of,
+    same,
+    striped_data,
+    tiny_adapter,
+)
 
 EMOJI = Path(__file__).parents[2] / "examples" / "benchmarks" / "emoji_lt"
 FEW = TrainSettings(shared=PhaseSettings(epochs=2), batch_size=16, save_every=2)
@@ -254,3 +264,18 @@ def test_settings_of_one_phase_have_the_names_of_fields():
     settings = TrainSettings(group=PhaseSettings(**{f.name: 0.5 for f in fields(PhaseSettings) if f.type != "int"}))
     found = dict(settings_without_effect(settings))['phase "joint" trains with the settings of shared']
     assert found == "group.learning_rate, group.head_learning_rate, group.weight_decay, group.momentum, group.warmup"
+
+
+def in_double_precision():
+    dataset, labels = striped_data(dtype=torch.float64)
+    model = tiny_adapter(torch.float64, query="block_k", head_dropout=0.0)
+    train(model, RandomlyScaled(dataset), labels, FEW, criterion=NoiseFreeLoss(2), progress=False)
+    return result_of(model)
+
+
+def test_two_processes_equal_a_single_process():
+    first, second = run_ranks(in_double_precision, init=False)
+    expected = in_double_precision()
+    assert same(first, second)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(first[name], tensor, atol=1e-9, rtol=1e-9, msg=name)

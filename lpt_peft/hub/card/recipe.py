@@ -12,9 +12,11 @@ from lpt_peft.hub.card.markdown import code, table
 _MOST_ROWS = 100
 _ALWAYS = {
     *(f"{phase}.{name}" for phase in ("shared", "group") for name in ("epochs", "learning_rate")),
-    *("batch_size", "loss", "method", "optimizer", "phases", "sampling", "seed"),
+    *("batch_size", "group.pool_learning_rate", "loss", "method", "optimizer", "phases", "sampling", "seed"),
 }
 """Settings that are shown even if they have their defaults."""
+_USED_OF_GROUP = {"joint": ("group.pool_learning_rate",), "shared": ()}
+"""Settings of `group` that a run uses, for phases in which it is not a phase."""
 
 
 def recipe_section(recipe: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> Iterator[str]:
@@ -25,6 +27,8 @@ def recipe_section(recipe: Mapping[str, Any], defaults: Mapping[str, Any] | None
         defaults: Their defaults. Most settings that equal them are left out; None shows all.
     """
     rows = flatten(recipe)
+    if (used := _USED_OF_GROUP.get(str(recipe.get("phases")))) is not None:
+        rows = {name: value for name, value in rows.items() if not name.startswith("group.") or name in used}
     known = flatten(defaults or {})
     kept = [
         name for name in sorted(rows) if name in _ALWAYS or name not in known or not _equal(rows[name], known[name])
