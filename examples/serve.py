@@ -307,12 +307,15 @@ def transform(preprocess: str) -> Any:
 
 def open_bank(options: argparse.Namespace) -> PromptBank:
     """Build the ViT that the first task names, and add all tasks."""
-    dtype = getattr(torch, options.dtype) if options.dtype else None
     first = options.backbone or options.tasks[0][1]
-    vit = Classifier.from_pretrained(first, device=options.device, dtype=dtype).model.unwrap()
+    # In float32, because prompt files are compared with the weights before the cast.
+    classifier = Classifier.from_pretrained(first, device=options.device, dtype=torch.float32)
+    vit = classifier.model.unwrap().requires_grad_(False)
     bank = PromptBank(vit, capacity=options.capacity)
     for name, source in options.tasks:
         bank.add(name, source)
+    if options.dtype != "float32":
+        bank.cast_backbone(getattr(torch, options.dtype))
     if options.compile:
         bank.compile(dynamic=True)
     return bank
@@ -337,7 +340,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--backbone", metavar="SOURCE", help="run or prompts whose ViT is built; default: the first task")
     add("--device", help="default: the accelerator if there is any")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the ViT")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the ViT")
     add("--compile", action="store_true", help="compile the forward; the first batches then take minutes")
     add("--capacity", type=int, default=32, help="tasks on the device; further tasks wait in CPU memory")
     add("--max-batch", type=int, default=32, help="images of a batch")

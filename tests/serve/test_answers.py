@@ -81,6 +81,17 @@ def test_more_tasks_at_a_time_than_slots(prompts):
         assert server.get("/health")["batches"] < 12
 
 
+def test_backbone_in_half_precision(prompts):
+    with in_threads(f"cars={prompts.source('cars')}", "--dtype", "bfloat16") as server:
+        assert server.put("dark", prompts.source("dark"))[0] == 201
+        for task in ("cars", "dark"):
+            status, answer = server.ask(task, photo(0))
+            assert status == 200
+            found = {entry["label"]: entry["probability"] for entry in answer["classes"]}
+            expected = {entry["label"]: entry["probability"] for entry in prompts.expected(task, photo(0))}
+            assert 1e-6 < max(abs(found[label] - expected[label]) for label in expected) < 0.1
+
+
 @pytest.mark.nightly
 def test_compiled(prompts):
     tasks = ["cars", "birds"]
