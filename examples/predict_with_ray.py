@@ -16,8 +16,8 @@ part; actors with a `Classifier` each, loaded once, predict; this process collec
 
 An image that cannot be read has a row with an `error` and is counted. Parts appear under their name only when they are
 complete, and a run skips parts that exist: to repeat a part, delete its file. Model, images and output folder must have
-the same path on all nodes, such as on a network file system. `RAY_ADDRESS=auto` uses the cluster of this machine;
-without it, Ray starts on this machine alone.
+the same path on all nodes, such as on a network file system. The job runs on the cluster of `RAY_ADDRESS`, or on a
+cluster that was started on this machine; without a cluster, Ray starts on this machine alone.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -193,9 +194,8 @@ def open_job(settings: Settings, classifier: Classifier) -> list[Part]:
     """
     names = ("images", "format", "show", "part_size", "column", "dtype")
     values = {name: getattr(settings, name) for name in names}
-    values["head"] = hashlib.sha256(
-        classifier.model.head.weight.detach().view(torch.uint8).numpy().tobytes()
-    ).hexdigest()
+    head = classifier.model.head.weight.detach().view(torch.uint8).numpy()  # differs between trained models
+    values |= {"head": hashlib.sha256(head.tobytes()).hexdigest(), "temperature": classifier.temperature}
     file = settings.output / JOB
     if not file.exists():
         settings.output.mkdir(parents=True, exist_ok=True)
@@ -242,7 +242,7 @@ def parquet_parts(settings: Settings) -> Iterator[Part]:
     if not files:
         raise InputError(f"No file matches {settings.images}: check the path.")
     for number, file in enumerate(files):
-        with pq.ParquetFile(file) as opened:
+        with reading(file), pq.ParquetFile(file) as opened:
             names, rows = opened.schema_arrow.names, opened.metadata.num_rows
         if settings.column not in names:
             raise InputError(f"{file} has the columns {', '.join(names)}: give --column NAME of the images.")
@@ -313,12 +313,21 @@ def path_items(part: Part) -> Iterator[tuple[str, str]]:
 def parquet_items(part: Part, column: str) -> Iterator[tuple[str, bytes]]:
     """Yield the name and the encoded bytes of each image."""
     row = 0
-    with pq.ParquetFile(part.source) as file:
+    with reading(part.source), pq.ParquetFile(part.source) as file:
         for batch in file.iter_batches(batch_size=CHUNK, columns=[column]):
             for value in batch.column(0).to_pylist():
                 fields = value if isinstance(value, dict) else {"bytes": value}
                 yield fields.get("path") or f"{part.source}#{row}", fields.get("bytes") or b""
                 row += 1
+
+
+@contextmanager
+def reading(file: str) -> Iterator[None]:
+    """Name a Parquet file in the errors of reading it."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file} cannot be read as Parquet: {error!s:.200}. Repair it, or leave it out.") from error
 
 
 def write_parts(settings: Settings, parts: list[Part], tables: Iterator[pa.Table]) -> int:

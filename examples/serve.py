@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import queue
+import re
 import select
 import signal
 import sys
@@ -204,7 +205,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def predict(self, name: str, body: bytes, show: str) -> dict[str, Any]:
         """Return the most probable classes of an image."""
-        if not show.isdecimal() or int(show) < 1:
+        if not re.fullmatch("[1-9][0-9]{0,8}", show):
             raise Refusal(400, f"show={show!r:.80} must be a number of classes, at least 1.")
         with self.server.place():
             found = self.ask(name, body)
@@ -260,7 +261,7 @@ class Handler(BaseHTTPRequestHandler):
     def body(self) -> bytes:
         """Read the body of the request."""
         length = self.headers.get("Content-Length", "0")
-        if "Transfer-Encoding" in self.headers or not length.isdecimal():
+        if "Transfer-Encoding" in self.headers or not re.fullmatch("[0-9]{1,15}", length):
             self.close_connection = True
             raise Refusal(411, "The request needs a valid Content-Length.")
         left = int(length)

@@ -258,6 +258,17 @@ def test_digits_losses_at_tiny_size(script, capsys):
     assert min(overall) > 40, "a head learns something in two epochs; chance is 10"
 
 
+@pytest.mark.nightly
+def test_export_at_tiny_size(script, capsys):
+    pytest.importorskip("onnxruntime")
+    export = script("export")
+    export.main(export.Settings(model="test_vit", batch_size=2, rounds=1, aoti=False))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-6] == "test_vit, phase group, batch 2, 1 threads"
+    assert [float(re.search(r"([\d.]+)$", line)[1]) > 0 for line in lines[-5:]] == [True] * 5
+    assert lines[-5].endswith("1.00"), "relative to the model in PyTorch"
+
+
 def test_serve_at_tiny_size(script, capsys):
     serve = script("serve")
     sizes = {"model": "vit_tiny_patch16_224", "img_size": 32, "pixels": 40}
@@ -274,3 +285,21 @@ def test_serve_at_tiny_size(script, capsys):
     printed = capsys.readouterr().out
     assert all(f"\n{name} " in printed for name in samples)
     assert "load_prompts: " in printed
+
+
+def test_bank_at_tiny_size(script, tmp_path, capsys):
+    bank = script("bank")
+    settings = bank.Settings(
+        model="vit_tiny_patch16_224", tiny=True, batch_size=4, tasks=4, num_classes=3, rounds=1, memory_tasks=3,
+        capacity=2, json=tmp_path / "bank.json",
+    )  # fmt: skip
+    report = bank.main(settings)
+    assert set(report["speed"]) == {bank.ADAPTER, bank.ONE, bank.MIXED, bank.UNEQUAL}
+    assert report["speed"][bank.ONE]["of_one"] == 1
+    prompts, head = 192 * (2 * 10 + 20 * 10 + 20), 192 * 3
+    memory = report["memory"]
+    assert memory["2 slots"] == 3 * (2 * prompts + 8 * 5)
+    assert memory["a task, float16 (prompts and head)"] == 2 * (prompts + head)
+    assert memory["classifiers of the tasks in slots"] == 2 * (2 * head + 8 * 3)
+    assert json.loads((tmp_path / "bank.json").read_text())["memory"] == memory
+    assert "bank, mixed tasks" in capsys.readouterr().out

@@ -46,7 +46,8 @@ def cluster():
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # a token would be written to the home folder
         patch.setenv("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=2**28, _temp_dir=folder, log_to_driver=False)
+        small = {"include_dashboard": False, "object_store_memory": 2**28, "log_to_driver": False}
+        ray.init("local", num_cpus=2, _temp_dir=folder, **small)
         yield
         ray.shutdown()
     deadline = time.monotonic() + 30
@@ -213,6 +214,8 @@ def test_errors_name_the_cure(example, run, photos, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     refuses(InputError, r"empty\.txt has no image: check the path", images=tmp_path / "empty.txt")
     pq.write_table(pa.table({"jpg": [b""]}), tmp_path / "a.parquet")
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1, but no Parquet file")
+    refuses(InputError, r"damaged\.parquet cannot be read as Parquet: .*Repair", images=tmp_path / "damaged.parquet")
     refuses(InputError, "has the columns jpg: give --column NAME", images=tmp_path / "a.parquet")
 
 

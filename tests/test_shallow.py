@@ -60,7 +60,7 @@ def test_sizes_of_groups_are_named_once(sizes, named):
         warnings.simplefilter("error")
         copy.deepcopy(adapter)
         shallow(pool_size=20, top_k=2, shared_layers=1)  # the defaults
-        LongTailPromptAdapter.wrap(make("timm ViT"), 5, **sizes)  # has groups
+        LongTailPromptAdapter.wrap(make("timm ViT"), 5, query="final", **sizes)  # has groups
 
 
 def test_timm_against_concatenation():

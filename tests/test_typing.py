@@ -32,6 +32,8 @@ from typing_extensions import assert_type
 from collections.abc import Mapping
 from typing import Literal
 
+from lpt_peft import Classifier
+from lpt_peft.inference import Prediction
 from lpt_peft import (
     SHOT_RULES, AdapterOutput, CosineClassifier, LongTailPromptAdapter, LPTError, PoolMatch, PromptBank, PromptConfig,
     PromptPool, SharedPrompt, ShotMetrics, ShotResult, ShotRule, ViTClassifier, __version__, cosine_logits,
@@ -111,6 +113,15 @@ def without_prompts(vit: nn.Module, images: Tensor) -> None:
     ViTClassifier.wrap(vit, 5)  # error
     model.save_pretrained("folder", label_names=["a"])
     assert_type(ViTClassifier.from_pretrained("folder", vit), ViTClassifier)
+
+
+def predictions(vit: nn.Module, images: Tensor) -> None:
+    classifier = Classifier.from_pretrained("folder", vit, batch_size=8, num_workers=None, dtype=torch.bfloat16)
+    assert_type(classifier, Classifier)
+    assert_type(classifier(images), list[Prediction])
+    assert_type(next(classifier.stream(["a.png"], show=2)).label_name, str)
+    assert_type(classifier.label_names, tuple[str, ...])
+    Classifier.from_pretrained("folder", check_backbone="maybe")  # error
 
 
 def parts(features: Tensor, keys: nn.Parameter) -> None:

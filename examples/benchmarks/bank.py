@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lpt_peft import LongTailPromptAdapter, PromptBank
 from lpt_peft.checkpoint import WEIGHTS_NAME, PromptContent, encode, read_prompt_file
+from lpt_peft.config import Query
 
 ADAPTER, ONE, MIXED, UNEQUAL = "adapter", "bank, one task", "bank, mixed tasks", "bank, mixed tasks of unequal length"
 
@@ -42,6 +43,7 @@ class Settings:
     """Tasks in a mixed batch; those of unequal length have n and n / 2 prompt tokens."""
     num_classes: int = 100
     prompt_length: int = 10
+    query: Query = "final"
     rounds: int = 9
     """Rounds of the measurement of speed; 0 leaves it out."""
     device: str = "cpu"
@@ -137,7 +139,7 @@ def memory(settings: Settings, vit: nn.Module, folder: Path) -> dict[str, float]
 def random_content(settings: Settings, vit: nn.Module) -> PromptContent:
     """Content of a prompt file in phase "group" with random prompts."""
     adapter = LongTailPromptAdapter.wrap(
-        copy.deepcopy(vit), settings.num_classes, prompt_length=settings.prompt_length, query="final"
+        copy.deepcopy(vit), settings.num_classes, prompt_length=settings.prompt_length, query=settings.query
     )
     adapter.phase = "group"
     with tempfile.TemporaryDirectory() as folder:

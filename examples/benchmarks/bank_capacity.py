@@ -103,44 +103,63 @@ def simulate(settings: Settings, exponent: float, capacity: int) -> dict[str, fl
     }
 
 
-def make_registry(content: PromptContent, capacity: int, tasks: int) -> Registry:
-    """Registry of a bank on the CPU with tasks "0", "1", ..., which share their tensors."""
-    order, config = StreamOrder(torch.device("cpu")), content.config
-    tables = SlotTables(
-        capacity=capacity,
-        depth=config.depth,
-        dim=config.dim,
-        feature_dim=config.feature_dim,
-        order=order,
-        reserved=Sizes(),
-    )
-    registry = Registry(tables, capacity, order)
+class ObservedTables(SlotTables):
+    """Tables of a bank on the CPU that record the task in each slot.
+
+    Args:
+        content: Prompt file of all tasks.
+        capacity: Number of slots.
+    """
+
+    def __init__(self, content: PromptContent, capacity: int) -> None:
+        self.order, self.content = StreamOrder(torch.device("cpu")), content
+        self.tasks: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}
+        reserved = Sizes(content.config.depth)
+        super().__init__(capacity=capacity, dim=content.config.dim, order=self.order, reserved=reserved)
+
+    def content_of(self, task: int) -> PromptContent:
+        """A separate prompt file for a task, which shares the tensors."""
+        content = replace(self.content)
+        self._numbers[id(content)] = task
+        return content
+
+    def write(self, slot: int, content: PromptContent) -> None:
+        """Write and record."""
+        super().write(slot, content)
+        self.tasks[slot] = self._numbers[id(content)]
+
+
+def make_registry(content: PromptContent, capacity: int, tasks: int) -> tuple[Registry, ObservedTables]:
+    """Registry of a bank with tasks "0", "1", ..., which share their tensors; and its tables."""
+    tables = ObservedTables(content, capacity)
+    registry = Registry(tables, capacity, tables.order)
     for task in range(tasks):
-        registry.add(str(task), f"digest of {task}", content, pinned=False)
-    return registry
+        registry.add(str(task), f"digest of {task}", tables.content_of(task), pinned=False)
+    return registry, tables
 
 
-def disagreements(registry: Registry, slots: Slots, requests: Iterable[Sequence[int]]) -> int:
-    """Batches after which the registry has other tasks in its slots than the simulation."""
+def disagreements(registry: Registry, tables: ObservedTables, slots: Slots, requests: Iterable[Sequence[int]]) -> int:
+    """Batches after which the tables have other tasks in their slots than the simulation."""
     different = 0
     for batch in requests:
         with registry.lease([str(task) for task in batch]):
             pass
         slots.request(batch)
-        different += {int(name) for name, slot in registry.slots().items() if slot is not None} != set(slots.tasks)
+        different += set(tables.tasks.values()) != set(slots.tasks)
     return different
 
 
 def swap_times(settings: Settings, content: PromptContent, folder: Path, bank: PromptBank) -> dict[str, float]:
     """Median milliseconds of a swap from CPU memory to a slot, of adding a task from a file, and of a lease of hits."""
-    registry = make_registry(content, 1, 2)
+    registry, _ = make_registry(content, 1, 2)
 
     def lease(names: list[str], registry: Registry) -> None:
         with registry.lease(names):
             pass
 
     swaps = [timed(lambda name=str(number % 2): lease([name], registry)) for number in range(settings.rounds)]
-    many = make_registry(content, settings.batch_size, settings.tasks)
+    many, _ = make_registry(content, settings.batch_size, settings.tasks)
     last = [str(task) for task in range(settings.tasks - settings.batch_size, settings.tasks)]
     hits = [timed(lambda: lease(last, many)) for _ in range(settings.rounds)]
     loads = []
@@ -167,12 +186,14 @@ def main(settings: Settings) -> dict[str, Any]:
     wrong = 0
     for capacity in (32, 100):
         requests = zipf_requests(small.tasks, 1.0, small.batches, small.batch_size).tolist()
-        wrong += disagreements(make_registry(content, capacity, small.tasks), Slots(capacity, small.tasks), requests)
+        wrong += disagreements(*make_registry(content, capacity, small.tasks), Slots(capacity, small.tasks), requests)
     print(f"simulation and registry differ after {wrong} of {2 * small.batches} batches")
     with tempfile.TemporaryDirectory() as folder:
         bank = PromptBank(vit, capacity=1)
         times = swap_times(settings, content, Path(folder), bank)
-        nbytes = bank.memory()["slots"] / 2  # with the slot of the plain model
+        bank.add("task", written(Path(folder), content, 0))
+        memory = bank.memory()
+        nbytes = memory["slots"] / 2 + memory["heads"]  # the tables have another row, for the plain model
     print(
         f"{settings.model}, {settings.num_classes} classes, float16: {nbytes / 1e6:.2f} MB per slot; "
         f"CPU memory to a slot {times['swap']:.2f} ms, file to a slot {times['load']:.1f} ms; "

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -22,7 +23,8 @@ import torch
 import tyro
 
 from lpt_peft import LongTailPromptAdapter
-from lpt_peft.inference import ExportFormat, ExportResult, export_model
+from lpt_peft.inference import ExportFormat, export_model
+from lpt_peft.inference.export.formats import FILE_NAMES
 
 NUM_CLASSES = 365
 
@@ -35,20 +37,20 @@ class Settings:
     batch_size: int = 8
     phase: str = "group"
     """Phase of the adapter: "shared" or "group"."""
+    query: Literal["final", "block_k"] = "final"
     rounds: int = 5
     threads: int = 1
     aoti: bool = True
     """Compile and measure an AOTInductor package as well."""
+    folder: Path | None = None
+    """Keep the exported files here; existing files are used again. None: a temporary folder."""
 
 
-def open_onnx(result: ExportResult, images: torch.Tensor, threads: int) -> Callable[[], object]:
-    """Return a call of onnxruntime, with the tensors of the task if the file has exchangeable tasks."""
+def open_onnx(file: Path, inputs: dict[str, Any], threads: int) -> Callable[[], object]:
+    """Return a call of onnxruntime with these inputs."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(result.file), options, providers=["CPUExecutionProvider"])
-    inputs = {"images": images.numpy()}
-    for name in result.tasks:
-        inputs |= dict(np.load(result.file.parent / "tasks" / f"{name}.npz"))
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     return lambda: session.run(["probabilities"], inputs)
 
 
@@ -71,34 +73,38 @@ def main(settings: Settings) -> None:
     """Export, measure and print a table."""
     torch.set_num_threads(settings.threads)
     vit = timm.create_model(settings.model, num_classes=0).eval()
-    adapter = LongTailPromptAdapter.wrap(vit, NUM_CLASSES).eval()
+    adapter = LongTailPromptAdapter.wrap(vit, NUM_CLASSES, query=settings.query).eval()
     adapter.phase = settings.phase
     _, height, width = adapter.preprocess()["input_size"]
     images = torch.randn(settings.batch_size, 3, height, width)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = settings.folder or Path(temporary)
 
-        def export(kind: ExportFormat, label: str, task: str | None = None) -> ExportResult:
-            start = time.perf_counter()
-            result = export_model(adapter, folder / label, format=kind, task=task)
-            megabytes = result.file.stat().st_size / 1e6
-            print(f"{label}: written in {time.perf_counter() - start:.0f} s, {megabytes:.1f} MB", flush=True)
-            return result
+        def export(kind: ExportFormat, task: str | None = None) -> Path:
+            label = kind if task is None else f"{kind}-{task}"
+            file = folder / label / FILE_NAMES[kind]
+            if not file.exists():
+                start = time.perf_counter()
+                export_model(adapter, folder / label, format=kind, task=task)
+                print(f"{label}: written in {time.perf_counter() - start:.0f} s", flush=True)
+            print(f"{label}: {file.stat().st_size / 1e6:.1f} MB", flush=True)
+            return file
 
         compiled = torch.compile(adapter)
-        program = torch.export.load(export("pt2", "torch.export").file).module()
+        program = torch.export.load(export("pt2")).module()
+        swappable = export("onnx", "task")
+        tensors = dict(np.load(swappable.parent / "tasks" / "task.npz"))
+        print(f"tensors of a task: {sum(array.nbytes for array in tensors.values()) / 1e6:.2f} MB")
+        inputs = {"images": images.numpy()}
         actions: dict[str, Callable[[], object]] = {
             "PyTorch, eager": lambda: adapter(images),
             "PyTorch, torch.compile": lambda: compiled(images),
             "torch.export program": lambda: program(images),
-            "onnxruntime": open_onnx(export("onnx", "ONNX"), images, settings.threads),
+            "onnxruntime": open_onnx(export("onnx"), inputs, settings.threads),
+            "onnxruntime, swappable": open_onnx(swappable, {**inputs, **tensors}, settings.threads),
         }
-        swappable = export("onnx", "ONNX, swappable", "task")
-        actions["onnxruntime, swappable"] = open_onnx(swappable, images, settings.threads)
-        task = swappable.file.parent / "tasks" / "task.npz"
-        print(f"tensors of a task: {task.stat().st_size / 1e6:.2f} MB")
         if settings.aoti:
-            package = torch._inductor.aoti_load_package(str(export("aoti", "AOTInductor").file))
+            package = torch._inductor.aoti_load_package(str(export("aoti")))
             actions["AOTInductor package"] = lambda: package(images)
         least = measure(actions, settings.rounds)
     print(f"{settings.model}, phase {settings.phase}, batch {settings.batch_size}, {settings.threads} threads")

@@ -1,35 +1,41 @@
-"""Speed of `Classifier` compared with its model alone, and the memory of `lpt-peft predict`.
+"""Speed of `Classifier` and `lpt-peft predict` compared with the model alone, and the memory of the command.
 
-    python examples/benchmarks/predict.py                                    # 5,000 images of 96 px
-    python examples/benchmarks/predict.py --num-images 500 --model vit_tiny_patch16_224
+    python examples/benchmarks/predict.py                                                   # 5,000 images of 96 px
+    python examples/benchmarks/predict.py --model vit_base_patch16_224 --img-size 224 --num-images 1000
 
 Writes small JPEGs into a temporary folder. The model alone classifies batches that are in memory, without reading,
-decoding and resizing. Rounds are interleaved, and the minimum is reported, since interference only adds time. The
-command then runs in a separate process on a fifth of the files, and on these files five times over.
+decoding and resizing. It alternates with the classifier on blocks of images, so that other load on the machine affects
+both equally, and the medians over the blocks are reported: of the time, and of the CPU seconds of all processes, which
+do not depend on other load. The command then runs in a separate process on all files; its memory is read every half
+second.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import tyro
-from _measure import device_name, interleaved
+from _measure import device_name
 from PIL import Image
 
 from lpt_peft import Classifier, LongTailPromptAdapter
 from lpt_peft.inference.run_backbone import RunBackbone
 
-REPEATS = 5
 NUM_CLASSES = 100
+INTERVAL = 0.5  # seconds between readings of the memory
 
 
 @dataclass(frozen=True)
@@ -40,12 +46,23 @@ class Settings:
     pixels: int = 96
     """Longer side of the JPEGs; the shorter side is three quarters of it."""
     model: str = "vit_small_patch16_224"
-    img_size: int = 224
+    img_size: int = 96
     batch_size: int = 64
-    workers: tuple[int, ...] = (0, 1, 2)
+    workers: tuple[int, ...] = (0, 2)
     phase: str = "group"
     """Phase of the adapter: "shared" or "group"."""
-    rounds: int = 1
+    blocks: int = 5
+    block: int = 320
+    """Images of a block."""
+    command: bool = True
+    """Also run the command on all images."""
+
+
+class Sample(NamedTuple):
+    """Seconds of a block, and CPU seconds of all processes."""
+
+    seconds: float
+    cpu_seconds: float
 
 
 def write_jpegs(folder: Path, settings: Settings) -> list[str]:
@@ -72,73 +89,127 @@ def write_run(folder: Path, settings: Settings) -> None:
     (folder / "settings.json").write_text(json.dumps(described))
 
 
-def consume(predictions: Iterable[object]) -> None:
-    """Iterate to the end."""
-    for _ in predictions:
-        pass
+def measure(action: Callable[[], object]) -> Sample:
+    """Measure an action, with the processes that it started and ended."""
+    before, start = os.times(), time.perf_counter()
+    action()
+    seconds, after = time.perf_counter() - start, os.times()
+    return Sample(seconds, sum(after[:4]) - sum(before[:4]))
 
 
-def run_command(run: Path, paths: list[str]) -> tuple[float, float]:
-    """Run `lpt-peft predict` on a list of files; return its seconds, and its peak memory in MiB without workers."""
-    words = ["predict", str(run), "-", "--format", "jsonl", "--num-workers", "0"]
-    program = (
-        "import resource, sys, time; from lpt_peft.cli import main; start = time.perf_counter(); "
-        f"status = main({words!r}); seconds = time.perf_counter() - start; "
-        "print(status, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], input="\n".join(paths), capture_output=True, text=True, check=True
-    )
-    status, seconds, kibibytes = done.stderr.split()[-3:]
-    if status != "0" or len(done.stdout.splitlines()) != len(paths):
-        raise SystemExit(f"lpt-peft predict failed: {done.stderr}")
-    return float(seconds), int(kibibytes) / 1024
+def compare(classifier: Classifier, paths: list[str], settings: Settings) -> dict[str, list[Sample]]:
+    """Measure the model alone and the classifier on blocks of images, after a block to warm up."""
+    model, device, side = classifier.model, classifier.device, settings.img_size
+    images = torch.randn(settings.batch_size, 3, side, side, device=device)
+
+    def alone(block: list[str]) -> None:
+        for start in range(0, len(block), settings.batch_size):
+            model(images[: len(block) - start], return_output=True).logits.tolist()
+
+    actions: dict[str, Callable[[list[str]], object]] = {"model, images in memory": alone}
+    for workers in settings.workers:
+        actions[f"Classifier, {workers} workers"] = Classifier(
+            model, batch_size=settings.batch_size, num_workers=workers
+        )
+    samples: dict[str, list[Sample]] = {name: [] for name in actions}
+    for number in range(settings.blocks + 1):
+        start = number * settings.block % len(paths)
+        block = paths[start : start + settings.block]
+        for name, action in actions.items():
+            sample = measure(lambda action=action, block=block: action(block))  # type: ignore[misc]
+            if number:
+                samples[name].append(sample)
+        print(f"block {number} of {settings.blocks}", file=sys.stderr)
+    return samples
+
+
+def resident_mebibytes(process: int) -> float:
+    """Resident memory of a process in MiB (Linux); 0 after its end."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:")), 0.0)
+
+
+def cpu_seconds(process: int) -> float:
+    """CPU seconds of a process so far (Linux)."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
+class CommandRun(NamedTuple):
+    """Seconds until the first result of the command; time and memory in MiB from then on."""
+
+    start: float
+    sample: Sample
+    memory: list[float]
+
+
+def run_command(run: Path, folder: Path, total: int) -> CommandRun:
+    """Run `lpt-peft predict` on a folder and read its memory every half second."""
+    command = [sys.executable, "-m", "lpt_peft", "predict", str(run), str(folder), "--format", "jsonl"]
+    memory: list[float] = []
+    before, start = os.times(), time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        lines = iter(process.stdout or ())
+        next(lines, None)
+        first, cpu_start = time.perf_counter(), cpu_seconds(process.pid)
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(INTERVAL):
+                memory.append(resident_mebibytes(process.pid))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        count = 1 + sum(1 for _ in lines)
+        seconds = time.perf_counter() - first
+        ended.set()
+        watcher.join()
+    if process.returncode or count != total:
+        raise SystemExit(f"lpt-peft predict failed with status {process.returncode} after {count} images.")
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return CommandRun(first - start, Sample(seconds, cpu - cpu_start), [value for value in memory if value])
 
 
 @torch.no_grad()
 def main(settings: Settings) -> None:
     """Measure and print."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "images").mkdir()
-        (folder / "run").mkdir()
-        paths = write_jpegs(folder / "images", settings)
-        write_run(folder / "run", settings)
-        classifier = Classifier.from_pretrained(folder / "run", batch_size=settings.batch_size)
-        device = classifier.device
-        batch = torch.randn(settings.batch_size, 3, settings.img_size, settings.img_size, device=device)
-        sizes = [min(settings.batch_size, len(paths) - start) for start in range(0, len(paths), settings.batch_size)]
-        model, vit = (
-            classifier.model,
-            RunBackbone(backbone=settings.model, pretrained=False, img_size=settings.img_size),
-        )
-        plain = vit.build().to(device)
-
-        def stream(workers: int) -> None:
-            loaded = Classifier(model, batch_size=settings.batch_size, num_workers=workers)
-            consume(loaded.stream(paths))
-
-        actions = {
-            "plain ViT, images in memory": lambda: consume(plain(batch[:size]) for size in sizes),
-            "model, images in memory": lambda: consume(model(batch[:size]) for size in sizes),
-        }
-        for workers in settings.workers:
-            actions[f"Classifier, {workers} workers"] = lambda workers=workers: stream(workers)  # type: ignore[misc]
-        samples = interleaved(actions, settings.rounds, device)
-        times = {key: min(values) for key, values in samples.items()}
-        base = times["model, images in memory"]
+        run, folder = Path(name, "run"), Path(name, "images")
+        run.mkdir()
+        folder.mkdir()
+        paths = write_jpegs(folder, settings)
+        write_run(run, settings)
+        classifier = Classifier.from_pretrained(run, batch_size=settings.batch_size)
+        samples = compare(classifier, paths, settings)
         print(
             f"{len(paths)} JPEGs of {settings.pixels} px; {settings.model} at {settings.img_size} px, phase "
-            f"{settings.phase}; {device_name(device)}, {os.cpu_count()} cores; least of {settings.rounds} rounds\n"
+            f"{settings.phase}; {device_name(classifier.device)}, {os.cpu_count()} cores; medians of {settings.blocks} "
+            f"blocks of {settings.block} images\n"
         )
-        print(f"{'':30}{'images/s':>10}{'of the model':>14}")
-        for key, least in times.items():
-            print(f"{key:30}{len(paths) / least:>10.1f}{base / least:>14.2f}")
-        print(f"\n{'lpt-peft predict':30}{'images/s':>10}{'peak MiB':>14}")
-        few = paths[: max(1, len(paths) // REPEATS)]
-        for listed in (few, few * REPEATS):
-            seconds, mebibytes = run_command(folder / "run", listed)
-            print(f"{f'{len(listed)} images':30}{len(listed) / seconds:>10.1f}{mebibytes:>14.0f}")
+        base = samples["model, images in memory"]
+        print(f"{'':30}{'images/s':>10}{'of the model':>14}{'in CPU seconds':>16}")
+        for key, values in samples.items():
+            rate = statistics.median(settings.block / sample.seconds for sample in values)
+            share, cpu_share = (
+                statistics.median(alone[field] / sample[field] for alone, sample in zip(base, values, strict=True))
+                for field in range(2)
+            )
+            print(f"{key:30}{rate:>10.1f}{share:>14.2f}{cpu_share:>16.2f}")
+        if not settings.command:
+            return
+        found = run_command(run, folder, len(paths))
+        left, memory = len(paths) - settings.batch_size, found.memory  # the first batch is the start
+        alone_cpu = statistics.median(sample.cpu_seconds for sample in base) / settings.block
+        print(
+            f"\nlpt-peft predict: first result after {found.start:.1f} s, then {left / found.sample.seconds:.1f} "
+            f"images/s, {alone_cpu * left / found.sample.cpu_seconds:.2f} of the model in CPU seconds; memory "
+            f"{memory[0]:.0f} MiB at first, {memory[len(memory) // 2]:.0f} half-way, {memory[-1]:.0f} at the end, "
+            f"{max(memory):.0f} at most"
+        )
 
 
 if __name__ == "__main__":

@@ -37,10 +37,11 @@ from lpt_peft.data.transforms import transforms
 from lpt_peft.inference.items import ItemReader
 from lpt_peft.inference.run_backbone import RunBackbone
 
+PLAIN, SHARED, FINAL, BLOCK_K = "plain ViT", "phase shared", "phase group, query final", "phase group, query block_k"
 H200 = {
-    "bf16 weights": (12.11, {"plain ViT": 1.0, "phase shared": 1.14, "phase group": 1.63}),
-    "bf16 autocast, compiled": (12.18, {"plain ViT": 1.0, "phase shared": 1.04, "phase group": 1.56}),
-    "float32": (102.92, {"plain ViT": 1.0, "phase shared": 1.03, "phase group": 1.54}),
+    "bf16 weights": (12.11, {PLAIN: 1.0, SHARED: 1.14, FINAL: 1.63}),
+    "bf16 autocast, compiled": (12.18, {PLAIN: 1.0, SHARED: 1.04, FINAL: 1.56}),
+    "float32": (102.92, {PLAIN: 1.0, SHARED: 1.03, FINAL: 1.54}),
 }
 """Milliseconds of the plain ViT-B/16 for 128 images of 224 px on an H200, and ratios: docs/benchmarks.md."""
 
@@ -203,14 +204,14 @@ def measure_cpu(settings: Settings) -> dict[str, float]:
     torch.set_num_threads(1)
     backbone = RunBackbone(backbone=settings.model, pretrained=False, img_size=settings.img_size)
     plain = backbone.build()
-    models: dict[str, Any] = {"plain ViT": plain}
-    for phase in ("shared", "group"):
-        adapter = LongTailPromptAdapter.wrap(backbone.build(), 100).eval()
-        adapter.phase = phase
-        models[f"phase {phase}"] = adapter
+    models: dict[str, Any] = {PLAIN: plain}
+    options: dict[str, dict[str, Any]] = {SHARED: {}, FINAL: {"query": "final"}, BLOCK_K: {"query": "block_k"}}
+    for name, query in options.items():
+        models[name] = LongTailPromptAdapter.wrap(backbone.build(), 100, **query).eval()
+        models[name].phase = "shared" if name == SHARED else "group"
     images = torch.randn(settings.batch_size, 3, settings.img_size, settings.img_size)
     files = jpegs(settings)
-    reader = ItemReader(transforms(adapter.preprocess(), train=False))
+    reader = ItemReader(transforms(models[SHARED].preprocess(), train=False))
     calls: dict[str, list[Callable[[], Any]]] = {"read": [lambda file=file: reader[file] for file in files]}
     calls |= {name: [lambda model=model: model(images)] * settings.rounds for name, model in models.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -222,7 +223,7 @@ def measure_cpu(settings: Settings) -> dict[str, float]:
                 count = 1 if name == "read" else settings.batch_size
                 samples[name].append(1000 * (time.process_time() - start) / count)
     found = {name: statistics.median(times) for name, times in samples.items()}
-    ratios = {name: statistics.median(_ratios(samples[name], samples["plain ViT"])) for name in samples}
+    ratios = {name: statistics.median(_ratios(samples[name], samples[PLAIN])) for name in samples}
     kib = statistics.mean(map(len, files)) / 1024
     files_are = f"JPEGs of {settings.pixels} px, {kib:.0f} KiB"
     print(f"\n{settings.model} at {settings.img_size} px, float32; {files_are}; one thread")
@@ -249,7 +250,7 @@ def cost_rows(settings: Settings, cpu: dict[str, float]) -> list[str]:
             rows.append(
                 f"| H200, ViT-B, {precision}, {name} | {rate:,.0f} | {price:.2f} | {cores:.0f} | {reading:.2f} |"
             )
-    for name in ("plain ViT", "phase shared", "phase group"):
+    for name in (PLAIN, SHARED, FINAL, BLOCK_K):
         price = cpu[name] / 1000 * 1e6 / 3600 * settings.core_price
         share = cpu["read"] / cpu[name]
         rows.append(

@@ -14,7 +14,7 @@ from lpt_peft.backbones.base import execution_device
 from lpt_peft.backbones.detect import find_backbone
 from lpt_peft.backbones.weights import FrozenWeights
 from lpt_peft.bank.export import BankModule
-from lpt_peft.bank.output import BankOutput
+from lpt_peft.bank.output import BankOutput, TaskInfo
 from lpt_peft.bank.reader import Source, TaskReader, check_keywords
 from lpt_peft.bank.registry import Registry
 from lpt_peft.bank.runner import Runner, tasks_of
@@ -147,14 +147,8 @@ class PromptBank:
         self._check_open()
         if not isinstance(name, str) or not name:
             raise InputError(f"name={name!r:.80} must be a text that is not empty.")
-        digest, content = self._reader.read(
-            source,
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+        location = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
+        digest, content = self._reader.read(source, **location, local_files_only=local_files_only)
         self._registry.add(name, digest, content, pinned=pinned)
 
     def replace(
@@ -176,15 +170,9 @@ class PromptBank:
             InputError: The bank has no task of this name.
         """
         self._check_open()
-        self._registry.content(name)  # an unknown name raises before the file is read
-        digest, content = self._reader.read(
-            source,
-            revision=revision,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+        self._registry.describe(name)  # an unknown name raises before the file is read
+        location = {"revision": revision, "subfolder": subfolder, "token": token, "cache_dir": cache_dir}
+        digest, content = self._reader.read(source, **location, local_files_only=local_files_only)
         self._registry.replace(name, digest, content)
 
     def remove(self, name: str) -> None:
@@ -194,6 +182,14 @@ class PromptBank:
             InputError: The bank has no task of this name.
         """
         self._registry.remove(name)
+
+    def describe(self, name: str) -> TaskInfo:
+        """Return the current version of a task: digest, classes, temperature, preprocessing, phase and slot.
+
+        Raises:
+            InputError: The bank has no task of this name.
+        """
+        return self._registry.describe(name)
 
     @torch.no_grad()
     def __call__(self, images: Any, tasks: Sequence[str | None] | str | None) -> BankOutput:
@@ -234,8 +230,8 @@ class PromptBank:
     def export_module(self, tasks: Sequence[str]) -> BankModule:
         """Return a module that answers some tasks, for `torch.export` and other tools that need a module.
 
-        Its forward takes images and the index (B,) int64 of the task of each image among `tasks`. The prompts are
-        copied to buffers; the ViT is shared with the bank.
+        Its forward takes images and the index (B,) int64 of the task of each image among `tasks`: export it with
+        `torch.export.export(module, (images, task))`. The prompts are copied to buffers; the ViT is that of the bank.
 
         Raises:
             InputError: There is no task, a task is unknown, or there are more tasks than slots.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 from torch import Tensor
 
 from lpt_peft.bank.tables import numbers_of
 from lpt_peft.checkpoint import PromptContent
+from lpt_peft.config import Phase
 
 
 class TaskPrediction(NamedTuple):
@@ -27,6 +28,8 @@ class TaskPrediction(NamedTuple):
     """Names of the C classes, if the prompt file has them."""
     temperature: float
     """Divisor of the logits that calibrates the probabilities; 1 if the prompt file has none."""
+    digest: str = ""
+    """Of the version of the task that answered, see `PromptBank.describe`; "" for the plain model."""
 
     @property
     def probabilities(self) -> Tensor:
@@ -42,16 +45,36 @@ class TaskFacts(NamedTuple):
     top_k: int
     label_names: tuple[str, ...] | None
     temperature: float
+    digest: str = ""
+
+
+class TaskInfo(NamedTuple):
+    """A task and its current version."""
+
+    name: str
+    digest: str
+    """Of the prompt file; equal prompts with equal metadata have the same."""
+    num_classes: int
+    label_names: tuple[str, ...] | None
+    temperature: float | None
+    """Divisor of the logits that calibrates the probabilities; None if the prompt file has none."""
+    preprocess: dict[str, Any]
+    """How images become tensors, for `lpt_peft.data.transforms`."""
+    phase: Phase
+    pinned: bool
+    in_slot: bool
+    """Whether it is in a slot; otherwise only in CPU memory."""
 
 
 PLAIN = TaskFacts(None, 0, 0, None, 1.0)
 """Facts of the plain model."""
 
 
-def facts_of(name: str, content: PromptContent) -> TaskFacts:
+def facts_of(name: str, digest: str, content: PromptContent) -> TaskFacts:
     """Return the facts of a task from its prompt file."""
     metadata, top_k = content.metadata, numbers_of(content).top_k
-    return TaskFacts(name, content.config.num_classes, top_k, metadata.label_names, metadata.temperature or 1.0)
+    temperature = metadata.temperature or 1.0
+    return TaskFacts(name, content.config.num_classes, top_k, metadata.label_names, temperature, digest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +116,7 @@ class BankOutput(Sequence[TaskPrediction]):
             self.groups[index, : facts.top_k],
             facts.label_names,
             facts.temperature,
+            facts.digest,
         )
 
     def cpu(self) -> BankOutput:

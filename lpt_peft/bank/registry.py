@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lpt_peft.bank.heads import Head, head_of
-from lpt_peft.bank.output import PLAIN, TaskFacts, facts_of
+from lpt_peft.bank.output import PLAIN, TaskFacts, TaskInfo, facts_of
 from lpt_peft.bank.streams import StreamOrder
 from lpt_peft.bank.tables import Sizes, SlotTables, Tables, TaskNumbers, numbers_of
 from lpt_peft.checkpoint import PromptContent
@@ -98,10 +98,13 @@ class Registry:
                 "files": sum(tensor.nbytes for version in versions for tensor in version.content.tensors.values()),
             }
 
-    def content(self, name: str) -> PromptContent:
-        """Return the prompt file of a task."""
+    def describe(self, name: str) -> TaskInfo:
+        """Return what a task is now."""
         with self._changed:
-            return self._find(name).content
+            found, metadata = self._find(name), self._find(name).content.metadata
+            content, in_slot = found.content, found.slot is not None
+            sizes = (content.config.num_classes, metadata.label_names, metadata.temperature, {**content.preprocess})
+            return TaskInfo(name, found.digest, *sizes, content.phase, name in self._pinned, in_slot)
 
     def add(self, name: str, digest: str, content: PromptContent, *, pinned: bool) -> None:
         """Add a task; it gets a slot now if there is an empty slot or a task that can be evicted."""
@@ -178,7 +181,7 @@ class Registry:
 
     def _leased(self, names: Sequence[str | None]) -> Leased:
         versions = {name: self._tasks[name] for name in names if name is not None}
-        facts = {name: facts_of(name, version.content) for name, version in versions.items()}
+        facts = {name: facts_of(name, version.digest, version.content) for name, version in versions.items()}
         return Leased(
             tables=self._tables.tables,
             sizes=self._tables.sizes,

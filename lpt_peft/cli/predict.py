@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import chain, islice
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -71,7 +71,7 @@ def predict(
     tally = _Tally(min_probability)
     try:
         with closing(classifier.stream(paths, show=show)) as predictions, image_progress(total) as advance:
-            while batch := list(islice(predictions, batch_size)):
+            for batch in _batches(predictions, batch_size):
                 with Interruption() as stop:  # a line is never cut
                     writer.write([tally.add(prediction) for prediction in batch])
                 if stop.requested:
@@ -104,6 +104,23 @@ def _check_options(
     for name, value, low in (("--batch-size", batch_size, 1), ("--num-workers", num_workers, 0)):
         if value is not None and value < low:
             raise ConfigError(f"{name} {value} must be at least {low}.")
+
+
+def _batches(predictions: Iterable[Prediction], size: int) -> Iterator[list[Prediction]]:
+    """Yield lists of predictions, and those before an error before it is raised."""
+    batch: list[Prediction] = []
+    try:
+        for prediction in predictions:
+            batch.append(prediction)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except LPTError:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
 
 
 class _Tally:

@@ -126,6 +126,6 @@ def _ignore_once(number: int, frame: FrameType | None) -> None:
 
 
 def _report_thread(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Report an error of the thread that sends tensors, unless the parent was interrupted while it received one."""
+    """Report an error of the thread that sends tensors, unless the parent was interrupted while it received them."""
     if not isinstance(error, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, traceback)

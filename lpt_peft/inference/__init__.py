@@ -1,9 +1,10 @@
 """Use of trained models: images in, label names with probabilities out; and export to other runtimes.
 
-    classifier.py    Classifier: labels, preprocessing, temperature, batches, worker processes
+    classifier.py    Classifier: labels, preprocessing, temperature
     prediction.py    Prediction: the result for an image
     image_paths.py   image files of paths, folders and patterns
     items.py         images of any kind as a tensor
+    read_batches.py  batches of them, read in worker processes
     source.py        models from run folders, prompt files, model files and the Hub
     run_backbone.py  the backbone in the settings of a run
     export/          ONNX, torch.export and AOTInductor files

@@ -1,27 +1,26 @@
 """Classifier: a trained model with its labels, preprocessing and temperature.
 
-Not here: loading (`lpt_peft.inference.source`), reading of images (`lpt_peft.inference.items`).
+Not here: loading (`lpt_peft.inference.source`), reading of images (`lpt_peft.inference.read_batches`).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
-from itertools import islice
+from contextlib import closing
 from os import PathLike
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lpt_peft._numbers import checked_integer
 from lpt_peft._numerics import at_least_float32
 from lpt_peft.data.transforms import ImageTransform, transforms
-from lpt_peft.data.workers import choose_workers, open_batches, worker_options
+from lpt_peft.data.workers import choose_workers
 from lpt_peft.errors import StateError
-from lpt_peft.inference.items import ItemPreparer, ItemReader, collate_read, single_images
+from lpt_peft.inference.items import ItemPreparer, single_images
 from lpt_peft.inference.prediction import Prediction
+from lpt_peft.inference.read_batches import ReadBatch, read_batches
 from lpt_peft.inference.source import Model, Source, load_model
 
 SHOW = 5
@@ -32,7 +31,7 @@ class Classifier:
     """Predicts classes of images with a trained model.
 
     Images are paths, the bytes of image files, PIL images, uint8 arrays (H, W, 3) or tensors (3, H, W). All of them are
-    preprocessed as in the training, except tensors of floating point, which must be preprocessed by `transform`.
+    preprocessed as in the training, except floating point tensors, which must be preprocessed by `transform`.
 
     An image that cannot be read, such as a damaged file, does not stop a call: the `error` of its prediction says why.
     An object of another type or shape is an error.
@@ -193,7 +192,7 @@ class Classifier:
             A prediction for each image, in order.
 
         Raises:
-            InputError, ConfigError, StateError: As in a call.
+            InputError, ConfigError, StateError: As in a call; an InputError after the predictions of the images before.
 
         Example:
             >>> import timm, torch
@@ -219,43 +218,22 @@ class Classifier:
         return choose_workers(size, lambda: 4 * 3 * self._size[0] * self._size[1] * self.batch_size)
 
     def _stream(self, images: Iterable[Any], show: int, workers: int) -> Generator[Prediction, None, None]:
-        names: deque[list[str]] = deque()
-        failures: list[Exception] = []
-        loader = DataLoader(
-            ItemReader(self.transform),
-            batch_sampler=self._batches(self._prepared(images, failures), names),  # images in place of indices
-            collate_fn=collate_read,
+        batches = read_batches(
+            images,
+            ItemPreparer(self._size, self.transform.reading, warn=self._normalizes),
+            self.transform,
+            batch_size=self.batch_size,
+            num_workers=workers,
             pin_memory=self.device.type == "cuda",
-            **worker_options(workers),
         )
-        with open_batches(loader) as batches:
-            while (batch := _next(batches)) is not None:
-                tensor, errors = batch
-                yield from self._predictions(names.popleft(), tensor, errors, show)
-        if failures:
-            raise failures[0]
+        with closing(batches):
+            for batch in batches:
+                yield from self._predictions(batch, show)
 
-    def _prepared(self, images: Iterable[Any], failures: list[Exception]) -> Iterator[tuple[str, Any]]:
-        """Yield names and prepared images; stop at the first error, which is raised after the predictions before it."""
-        prepare = ItemPreparer(self._size, self.transform.reading, warn=self._normalizes)
-        try:
-            for position, image in enumerate(images):
-                yield prepare(image, position)
-        except Exception as error:
-            failures.append(error)
-
-    def _batches(self, prepared: Iterator[tuple[str, Any]], names: deque[list[str]]) -> Iterator[list[Any]]:
-        """Yield batches of prepared images, and append their names."""
-        while batch := list(islice(prepared, self.batch_size)):
-            names.append([name for name, _ in batch])
-            yield [image for _, image in batch]
-
-    def _predictions(
-        self, names: Sequence[str], images: Tensor | None, errors: Sequence[str | None], show: int
-    ) -> Iterator[Prediction]:
-        readable = [name for name, error in zip(names, errors, strict=True) if error is None]
-        read = iter(() if images is None else self._classify(readable, images, show))
-        for name, error in zip(names, errors, strict=True):
+    def _predictions(self, batch: ReadBatch, show: int) -> Iterator[Prediction]:
+        readable = [name for name, error in zip(batch.names, batch.errors, strict=True) if error is None]
+        read = iter(() if batch.pixels is None else self._classify(readable, batch.pixels, show))
+        for name, error in zip(batch.names, batch.errors, strict=True):
             if error is not None:
                 yield Prediction(image=name, error=error)
                 continue
@@ -284,16 +262,3 @@ class Classifier:
             )
         probabilities, labels = (logits / (self.temperature or 1.0)).softmax(1).topk(show)
         return zip(labels.tolist(), probabilities.tolist(), output.groups.tolist(), strict=True)
-
-
-def _next(batches: Iterator[Any]) -> Any:
-    """The next batch, None at the end; with an error that names the cure if a worker process was killed."""
-    try:
-        return next(batches, None)
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise StateError(
-            f"A process that reads images was killed, by a lack of memory or by a damaged image: {error!s:.200}. Use "
-            "fewer workers or a smaller batch; num_workers=0 reads in this process."
-        ) from error

@@ -17,10 +17,10 @@ def image_paths(places: Place | Iterable[Place]) -> Iterator[str]:
     """Iterate over the image files of paths, folders and patterns.
 
     Paths of files are returned as they are, also of files that do not exist. Of a folder, the files with the ending of
-    an image format at any depth are returned, in the order of their names; hidden and system entries are left out.
-    Links are followed after other entries, but no folder is entered twice. Of a pattern such as `photos/**/*.jpg`, all
-    files that it matches are returned. A path that exists is never a pattern. The folders are read while the result is
-    iterated.
+    an image format at any depth are returned, in the order of their names; hidden and system entries are left out, and
+    so are pipes and devices, whose reading might never end. Links are followed after other entries, but no folder is
+    entered twice. Of a pattern such as `photos/**/*.jpg`, all files that it matches are returned. A path that exists is
+    never a pattern. The folders are read while the result is iterated.
 
     Args:
         places: Files, folders or patterns; `~` is not expanded.
@@ -83,7 +83,12 @@ def _files_below(folder: str, entered: set[str]) -> Iterator[str]:
     for entry in found:
         if os.path.isdir(entry.path):  # noqa: PTH112 - entry.is_dir() fails on a link to itself
             folders.append(entry.path)
-        elif os.path.splitext(entry.name)[1].lower() in endings:  # noqa: PTH122
+        elif os.path.splitext(entry.name)[1].lower() in endings and not _is_special(entry.path):  # noqa: PTH122
             yield entry.path
     for path in sorted(folders, key=os.path.islink):  # the sort keeps the order of the names
         yield from _files_below(path, entered)
+
+
+def _is_special(path: str) -> bool:
+    """Whether a path is neither a file nor a broken link."""
+    return os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113

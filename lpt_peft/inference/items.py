@@ -187,7 +187,7 @@ def _open(item: str | bytes | Image.Image | np.ndarray) -> Image.Image:
 
 def _reason(item: Any, error: Exception) -> str:
     """Reason why an image cannot be read, with the name of the exception only if it has no text."""
-    if isinstance(item, str) and os.path.isdir(item):  # noqa: PTH112
+    if isinstance(item, (str, os.PathLike)) and os.path.isdir(item):  # noqa: PTH112
         return "a folder; lpt_peft.inference.image_paths lists its images"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)[:200]
     return text.rstrip().rstrip(".") or type(error).__name__

@@ -52,7 +52,15 @@ def learning_rates(phase: PhaseSettings, settings: TrainSettings) -> LearningRat
         base = DEFAULT_RATES[settings.optimizer][settings.method]
     if head is None:
         head = _times(base, FULL_HEAD_FACTOR) if settings.method == "full" else base
+    if settings.method == "linear_probe":  # nothing but the head is trained
+        base = head
     return LearningRates(base, head, _times(base, POOL_FACTOR) if pool is None else pool)
+
+
+def base_rate_field(settings: TrainSettings) -> str:
+    """Return the field of `PhaseSettings` that sets the base rate; a linear probe may have a rate of the head."""
+    is_head = settings.method == "linear_probe" and settings.shared.head_learning_rate is not None
+    return "head_learning_rate" if is_head else "learning_rate"
 
 
 def with_rates(phase: PhaseSettings, settings: TrainSettings) -> PhaseSettings:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
 from lpt_peft import LongTailPromptAdapter, PromptBank
 from lpt_peft.errors import BackboneError
-from tests.backbones.models import ROWS, SIDE, make
+from tests.backbones.models import DEPTH, ROWS, SIDE, make
 from tests.backbones.transformers_zoo import encoder, inputs
 from tests.bank.tasks import deviation, fill, make_adapter, save
 from tests.conftest import tiny_vit
@@ -31,7 +32,7 @@ def bank_of(model: nn.Module, folder: Path, kinds: dict[str, Any]) -> tuple[Prom
     """A bank with tasks of different kinds, and their adapters."""
     adapters = {}
     for number, (kind, options) in enumerate(kinds.items()):
-        sizes = {"prompt_length": 3, "shared_layers": 1, "top_k": 2, **options}
+        sizes = {"prompt_length": 3, "shared_layers": 1, "top_k": 2, "query": "final", **options}
         adapters[kind] = make_adapter(model, number, **sizes)
         save(adapters[kind], folder / kind)
     return fill(PromptBank(model), folder, list(adapters)), adapters
@@ -98,12 +99,21 @@ def ignoring() -> nn.Module:
     return vit
 
 
-@pytest.mark.parametrize("name", [*NO_MASKS, "ignoring"])
+def relative_positions() -> nn.Module:
+    sizes = {"img_size": SIDE, "patch_size": 8, "depth": DEPTH, "embed_dim": 48, "num_heads": 3}
+    vit: nn.Module = timm.create_model("vit_relpos_small_patch16_224", **sizes)
+    return vit.eval()
+
+
+MODELS = {"ignoring": ignoring, "relative positions": relative_positions}
+
+
+@pytest.mark.parametrize("name", [*NO_MASKS, *MODELS])
 def test_unequal_tasks_are_refused_without_masks(name: str, tmp_path: Path) -> None:
-    model = ignoring() if name == "ignoring" else encoder(name).float()
+    model = MODELS[name]() if name in MODELS else encoder(name).float()
     bank, adapters = bank_of(model, tmp_path, ALL)
     in_float64(bank, adapters)
-    images = images_of(2) if name == "ignoring" else inputs(name)["pixel_values"]
+    images = images_of(2) if name in MODELS else inputs(name)["pixel_values"]
     reason = "ignores the mask" if name == "ignoring" else "takes no mask"
     for tasks in (["short", "final"], ["first", "final"], ["final", None]):
         for _ in range(2):

@@ -57,7 +57,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "early": {"phase": "group", "shared_layers": 1, "top_k": 3},
     "from the first block": {"phase": "group", "shared_layers": 0},
 }
-SIZES = {"prompt_length": 3, "pool_size": 4, "top_k": 2, "shared_layers": 2}
+SIZES: dict[str, Any] = {"prompt_length": 3, "pool_size": 4, "top_k": 2, "shared_layers": 2, "query": "final"}
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ DELETE = object()
 @cache
 def valid(seed=0):
     """Bytes of a valid file."""
-    adapter = LongTailPromptAdapter.wrap(tiny_vit(), prompt_length=1, pool_size=3)
+    adapter = LongTailPromptAdapter.wrap(tiny_vit(), prompt_length=1, pool_size=3, query="final")
     generator = torch.Generator().manual_seed(seed)
     adapter.load_adapter_state_dict(
         {name: torch.randn(shape, generator=generator) for name, shape in adapter.prompt_config.tensor_shapes.items()}

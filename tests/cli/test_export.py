@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +85,22 @@ def test_a_run_is_exported_into_its_folder(run, data, tmp_path, capsys, monkeypa
     assert description["route"] == "exact"
     assert main(["export", str(tmp_path / "run"), "--format", "pt2"]) == 1
     assert "exists already: give the path of a new folder" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_the_router_of_a_prompt_file(run, data, tmp_path, capsys):
+    images = images_of(data / "test")
+    model = load_model(run)
+    model.fit_router(images, progress=False)
+    shutil.copytree(run, tmp_path / "run")
+    model.save_pretrained(tmp_path / "run" / "prompts")
+    words = ["export", str(tmp_path / "run"), "--format", "pt2", "--route", "router", "--json"]
+    assert main(words) == 0
+    file = Path(json.loads(capsys.readouterr().out)["file"])
+    assert json.loads((file.parent / "model.json").read_text("utf-8"))["route"] == "router"
+    model.route = "router"
+    with torch.no_grad():
+        check_results(model, torch.export.load(file).module()(images), images)
 
 
 @pytest.mark.parametrize(

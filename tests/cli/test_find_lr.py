@@ -48,3 +48,14 @@ def test_flags_without_effect_are_refused(tmp_path, capsys, flags, name):
     assert main(["train", str(tmp_path / "data"), *GLYPH, "--output", str(run), "--find-lr", *flags]) == 1
     assert f"{name} has no effect with --find-lr, which trains nothing: leave it out." in capsys.readouterr().err
     assert not run.exists()
+
+
+@pytest.mark.parametrize(("flags", "name"), [([], ""), (["--shared.head-learning-rate", "0.5"], "head-")])
+def test_the_suggestion_for_a_linear_probe_is_for_the_rate_that_is_used(tmp_path, capsys, flags, name):
+    data = write_images(tmp_path / "data", [20, 8, 3])
+    words = ["train", str(data), "--backbone", "glyph_vit", "--output", str(tmp_path / "run"), "--find-lr", *flags]
+    words += ["--method", "linear_probe", "--loss", "cross_entropy", "--sampling", "instance", "--batch-size", "16"]
+    assert main(words) == 0
+    content = json.loads((tmp_path / "run" / "find_lr.json").read_text())
+    assert f"Suggestion: --shared.{name}learning-rate {content['suggestion']:g}" in capsys.readouterr().out
+    assert content["learning_rate"][0] == pytest.approx(1e-4)

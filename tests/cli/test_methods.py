@@ -224,13 +224,13 @@ def test_a_preset_serves_every_method_and_names_what_is_unused(digits, tmp_path,
 
 def test_sizes_of_a_settings_file_that_a_method_does_not_use_are_named(digits, tmp_path, capsys):
     config = tmp_path / "settings.json"
-    config.write_text(json.dumps({"prompts": {"pool_size": 3, "query": "block_k", "prompt_length": 2}}))
+    config.write_text(json.dumps({"prompts": {"pool_size": 3, "query": "final", "prompt_length": 2}}))
     words = train(digits, tmp_path / "run", "vpt_shallow", "--config", str(config))
     assert main([*words, "--shared.epochs", "1"]) == 0
     error = capsys.readouterr().err
     assert [line for line in error.splitlines() if "no effect" in line] == [
         "lpt-peft: pool_size=3: no effect with method vpt_shallow",
-        "lpt-peft: query='block_k': no effect with method vpt_shallow",
+        "lpt-peft: query='final': no effect with method vpt_shallow",
     ]
     assert json.loads((tmp_path / "run" / "prompts" / "config.json").read_text())["prompt"]["prompt_length"] == 2
 

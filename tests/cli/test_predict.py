@@ -438,6 +438,18 @@ def test_names_with_unusual_characters(run, data, tmp_path):
     assert "\x1b" not in found["table"] + found["jsonl"] + found["json"]
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_images_before_an_error_are_answered(run, data, tmp_path, capsys, monkeypatch, workers):
+    """With a list on standard input, the other places are not read in advance."""
+    images = [str(data / "test" / "ant" / f"{number}.png") for number in range(2)]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(images[1].encode())))
+    words = ["predict", str(run), images[0], "-", str(tmp_path), "--json", "--num-workers", workers]
+    assert main(words) == 1
+    streams = capsys.readouterr()
+    assert [answer["image"] for answer in json.loads(streams.out)] == images
+    assert f"The folder {tmp_path} has no image" in streams.err
+
+
 def test_an_empty_list_is_an_error(run, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n\n")))
     assert main(["predict", str(run), "-", "--json"]) == 1

@@ -40,11 +40,13 @@ def fit_head(model, classes, temperature):
     model.metadata = replace(model.metadata, label_names=NAMES[:classes], temperature=temperature)
 
 
-def digit_adapter(phase, query="final", *, seed=0, classes=10, pool_size=8, temperature=0.7, **options):
-    """An adapter of the small ViT whose groups differ, in eval mode."""
+def digit_adapter(
+    phase, query="final", *, seed=0, classes=10, pool_size=8, temperature=0.7, build=small_vit, **options
+):
+    """An adapter of a ViT, by default the small ViT, whose groups differ, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vit = small_vit()
+        vit = build()
         sizes = {"prompt_length": 3, "pool_size": pool_size, "logit_scale": 20.0 + seed}
         if options.get("placement") == "shallow":
             sizes.pop("pool_size")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,13 @@ else:
 inputs = [torch.from_numpy(array) for array in np.load(sys.argv[3]).values()]
 with torch.no_grad():
     np.savez(sys.argv[4], *(output.numpy() for output in module(*inputs)))
+"""
+
+
+TRANSPOSED = """
+import sys, torch
+package = torch._inductor.aoti_load_package(sys.argv[1])
+package(torch.zeros(2, 32, 32, 3).permute(0, 3, 1, 2))
 """
 
 
@@ -94,6 +102,11 @@ def test_aot_inductor(tmp_path):
     found, names = results_without_lpt_peft("aoti", result, {"images": images.numpy()}, tmp_path)
     check_results(model, found, images)
     assert names == list(NAMES)
+    words = [sys.executable, "-I", "-c", TRANSPOSED, str(result.file)]
+    environment = {**os.environ, "AOTI_RUNTIME_CHECK_INPUTS": "1"}
+    done = subprocess.run(words, capture_output=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert b"unmatched stride" in done.stderr
 
 
 @needs_compiler

@@ -54,6 +54,13 @@ def test_links_are_followed_but_no_folder_is_entered_twice(tree):
     assert list(image_paths("c")) == expected
 
 
+def test_pipes_are_left_out_and_broken_links_are_not(tree):
+    """A broken link is reported when it is read; a pipe would wait for a writer."""
+    os.mkfifo(tree / "c" / "d" / "pipe.png")
+    (tree / "c" / "d" / "broken.png").symlink_to("nowhere.png")
+    assert list(image_paths("c/d")) == ["c/d/broken.png", "c/d/y.jpeg"]
+
+
 @pytest.mark.parametrize(
     ("place", "message"),
     [("e", "The folder e has no image: check the path."), ("*.tiff", r"No file matches \*\.tiff: check the path.")],

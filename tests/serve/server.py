@@ -12,12 +12,14 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from lpt_peft import Classifier
+from lpt_peft.backbones.bundled.glyph_vit import glyph_vit
 from tests.clients.example_processes import load_example
 from tests.inference.digit_models import digit_adapter
 
@@ -43,7 +45,8 @@ class Prompts:
         for seed, (name, task) in enumerate(TASKS.items()):
             options = dict(task)
             preprocess = options.pop("preprocess", {})
-            adapter = digit_adapter(options.pop("phase"), options.pop("query", "final"), seed=seed, **options)
+            phase, query = options.pop("phase"), options.pop("query", "final")
+            adapter = digit_adapter(phase, query, seed=seed, build=glyph_vit, **options)
             adapter.save_pretrained(folder / name, preprocess={**adapter.preprocess(), **preprocess})
             self.classifiers[name] = Classifier.from_pretrained(folder / name)
 
@@ -80,7 +83,7 @@ class Client:
     port: int
 
     def connect(self):
-        return contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=120))
+        return contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=900))
 
     def request(self, method, path, body=None):
         """Return status code, headers and content of an answer."""
@@ -156,16 +159,11 @@ def in_threads(*arguments):
 
 def together(calls):
     """Run functions in as many threads at the same time; return their results in order."""
-    results = [None] * len(calls)
     barrier = threading.Barrier(len(calls))
 
-    def run(position):
+    def run(call):
         barrier.wait()
-        results[position] = calls[position]()
+        return call()
 
-    threads = [threading.Thread(target=run, args=(position,)) for position in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return list(threads.map(run, calls))

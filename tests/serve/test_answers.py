@@ -81,7 +81,7 @@ def test_more_tasks_at_a_time_than_slots(prompts):
         assert server.get("/health")["batches"] < 12
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled(prompts):
     tasks = ["cars", "birds"]
     arguments = [f"{name}={prompts.source(name)}" for name in tasks]

@@ -50,6 +50,7 @@ def body(**options):
         ("POST", "/tasks/cars?show=0", photo(0), 400, "show='0' must be"),
         ("POST", "/tasks/cars?show=-1", photo(0), 400, "show='-1' must be"),
         ("POST", "/tasks/cars?show=all", photo(0), 400, "show='all' must be"),
+        ("POST", f"/tasks/cars?show={'9' * 5000}", photo(0), 400, "must be a number of classes"),
         ("POST", "/tasks/boats", photo(0), 404, "no task 'boats'"),
         ("GET", "/tasks/boats", None, 404, "no task 'boats'"),
         ("DELETE", "/tasks/boats", None, 404, "no task 'boats'"),
@@ -139,7 +140,8 @@ HEAD = "POST /tasks/cars HTTP/1.1\r\nHost: localhost\r\n"
 def test_bodies_without_a_length_or_too_large(server, prompts):
     chunked = exchange(server, f"{HEAD}Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n".encode())
     negative = exchange(server, f"{HEAD}Content-Length: -1\r\n\r\n".encode())
-    for answer in (chunked, negative):
+    huge = exchange(server, f"{HEAD}Content-Length: {'9' * 5000}\r\n\r\n".encode())
+    for answer in (chunked, negative, huge):
         assert answer.startswith("HTTP/1.1 411 ")
         assert answer.count("HTTP/1.1") == 1, "the body was not taken for a request"
     status, _, content = server.request("POST", "/tasks/cars", bytes((16 << 20) + 1))

@@ -15,6 +15,7 @@ from lpt_peft.recipe.learning_rate.curve import LearningRateCurve
 from lpt_peft.recipe.learning_rate.find import find_learning_rate
 from lpt_peft.recipe.learning_rate.plot import draw_learning_rates
 from lpt_peft.recipe.parallel import on_main_process
+from lpt_peft.recipe.rates import base_rate_field
 from lpt_peft.recipe.resume.folders import check_folder
 from lpt_peft.recipe.settings import TrainSettings
 
@@ -76,8 +77,8 @@ def _sentence(curve: LearningRateCurve, settings: TrainSettings) -> str:
             f"Phase {curve.phase}, {tested}: the loss did not fall by more than its noise, so there is no suggestion. "
             "Check the labels and images, or use a larger batch_size."
         )
-    flag = "group" if curve.phase == "group" else "shared"
+    phase, field = "group" if curve.phase == "group" else "shared", base_rate_field(settings)
     return (
         f"Phase {curve.phase}, {tested}: the loss fell from {smoothed[0]:.3g} to {smoothed[lowest]:.3g} at "
-        f"{rates[lowest]:.2g}. Suggestion: --{flag}.learning-rate {curve.suggestion:g}"
+        f"{rates[lowest]:.2g}. Suggestion: --{phase}.{field.replace('_', '-')} {curve.suggestion:g}"
     )

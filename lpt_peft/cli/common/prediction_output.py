@@ -98,7 +98,7 @@ class CsvWriter:
         names = ("class", "label", "probability")
         self._classes = [(name, rank, f"{name}_{rank + 1}" if rank else name) for rank in range(show) for name in names]
         columns = ["image", *(column for _, _, column in self._classes), *(["rejected"] * rejects), "error"]
-        self._writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+        self._writer = csv.DictWriter(_LineFeeds(), columns)
         self._has_header = False
 
     def write(self, answers: Sequence[Answer]) -> None:
@@ -115,6 +115,16 @@ class CsvWriter:
 
     def close(self) -> None:
         """The last row is complete."""
+
+
+class _LineFeeds:
+    """Standard output for rows that end in a carriage return and a line feed; only the line feed is written.
+
+    Before Python 3.13, `csv` does not quote a carriage return in a path unless rows end in it.
+    """
+
+    def write(self, row: str) -> None:
+        sys.stdout.write(row.removesuffix("\r\n") + "\n")
 
 
 def _row(answer: Answer) -> tuple[str, ...]:

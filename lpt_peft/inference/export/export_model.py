@@ -84,7 +84,7 @@ def export_model(
         model: An adapter in the phase that is exported, or a classifier; it is not changed.
         folder: Folder to write, which must not exist. It appears complete, and only if the comparison succeeds.
         format: "onnx"; "pt2", a program of torch.export; or "aoti", a package that AOTInductor compiles for this kind
-            of machine.
+            of machine, and which takes contiguous tensors only, without a check.
         dtype: Of the backbone's weights and arithmetic. Inputs and outputs, prompts and head are float32 in both cases.
         task: Name of the model's own task; makes tasks exchangeable. None: the tensors are constants.
         tasks: Further tasks by name: folders of runs or prompt files, or "owner/name" on the Hub; for a linear probe

@@ -105,7 +105,7 @@ class OnnxSession:
 
 
 def write_adapter(path: Path, inputs: Mapping[str, Tensor]) -> None:
-    """Write inputs of a graph in the adapter format of onnxruntime, which its C, C++, C# and Java interfaces read.
+    """Write inputs of a graph in the adapter format of onnxruntime, which its C, C++ and C# interfaces read.
 
     Args:
         path: The file.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from lpt_peft.errors import StateError
 from lpt_peft.prompts import PromptPool
 from lpt_peft.recipe.loading.batches import split_halves
 from lpt_peft.recipe.parallel import average_gradients
+from lpt_peft.recipe.rates import base_rate_field, learning_rates
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 from lpt_peft.recipe.training.average import Values, clone_values, copy_values_, temporarily_set, update_average
 from lpt_peft.recipe.training.criteria import Criterion
@@ -68,7 +68,7 @@ class PhaseRun:
         monitor: RarePredictionMonitor | None = None,
         schedule: Schedule | None = None,
     ) -> None:
-        self.name, self.model, self.steps = name, model, steps
+        self.name, self.model, self.phase, self.steps = name, model, phase, steps
         self.step = self.stale = 0
         self.stopped = False
         self.best: dict[str, Any] = {"score": -math.inf, "epoch": None}
@@ -84,11 +84,6 @@ class PhaseRun:
         self._total = phase.epochs * steps
         model.zero_grad(set_to_none=True)  # a gradient left by the caller would be added to that of the first step
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        rate, only_head = phase.head_learning_rate, all(name.startswith("head.") for name in self.trainable)
-        self._has_head_rate = only_head and rate not in (None, phase.learning_rate)
-        if self._has_head_rate and rate is not None:  # nothing is trained with learning_rate
-            phase = replace(phase, learning_rate=rate)
-        self.phase = phase
         pool = getattr(model, "pool", None)
         self._pool: PromptPool | None = pool if isinstance(pool, PromptPool) else None
         if self._pool is not None and bool((self._pool.usage < 0).any()):
@@ -103,7 +98,7 @@ class PhaseRun:
     @property
     def rate(self) -> str:
         """Name and value of the setting that determines the learning rate, for messages."""
-        return f"{'head_' * self._has_head_rate}learning_rate (now {self.phase.learning_rate:g})"
+        return f"{base_rate_field(self._settings)} (now {learning_rates(self.phase, self._settings).base:g})"
 
     @property
     def epoch(self) -> int:
