@@ -22,7 +22,7 @@ SIZES: Mapping[str, Any] = {"prompt_length": 8, "pool_size": 10, "top_k": 2, "qu
 _BASE = TrainSettings(
     phases="decoupled",
     batch_size=16,
-    optimizer="sgd",
+    optimizer="adamw",
     init_prompts="random",
     init_head="class_mean",
     init_groups="shared",
@@ -53,10 +53,10 @@ def rows(epochs: int = EPOCHS) -> list[Row]:
     plain: dict[str, Any] = {"sampling": "instance", "loss": "cross_entropy"}
     dual: dict[str, Any] = {"samples_per_class": 1}
     probe = PhaseSettings(epochs=epochs, learning_rate=2.0, weight_decay=0.01)
-    prompts = PhaseSettings(epochs=epochs, learning_rate=0.4, weight_decay=0.01)
+    prompts = PhaseSettings(epochs=epochs, learning_rate=0.3, weight_decay=0.01)
     second = max(1, epochs // 5) if epochs > 1 else 0
     first = replace(prompts, epochs=epochs - second)
-    group = PhaseSettings(epochs=second, learning_rate=0.2, pool_learning_rate=0.2, weight_decay=0.01)
+    group = PhaseSettings(epochs=second, learning_rate=0.1, pool_learning_rate=0.3, weight_decay=0.01)
     head, deep = replace(_BASE, method="linear_probe", shared=probe), replace(_BASE, method="vpt_deep", shared=prompts)
     return [
         Row(name="linear probe, cross-entropy", settings=replace(head, **plain)),
