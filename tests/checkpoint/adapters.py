@@ -29,7 +29,7 @@ def tiny_adapter(
 ) -> LongTailPromptAdapter:
     """An adapter on `tiny_vit()` in eval mode, with prompts that depend on the seed."""
     vit = tiny_vit() if vit is None else vit
-    sizes = {"prompt_length": 3, "pool_size": 5, "top_k": 2, **sizes}
+    sizes = {"prompt_length": 3, "pool_size": 5, "top_k": 2, "query": "final", **sizes}
     adapter = LongTailPromptAdapter.wrap(vit, num_classes, **sizes)
     for module in (adapter.shared, adapter.pool, adapter.head):
         module.to(dtype)
