@@ -115,7 +115,7 @@ def test_killed_in_the_middle_and_resumed_side_by_side_gives_the_same(finished, 
     """SIGKILL of the command after the first checkpoint of the last row, then twice as many processes."""
     output = tmp_path / "out"
     with Child(run_command, words_of(data, rows, output)) as child:
-        wait_until(lambda: list(output.glob("lpt/seed0/checkpoints/1-shared-*")) or child.exit_code is not None)
+        wait_until(lambda: list(output.glob("lpt/seed0/checkpoints/1-joint-*")) or child.exit_code is not None)
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
     assert not (output / "results.json").exists()
