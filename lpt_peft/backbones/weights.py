@@ -51,11 +51,12 @@ class FrozenWeights:
         return self._cast[1] if self._cast is not None and self._cast[0] == found else found
 
     @torch.no_grad()
-    def cast(self, dtype: torch.dtype) -> None:
-        """Cast frozen parameters and buffers in place; trainable parameters such as LoRA's keep their dtype.
+    def cast(self, dtype: torch.dtype, *, trainable: bool = False) -> None:
+        """Cast parameters and buffers in place; trainable parameters such as LoRA's keep their dtype by default.
 
         Args:
             dtype: torch.float32, torch.bfloat16 or torch.float16.
+            trainable: Cast trainable parameters as well, for inference.
 
         Raises:
             ConfigError: Another dtype is given.
@@ -65,7 +66,7 @@ class FrozenWeights:
         original = self.compute_fingerprint()
         for module in self._backbone.model.modules():
             for parameter in module.parameters(recurse=False):
-                if parameter.is_floating_point() and not parameter.requires_grad:
+                if parameter.is_floating_point() and (trainable or not parameter.requires_grad):
                     parameter.data = parameter.data.to(dtype)
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_floating_point():

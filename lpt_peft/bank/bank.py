@@ -40,6 +40,7 @@ class PromptBank:
         vit: A plain ViT as for `LongTailPromptAdapter.wrap`; its blocks are changed in place, and it is set to eval
             mode. Move it to its device before.
         capacity: Slots for tasks.
+        max_classes: Most classes of a task. It reserves nothing, because classifiers have the size of their task.
         max_prompt_length: Most prompt tokens `n` of a task, reserved from the start. For this and the following sizes,
             None grows with the tasks, which compiles a compiled bank again.
         max_pool_size: Most groups `m`.
@@ -75,6 +76,7 @@ class PromptBank:
         vit: nn.Module,
         *,
         capacity: int = 32,
+        max_classes: int | None = None,
         max_prompt_length: int | None = None,
         max_pool_size: int | None = None,
         max_top_k: int | None = None,
@@ -84,19 +86,20 @@ class PromptBank:
         checked_integer("capacity", capacity, 1)
         backbone = find_backbone(vit)
         depth = len(backbone.blocks)
-        limits = {
+        sizes = {
             "prompt_length": max_prompt_length,
             "pool_size": max_pool_size,
             "top_k": max_top_k,
             "group_layers": max_group_layers,
         }
+        limits = {**sizes, "num_classes": max_classes}
         check_keywords(limits, depth)
         device = execution_device(vit)
         if device.type == "meta":
             raise BackboneError(f"This {type(vit).__name__} is on the meta device: load its weights first.")
         # The width of keys is reserved with the groups: that of the feature, or of the tokens with query="block_k".
         key_dim = max(backbone.dim, backbone.feature_dim) if max_pool_size is not None else 0
-        reserved = Sizes(depth, **{name: limit or 0 for name, limit in limits.items()}, key_dim=key_dim)
+        reserved = Sizes(depth, **{name: limit or 0 for name, limit in sizes.items()}, key_dim=key_dim)
         self.vit = vit
         self.backbone = backbone
         self._order = StreamOrder(device)
@@ -243,9 +246,9 @@ class PromptBank:
             return BankModule(self.backbone, leased)
 
     def cast_backbone(self, dtype: torch.dtype) -> None:
-        """Cast the frozen weights to float32, bfloat16 or float16, and images from now on; see the adapter's method."""
+        """Cast the ViT's weights to float32, bfloat16 or float16, and images from now on; see the adapter's method."""
         self._check_open()
-        self._weights.cast(dtype)
+        self._weights.cast(dtype, trainable=True)
 
     def unwrap(self) -> nn.Module:
         """Remove the prompts from the ViT and return it, in eval mode; the bank cannot be used afterwards.

@@ -77,6 +77,13 @@ def facts_of(name: str, digest: str, content: PromptContent) -> TaskFacts:
     return TaskFacts(name, content.config.num_classes, top_k, metadata.label_names, temperature, digest)
 
 
+def info_of(name: str, digest: str, content: PromptContent, *, pinned: bool, in_slot: bool) -> TaskInfo:
+    """Describe a version of a task."""
+    metadata, num_classes = content.metadata, content.config.num_classes
+    labels = (num_classes, metadata.label_names, metadata.temperature)
+    return TaskInfo(name, digest, *labels, {**content.preprocess}, content.phase, pinned, in_slot)
+
+
 @dataclass(frozen=True, eq=False)
 class BankOutput(Sequence[TaskPrediction]):
     """Results of a batch of B images: a sequence of `TaskPrediction`.

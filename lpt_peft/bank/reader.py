@@ -18,12 +18,13 @@ from lpt_peft.hub import read_prompts
 
 Source = str | PathLike[str]
 KEYWORDS = {
+    "num_classes": "max_classes",
     "prompt_length": "max_prompt_length",
     "pool_size": "max_pool_size",
     "top_k": "max_top_k",
     "group_layers": "max_group_layers",
 }
-"""Arguments of `PromptBank` that limit a size of `Sizes`."""
+"""Arguments of `PromptBank` that limit a size of a task."""
 
 
 def check_keywords(limits: Mapping[str, int | None], depth: int) -> None:
@@ -43,7 +44,7 @@ class TaskReader:
     Args:
         backbone: The wrapped ViT.
         weights: Its weights, for the fingerprint.
-        limits: Largest sizes, by the names of `Sizes`; None is no limit.
+        limits: Largest sizes, by the names in `KEYWORDS`; None is no limit.
         check_backbone: What to do about another backbone: see `PromptBank`.
 
     Raises:
@@ -92,7 +93,7 @@ def check_sizes(content: PromptContent, backbone: Backbone) -> None:
 
 
 def check_limits(content: PromptContent, limits: Mapping[str, int | None]) -> None:
-    """Check a task against the limits of a bank, by the names of `Sizes`.
+    """Check a task against the limits of a bank, by the names in `KEYWORDS`.
 
     Raises:
         ConfigError: It has shallow prompts, or is larger than a limit.
@@ -104,7 +105,7 @@ def check_limits(content: PromptContent, limits: Mapping[str, int | None]) -> No
         )
     sizes = sizes_of(content)
     for name, limit in limits.items():
-        found = getattr(sizes, name)
+        found = content.config.num_classes if name == "num_classes" else getattr(sizes, name)
         if limit is not None and found > limit:
             raise ConfigError(
                 f"The prompts have {name}={found}, and the bank was created with {KEYWORDS[name]}={limit}. Create the "

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lpt_peft.bank.heads import Head, head_of
-from lpt_peft.bank.output import PLAIN, TaskFacts, TaskInfo, facts_of
+from lpt_peft.bank.output import PLAIN, TaskFacts, TaskInfo, facts_of, info_of
 from lpt_peft.bank.streams import StreamOrder
 from lpt_peft.bank.tables import Sizes, SlotTables, Tables, TaskNumbers, numbers_of
 from lpt_peft.checkpoint import PromptContent
@@ -101,10 +101,9 @@ class Registry:
     def describe(self, name: str) -> TaskInfo:
         """Return what a task is now."""
         with self._changed:
-            found, metadata = self._find(name), self._find(name).content.metadata
-            content, in_slot = found.content, found.slot is not None
-            sizes = (content.config.num_classes, metadata.label_names, metadata.temperature, {**content.preprocess})
-            return TaskInfo(name, found.digest, *sizes, content.phase, name in self._pinned, in_slot)
+            version = self._find(name)
+            state = {"pinned": name in self._pinned, "in_slot": version.slot is not None}
+            return info_of(name, version.digest, version.content, **state)
 
     def add(self, name: str, digest: str, content: PromptContent, *, pinned: bool) -> None:
         """Add a task; it gets a slot now if there is an empty slot or a task that can be evicted."""
@@ -256,6 +255,8 @@ class Registry:
             InputError: The batch needs more slots than there are, also when no other batch runs.
         """
         missing = [version for version in batch if version.slot is None]
+        if not missing:
+            return True
         pinned = sum(self._is_pinned(version) and version not in batch for version in self._versions.values())
         if len(batch) > self._capacity - pinned:
             raise InputError(

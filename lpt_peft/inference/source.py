@@ -105,7 +105,8 @@ def load_model(
     if dtype is None and run_dtype is not torch.float32:
         dtype = run_dtype
     if dtype is not None:
-        _cast(model, dtype)
+        # Full fine-tuning leaves the ViT's weights trainable; those of an adapter that are trainable are its LoRA's.
+        model.frozen_weights.cast(dtype, trainable=isinstance(model, ViTClassifier))
     if device is None and built and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
     return model.eval() if device is None else model.to(device).eval()
@@ -124,11 +125,3 @@ def check_device(device: torch.device | str) -> None:
         raise ConfigError(
             f'device={str(device)!r:.80} is not available: {first_line:.200}. Give "cpu", or a device of this machine.'
         ) from error
-
-
-def _cast(model: Model, dtype: torch.dtype) -> None:
-    """Cast the ViT's weights, also those that full fine-tuning trained."""
-    if isinstance(model, ViTClassifier):
-        for parameter in model.vit.parameters():  # the cast leaves trainable parameters as they are
-            parameter.requires_grad_(False)
-    model.frozen_weights.cast(dtype)

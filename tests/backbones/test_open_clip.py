@@ -143,7 +143,7 @@ def test_native_tower_equals_concatenation(options, training, batch):
 @pytest.mark.parametrize("name", ["plain", "queries", "norm after pool", "custom, all"])
 def test_adapter_in_both_phases(name):
     tower = tiny(**VARIANTS[name])
-    adapter = LongTailPromptAdapter.wrap(copy.deepcopy(tower), 7, pool_size=5, shared_layers=1)
+    adapter = LongTailPromptAdapter.wrap(copy.deepcopy(tower), 7, pool_size=5, shared_layers=1, query="final")
     assert_adapter_is_lpt(adapter, blocks_of(tower), feature_of(tower), IMAGES)
 
 
@@ -154,7 +154,7 @@ def test_complete_model(kind):
     text = [module for name, module in clip.named_modules() if not name.startswith("visual") and name]
     classes = [type(module) for module in text]
     assert ResidualAttentionBlock in classes, "the text tower shares the block class"
-    adapter = LongTailPromptAdapter.wrap(copy.deepcopy(clip), 7, pool_size=5)
+    adapter = LongTailPromptAdapter.wrap(copy.deepcopy(clip), 7, pool_size=5, query="final")
     copied = [module for name, module in adapter.vit.named_modules() if not name.startswith("visual") and name]
     assert [type(module) for module in copied] == classes
     assert adapter(IMAGES).shape == (3, 7)
@@ -243,7 +243,7 @@ def test_timm_tower_in_both_phases_with_checkpointing_and_no_dropout():
     tower = timm_tower("vit_tiny_patch16_224", size=32, pool="avg", proj="mlp", drop=0.5)
     copied = copy.deepcopy(tower).train()
     copied.set_grad_checkpointing()
-    adapter = LongTailPromptAdapter.wrap(copied, 7, pool_size=5, shared_layers=1)
+    adapter = LongTailPromptAdapter.wrap(copied, 7, pool_size=5, shared_layers=1, query="final")
     assert_adapter_is_lpt(adapter, blocks_of(tower), feature_of(tower), IMAGES)
 
 
@@ -283,7 +283,7 @@ def test_patch_dropout_keeps_the_same_patches_in_both_passes():
         expected, _ = with_prompts(blocks_of(tower), tower, IMAGES, prompts)
         torch.manual_seed(3)
         torch.testing.assert_close(features(copied, IMAGES, prompts), expected, rtol=1e-12, atol=1e-12)
-        adapter = LongTailPromptAdapter.wrap(copy.deepcopy(tower), 7, pool_size=5)
+        adapter = LongTailPromptAdapter.wrap(copy.deepcopy(tower), 7, pool_size=5, query="final")
         adapter.phase = "group"
         torch.manual_seed(4)
         query = adapter(IMAGES, return_output=True).query
@@ -339,7 +339,7 @@ def test_neutral_outside_the_adapter_and_after_unwrap(options, training):
 @pytest.mark.parametrize("options", [{}, CUSTOM], ids=["native", "custom"])
 @pytest.mark.parametrize("phase", ["shared", "group"])
 def test_deepcopy_pickle_and_compile(phase, options):
-    adapter = LongTailPromptAdapter.wrap(complete(**options), 7, pool_size=5)
+    adapter = LongTailPromptAdapter.wrap(complete(**options), 7, pool_size=5, query="final")
     adapter.phase = phase
     expected = adapter(IMAGES)
     assert torch.equal(copy.deepcopy(adapter)(IMAGES), expected)

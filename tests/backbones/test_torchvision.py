@@ -68,7 +68,7 @@ def test_equals_concatenation(options, training, batch):
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_adapter_in_both_phases(options):
     vit = tiny(**options)
-    adapter = LongTailPromptAdapter.wrap(copy.deepcopy(vit), pool_size=5, shared_layers=1)
+    adapter = LongTailPromptAdapter.wrap(copy.deepcopy(vit), pool_size=5, shared_layers=1, query="final")
     assert adapter(IMAGES).shape == (3, 7)
     assert_adapter_is_lpt(adapter, vit.encoder.layers, feature_of(vit), IMAGES)
 

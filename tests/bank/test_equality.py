@@ -136,6 +136,7 @@ def test_in_bfloat16_answers_are_close(tmp_path: Path) -> None:
     bank = PromptBank(vit)
     bank.add("task", save(adapter, tmp_path))
     bank.cast_backbone(torch.bfloat16)
+    assert {parameter.dtype for parameter in bank.vit.parameters()} == {torch.bfloat16}  # trainable or not
     adapter.cast_backbone(torch.bfloat16)
     images = images_of(4).float()
     with torch.no_grad():

@@ -22,7 +22,6 @@ from lpt_peft.errors import (
     ModelFileNotFoundError,
     PromptFileExistsError,
 )
-from lpt_peft.recipe import method_settings
 from lpt_peft.vit_classifier import ViTClassifier
 from tests.conftest import tiny_vit
 
@@ -58,10 +57,6 @@ def replace_weights(folder, data, name="model.safetensors"):
 
 def head_file(folder):
     return "head.safetensors" if (folder / "head.safetensors").exists() else "model.safetensors"
-
-
-def test_the_names_of_the_methods_agree():
-    assert MODEL_METHODS == method_settings.MODEL_METHODS
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
