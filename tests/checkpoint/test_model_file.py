@@ -61,7 +61,7 @@ def head_file(folder):
 
 
 def test_the_names_of_the_methods_agree():
-    assert MODEL_METHODS == method_settings.MODEL_METHODS
+    assert set(MODEL_METHODS) < set(method_settings.METHODS)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
