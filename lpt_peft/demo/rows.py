@@ -52,11 +52,11 @@ def rows(epochs: int = EPOCHS) -> list[Row]:
     skipped = PhaseSettings(epochs=0)
     plain: dict[str, Any] = {"sampling": "instance", "loss": "cross_entropy"}
     dual: dict[str, Any] = {"samples_per_class": 1}
-    probe = PhaseSettings(epochs=epochs, learning_rate=2.0, weight_decay=0.01)
-    prompts = PhaseSettings(epochs=epochs, learning_rate=0.3, weight_decay=0.01)
+    probe = PhaseSettings(epochs=epochs, learning_rate=0.06, weight_decay=0.01)
+    prompts = PhaseSettings(epochs=epochs, learning_rate=0.01, weight_decay=0.01)
     second = max(1, epochs // 5) if epochs > 1 else 0
     first = replace(prompts, epochs=epochs - second)
-    group = PhaseSettings(epochs=second, learning_rate=0.1, pool_learning_rate=0.3, weight_decay=0.01)
+    group = PhaseSettings(epochs=second, learning_rate=0.003, pool_learning_rate=0.01, weight_decay=0.01)
     head, deep = replace(_BASE, method="linear_probe", shared=probe), replace(_BASE, method="vpt_deep", shared=prompts)
     return [
         Row(name="linear probe, cross-entropy", settings=replace(head, **plain)),

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 
 DEFAULT_RATES: Mapping[str, Mapping[MethodName, float]] = {
-    "adamw": {"lpt": 0.02, "vpt_deep": 0.01, "vpt_shallow": 0.01, "linear_probe": 0.01, "full": 0.0002},
+    "adamw": {"lpt": 0.01, "vpt_deep": 0.005, "vpt_shallow": 0.005, "linear_probe": 0.005, "full": 0.0001},
     "sgd": {"lpt": 0.02, "vpt_deep": 0.02, "vpt_shallow": 0.02, "linear_probe": 0.6, "full": 0.002},
 }
-"""Learning rate by optimizer and method, for 256 images in each half of a batch.
+"""Learning rate by optimizer and method; those of SGD are for 256 images in each half of a batch, see `rate_scale`.
 
 Those of prompts with SGD are the paper's (LPT, Dong et al., ICLR 2023, arXiv 2210.01033). All others were the best of
 their method and optimizer on validation images of Emoji-LT, see "Tuning" in docs/results.md.
@@ -26,7 +26,7 @@ POOL_FACTOR = 3.0
 
 
 class LearningRates(NamedTuple):
-    """Learning rates of a phase, for 256 images in each half of a batch."""
+    """Learning rates of a phase, before `rate_scale`."""
 
     base: float
     """Of the shared prompt, the keys, and the weights of the ViT."""
@@ -45,7 +45,7 @@ def learning_rates(phase: PhaseSettings, settings: TrainSettings) -> LearningRat
     Example:
         >>> from lpt_peft.recipe import PhaseSettings, TrainSettings
         >>> learning_rates(PhaseSettings(), TrainSettings(method="full"))
-        LearningRates(base=0.0002, head=0.002, pool=0.0006)
+        LearningRates(base=0.0001, head=0.001, pool=0.0003)
     """
     base, head, pool = phase.learning_rate, phase.head_learning_rate, phase.pool_learning_rate
     if base is None:
@@ -55,6 +55,16 @@ def learning_rates(phase: PhaseSettings, settings: TrainSettings) -> LearningRat
     if settings.method == "linear_probe":  # nothing but the head is trained
         base = head
     return LearningRates(base, head, _times(base, POOL_FACTOR) if pool is None else pool)
+
+
+def rate_scale(settings: TrainSettings) -> float:
+    """Return the factor of all learning rates that depends on the batch: `B / 256` for SGD, 1 for AdamW.
+
+    B is the number of images in each half of a batch. The linear rule is the paper's. AdamW divides each gradient by
+    its size, so the step for a rate hardly depends on the batch: the rate that won on Emoji-LT, with B = 128, also won
+    on the digits, with B = 8.
+    """
+    return settings.half_batch / 256 if settings.optimizer == "sgd" else 1.0
 
 
 def base_rate_field(settings: TrainSettings) -> str:

@@ -26,8 +26,9 @@ class PhaseSettings:
     epochs: int = 40
     """Passes of the instance-balanced half over the images; 0 skips the phase."""
     learning_rate: float | None = None
-    """For 256 images in each half of a batch; the run uses `learning_rate * (batch_size / 2) / 256`. None: the default
-    of the method and the optimizer (`lpt_peft.recipe.DEFAULT_RATES`): 0.02 for "lpt"."""
+    """With AdamW, the rate itself; with SGD, that for 256 images in each half of a batch, of which the run uses
+    `learning_rate * (batch_size / 2) / 256`. None: the default of the method and the optimizer
+    (`lpt_peft.recipe.DEFAULT_RATES`), for "lpt" 0.01 with AdamW and 0.02 with SGD."""
     head_learning_rate: float | None = None
     """Learning rate of the head, with the same scaling and schedule. None: `learning_rate`, or 10 times that with
     method "full"."""
@@ -79,7 +80,7 @@ class TrainSettings:
     reweight_from: int | None = None
     """Epoch of each phase, from 0, at which class-balanced weights begin; for agcl, cross_entropy, focal and ldam."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or SGD with momentum, as in the paper; both scale the learning rates with the batch size."""
+    """AdamW, or SGD with momentum, as in the paper, which scales the learning rates with the batch size."""
     weight_noise: float = 0.0
     """Standard scale `rho` of Gaussian noise on the weights where a step takes its gradient, relative to each tensor's
     root mean square (GNM-PT, NeurIPS 2024); 0: no noise."""

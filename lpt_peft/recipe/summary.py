@@ -15,7 +15,7 @@ from lpt_peft._text import number
 from lpt_peft.recipe.loading.batches import steps_per_epoch
 from lpt_peft.recipe.loading.loader import resolve_workers
 from lpt_peft.recipe.method_settings import settings_without_effect, unused_settings
-from lpt_peft.recipe.rates import learning_rates
+from lpt_peft.recipe.rates import learning_rates, rate_scale
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 from lpt_peft.recipe.training.image_passes import MAX_QUERIES
 from lpt_peft.recipe.training.phase_init import kept_parts
@@ -60,10 +60,11 @@ def run_summary(
     )
     kept = kept_parts(trained_parts or {}, settings)
     if settings.plan:
+        scale = rate_scale(settings)
         rates = "; ".join(f"{name} {_rates(phase, name, settings)}" for name, phase in settings.plan.items())
         lines.append(
-            f"Learning rates: {rates}; {_OPTIMIZERS[settings.optimizer]}, times {settings.half_batch / 256:g} for "
-            f"{settings.half_batch} images in each half"
+            f"Learning rates: {rates}; {_OPTIMIZERS[settings.optimizer]}"
+            + (f", times {scale:g} for {settings.half_batch} images in each half" if scale != 1 else "")
         )
         lines.append(f"Starts: {_starts(settings, kept)}")
     if set(settings.plan) - {"shared"}:
@@ -112,7 +113,7 @@ _OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}
 
 
 def _rates(phase: PhaseSettings, name: str, settings: TrainSettings) -> str:
-    """The learning rates of a phase, for 256 images in each half."""
+    """The learning rates of a phase, before the scaling with the batch."""
     rates = learning_rates(phase, settings)
     parts = [f"{rates.base:g}"]
     if rates.head != rates.base:

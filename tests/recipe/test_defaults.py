@@ -72,7 +72,7 @@ def test_the_defaults_are_that_row():
     assert row.prompts == PromptSettings()
     [expected], [found] = row.training.plan.values(), TrainSettings().plan.values()
     assert replace(expected, epochs=found.epochs) == found
-    assert (found.learning_rate, found.head_learning_rate, found.pool_learning_rate) == (0.02, 0.02, 0.06)
+    assert (found.learning_rate, found.head_learning_rate, found.pool_learning_rate) == (0.01, 0.01, 0.03)
 
 
 def test_only_new_prompts_have_the_query_of_that_row():
@@ -128,6 +128,8 @@ def test_rates_are_resolved_in_the_plan_and_in_records(method, phases, optimizer
     for name, phase in settings.plan.items():
         own, own_head = (group_base, group_head) if name == "group" else (base, head)
         expected = default if own is None else own
+        if method == "linear_probe" and own_head is not None:  # nothing but the head is trained
+            expected = own_head
         assert phase.learning_rate == expected
         factor = 10 if method == "full" else 1
         assert phase.head_learning_rate == (pytest.approx(factor * expected) if own_head is None else own_head)

@@ -64,11 +64,11 @@ def test_the_summary_names_the_query():
 
 
 RATES = [
-    ({}, "joint 0.02, groups 0.06; AdamW, times 0.25 for 64 images in each half"),
-    ({"optimizer": "sgd", "batch_size": 512}, "joint 0.02, groups 0.06; SGD, times 1 for 256 images in each half"),
-    ({"phases": "shared"}, "shared 0.02; AdamW,"),
-    ({"phases": "decoupled", "shared": PhaseSettings(learning_rate=0.1)}, "shared 0.1; group 0.02, groups 0.06; AdamW"),
-    ({"method": "full"}, "shared 0.0002, head 0.002; AdamW"),
+    ({}, "joint 0.01, groups 0.03; AdamW\n"),
+    ({"optimizer": "sgd"}, "joint 0.02, groups 0.06; SGD, times 0.25 for 64 images in each half"),
+    ({"phases": "shared"}, "shared 0.01; AdamW\n"),
+    ({"phases": "decoupled", "shared": PhaseSettings(learning_rate=0.1)}, "shared 0.1; group 0.01, groups 0.03; AdamW"),
+    ({"method": "full"}, "shared 0.0001, head 0.001; AdamW"),
     ({"method": "linear_probe", "optimizer": "sgd"}, "shared 0.6; SGD"),
 ]
 

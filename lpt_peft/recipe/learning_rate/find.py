@@ -69,7 +69,7 @@ def find_learning_rate(
         settings: Settings of the run; None uses the defaults. `head_learning_rate` and `pool_learning_rate` rise in the
             same proportion.
         phase: "shared", "group" or "joint"; None: the first phase that the settings train.
-        lowest: First rate. All rates are values of `PhaseSettings.learning_rate`, for 256 images in each half.
+        lowest: First rate. All rates are values of `PhaseSettings.learning_rate`.
         highest: Rate of the last step.
         steps: Number of steps, at least 20.
         criterion: Called as `criterion(output, target, epoch)`, always with epoch 0; None uses `settings.loss`.

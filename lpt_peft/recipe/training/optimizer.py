@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lpt_peft.prompts import decay_selected, selected_groups
-from lpt_peft.recipe.rates import learning_rates
+from lpt_peft.recipe.rates import learning_rates, rate_scale
 from lpt_peft.recipe.settings import PhaseSettings, TrainSettings
 from lpt_peft.recipe.training.divergence import DivergenceFlag
 from lpt_peft.recipe.training.schedule import Schedule
@@ -24,10 +24,9 @@ _STATE = {  # names of tensors in a checkpoint, and in torch
 class PhaseOptimizer:
     """The optimizer of a phase, with its schedule, decay and clipping.
 
-    With `B = batch_size / 2`, the images of each half of a step, the learning rate of a step is
-    `learning_rate * B / 256 * schedule(step)`; `head_learning_rate` and `pool_learning_rate` take its place for the
-    head and for the group prompts. AdamW follows the same linear rule, as in DeiT (Touvron et al., ICML 2021)
-    and MAE (He et al., CVPR 2022).
+    The learning rate of a step is `learning_rate * schedule(step)` for AdamW. For SGD it is
+    `learning_rate * B / 256 * schedule(step)`, where `B = batch_size / 2` are the images of each half of a step.
+    `head_learning_rate` and `pool_learning_rate` take its place for the head and for the group prompts.
 
     `decay="selected"` restricts the weight decay of keys and group prompts to the groups that a step selects: SGD adds
     L2 to their gradients, AdamW shrinks them by their learning rate times `weight_decay`.
@@ -69,7 +68,7 @@ class PhaseOptimizer:
             divergence: Flag of this step.
         """
         optimizer, scaler, clip_norm = self._optimizer, self._accelerator.scaler, self._settings.clip_norm
-        factor = self._settings.half_batch / 256 * self._schedule(step)
+        factor = rate_scale(self._settings) * self._schedule(step)
         self.learning_rate = self._base_rate * factor
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor

@@ -67,7 +67,7 @@ def explicit_loop(
                 if step < warmup_steps
                 else 0.5 + 0.5 * math.cos(math.pi * (step - warmup_steps) / (total - warmup_steps))
             )
-            rates.append(PHASE.learning_rate * 8 / 256 * factor)
+            rates.append(PHASE.learning_rate * (1 if adamw else 8 / 256) * factor)
             with torch.no_grad():
                 for name, value in values.items():
                     value.copy_(clean[name])
