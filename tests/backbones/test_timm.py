@@ -283,7 +283,7 @@ def test_clipped_linears_on_the_meta_device():
     with torch.device("meta"):
         model = timm.create_model("gemma4_vit_167m", depth=1, embed_dim=48, num_heads=3, head_dim=16)
     assert any(getattr(part, "use_clipped", False) for part in model.modules())
-    LongTailPromptAdapter.wrap(model, 5)
+    LongTailPromptAdapter.wrap(model, 5, query="final")
     assert any(getattr(part, "use_clipped", False) for part in model.modules())
 
 
