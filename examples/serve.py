@@ -106,7 +106,7 @@ class Server:
         self.bank, self.options, self.waiting = bank, options, 0
         self.batcher = Batcher(bank, options.max_batch, options.wait_ms / 1000)
         self.decoders = ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,))
-        self.changing = threading.Lock()  # PUT and DELETE
+        self.changing, self.changes = threading.Lock(), 0  # PUT and DELETE
 
     def app(self) -> FastAPI:
         """Return the application."""
@@ -159,6 +159,7 @@ class Server:
                 self.bank.replace(name, prompts.source)
             else:
                 self.bank.add(name, prompts.source, prompts.pinned)
+            self.changes += 1
             return self.find(name)._asdict()
 
     def remove(self, name: str) -> Any:
@@ -166,6 +167,7 @@ class Server:
         with self.changing:
             self.find(name)
             self.bank.remove(name)
+            self.changes += 1
         return {"removed": name}
 
     async def body(self, request: Request) -> bytes:
@@ -178,20 +180,21 @@ class Server:
                     if len(content) > options.max_mebibytes << 20:
                         raise HTTPException(413, f"The limit of an image file is {options.max_mebibytes} MiB.")
         except (TimeoutError, ClientDisconnect) as error:
-            reason = f"The image did not arrive within {options.body_seconds:g} s."
-            raise HTTPException(408, reason, {"Connection": "close"}) from error
+            raise HTTPException(408, "The image did not arrive in time.", {"Connection": "close"}) from error
         return bytes(content)
 
     async def classify(self, name: str, content: bytes) -> TaskPrediction:
         """Return the answer of a version of the task for which the image was preprocessed."""
         while True:
-            info = self.find(name)
+            changes, info = self.changes, self.find(name)
             image = await asyncio.get_running_loop().run_in_executor(self.decoders, preprocessed, info, content)
             try:
                 found = await self.batcher.ask(name, image)
             except InputError:
                 self.find(name)  # 404 if it was removed meanwhile
-                raise
+                if changes == self.changes:
+                    raise
+                continue  # it may have been removed and added again
             if found.digest == info.digest:  # otherwise the task was replaced meanwhile
                 return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
@@ -9,6 +10,8 @@ from functools import partial
 
 import pytest
 
+from lpt_peft.errors import InputError
+from tests.clients.example_processes import load_example
 from tests.serve.server import in_threads, photo, together
 
 
@@ -149,6 +152,38 @@ def test_a_request_that_waits_while_its_task_is_replaced_or_removed(prompts):
         status, answer = results[name]
         assert status == 200, answer
         assert prompts.is_answer(answer, source, photo(5))
+
+
+@pytest.mark.parametrize("added_again", [True, False])
+def test_a_task_removed_when_its_batch_starts(prompts, added_again):
+    """It is there again when the error of the bank arrives; without a change, the error is that of the image."""
+    module = load_example("serve")
+    options = module.parse([f"cars={prompts.source('cars')}", "--device", "cpu"])
+    server = module.Server(module.open_bank(options), options)
+    forward = server.batcher.forward
+
+    def interrupted(images, tasks):
+        if not added_again:
+            raise InputError("refused")
+        server.batcher.forward = forward
+        server.remove("cars")
+        try:
+            return forward(images, tasks)
+        finally:
+            server.put("cars", module.Prompts(source=prompts.source("cars")))
+
+    async def classify():
+        async with server.lifespan(None):
+            return await server.classify("cars", photo(0))
+
+    server.batcher.forward = interrupted
+    if added_again:
+        found = asyncio.run(classify())
+        expected = {entry["label"]: entry["probability"] for entry in prompts.expected("cars", photo(0))}
+        assert found.probabilities.tolist() == pytest.approx([expected[label] for label in range(10)], abs=1e-4)
+    else:
+        with pytest.raises(InputError, match="refused"):
+            asyncio.run(classify())
 
 
 def test_tasks_that_change_while_requests_run(server, prompts):

@@ -158,7 +158,7 @@ def test_a_body_that_does_not_arrive(prompts):
         assert server.ask("cars", photo(0))[0] == 503
         answer = b"".join(iter(lambda: stalled.recv(65536), b"")).decode()
         assert answer.startswith("HTTP/1.1 408 ")
-        assert "did not arrive within 1 s" in answer
+        assert "did not arrive in time" in answer
         assert server.ask("cars", photo(0))[0] == 200
 
 
