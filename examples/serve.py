@@ -1,308 +1,223 @@
-"""A server for many tasks on one ViT: requests that arrive at the same time are answered in one mixed batch.
+"""A server for many tasks on one ViT: requests that arrive within milliseconds are answered in one mixed batch.
 
-pip install -e .
+pip install -e . fastapi uvicorn
 python examples/serve.py cars=runs/cars/prompts birds=runs/birds/prompts  # or owner/name on the Hub
 
 curl --data-binary @photo.jpg 'http://127.0.0.1:8000/tasks/cars?show=3'
-curl -X PUT -d '{"source": "runs/fish/prompts"}' http://127.0.0.1:8000/tasks/fish  # add or replace
+curl -X PUT -H 'Content-Type: application/json' -d '{"source": "runs/fish/prompts"}' http://127.0.0.1:8000/tasks/fish
 curl -X DELETE http://127.0.0.1:8000/tasks/fish
 curl http://127.0.0.1:8000/tasks
-curl http://127.0.0.1:8000/health
 
 There is no authentication, and PUT reads folders of this machine: let only administrators reach PUT and DELETE.
 docs/how-to/serve.md has advice on the options, and measurements.
 """
 
-from __future__ import annotations
-
 import argparse
-import json
-import queue
-import re
-import select
-import signal
-import sys
+import asyncio
 import threading
-import time
-import traceback
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from functools import cache
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
+import warnings
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from typing import Annotated, Any
 
+import anyio
 import torch
+import uvicorn
+from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi.responses import JSONResponse
 from PIL import Image
-from torch import Tensor
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
 from lpt_peft import Classifier, PromptBank
 from lpt_peft.bank import TaskInfo, TaskPrediction
 from lpt_peft.data import open_image, transforms
 from lpt_peft.errors import HubError, InputError, LPTError, StateError
 
-Image.MAX_IMAGE_PIXELS = 30_000_000  # Pillow refuses images of more than twice as many pixels
+Image.MAX_IMAGE_PIXELS = 60_000_000
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # refuse images with more pixels
+
+Waiting = tuple[str, torch.Tensor, "asyncio.Future[TaskPrediction]"]  # task, image and answer
 
 
-class Request(NamedTuple):
-    """An image that waits for its batch."""
-
-    task: str
-    image: Tensor
-    arrived: float
-    answer: Future[TaskPrediction]
-
-
-class Batcher(threading.Thread):
+class Batcher:
     """Answers images in batches of at most `max_batch`; an image waits at most `wait` seconds for others."""
 
     def __init__(self, bank: PromptBank, max_batch: int, wait: float) -> None:
-        super().__init__(daemon=True)
         self.bank, self.max_batch, self.wait = bank, max_batch, wait
-        self.device, self.threads = next(bank.vit.parameters()).device, torch.get_num_threads()
-        self.requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self.device = next(bank.vit.parameters()).device
+        self.queue: asyncio.Queue[Waiting] = asyncio.Queue()
         self.batches = self.images = 0
+        threads = torch.get_num_threads()  # all for the ViT, while images are decoded with one thread each
+        self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
 
-    def ask(self, task: str, image: Tensor) -> TaskPrediction:
-        """Return the answer to an image, for the thread of its connection."""
-        request = Request(task, image, time.monotonic(), Future())
-        self.requests.put(request)
-        return request.answer.result()
+    async def ask(self, task: str, image: torch.Tensor) -> TaskPrediction:
+        """Return the answer to a preprocessed image."""
+        answer: asyncio.Future[TaskPrediction] = asyncio.get_running_loop().create_future()
+        self.queue.put_nowait((task, image, answer))
+        return await answer
 
-    def run(self) -> None:
-        """Collect and answer batches until the process ends."""
-        torch.set_num_threads(self.threads)  # of this thread, while connections decode with one each
+    async def run(self) -> None:
+        """Collect and answer batches until the server stops."""
         while True:
-            batch = [self.requests.get()]
-            with suppress(queue.Empty):
-                while len(batch) < self.max_batch:
-                    left = batch[0].arrived + self.wait - time.monotonic()
-                    batch.append(self.requests.get(timeout=max(0.0, left)))
-            self.answer(batch)
+            idle = self.queue.empty()  # otherwise images have waited during the last batch
+            batch = [await self.queue.get()]
+            if idle and self.max_batch > 1:
+                await asyncio.sleep(self.wait)
+            while len(batch) < self.max_batch and not self.queue.empty():
+                batch.append(self.queue.get_nowait())
+            await self.answer(batch)
 
-    def answer(self, batch: list[Request]) -> None:
+    async def answer(self, batch: Sequence[Waiting]) -> None:
         """Answer a batch; after an error its halves, so that the error reaches only the request that caused it."""
+        tasks, images, answers = zip(*batch, strict=True)
         try:
-            images = torch.stack([request.image for request in batch]).to(self.device)
-            output = self.bank(images, [request.task for request in batch]).cpu()
+            output = await asyncio.get_running_loop().run_in_executor(self.thread, self.forward, images, tasks)
         except Exception as error:
-            if len(batch) == 1:
-                batch[0].answer.set_exception(error)
-            else:
-                self.answer(batch[: len(batch) // 2])
-                self.answer(batch[len(batch) // 2 :])
+            if len(batch) > 1:
+                await self.answer(batch[: len(batch) // 2])
+                await self.answer(batch[len(batch) // 2 :])
+            elif not answers[0].done():
+                answers[0].set_exception(error)
             return
         self.batches += 1
         self.images += len(batch)
-        for request, prediction in zip(batch, output, strict=True):
-            request.answer.set_result(prediction)
+        for answer, prediction in zip(answers, output, strict=True):
+            if not answer.done():  # otherwise its request was cancelled
+                answer.set_result(prediction)
+
+    def forward(self, images: Sequence[torch.Tensor], tasks: Sequence[str]) -> list[TaskPrediction]:
+        """Run the bank."""
+        return list(self.bank(torch.stack(tuple(images)).to(self.device), tasks).cpu())
 
 
-class Refusal(Exception):  # noqa: N818 - an answer
-    """Status code and reason, as the answer to a request."""
+class Prompts(BaseModel, extra="forbid", strict=True):
+    """Body of PUT."""
+
+    source: str
+    pinned: bool = False
 
 
-class Server(ThreadingHTTPServer):
-    """HTTP server of a bank, with a thread for each connection."""
-
-    daemon_threads = False  # server_close() waits for them
-    request_queue_size = 128
+class Server:
+    """HTTP requests to a bank."""
 
     def __init__(self, bank: PromptBank, options: argparse.Namespace) -> None:
-        self.bank, self.max_bytes = bank, options.max_mebibytes << 20
+        self.bank, self.options, self.waiting = bank, options, 0
         self.batcher = Batcher(bank, options.max_batch, options.wait_ms / 1000)
-        self.max_waiting, self.waiting, self.stopping = options.max_waiting, 0, False
-        self.counting, self.changing = threading.Lock(), threading.Lock()
-        super().__init__((options.host, options.port), Handler)
+        self.decoders = ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=(1,))
+        self.changing, self.changes = threading.Lock(), 0  # PUT and DELETE
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print the error of a connection, unless the client has gone."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)
+    def app(self) -> FastAPI:
+        """Return the application."""
+        image: Any = {"requestBody": {"content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}}}
+        app = FastAPI(title="Many tasks on one ViT", lifespan=self.lifespan, exception_handlers={LPTError: refuse})
+        app.get("/tasks")(self.overview)
+        app.get("/tasks/{name:path}")(self.describe)
+        app.post("/tasks/{name:path}", openapi_extra=image)(self.predict)
+        app.put("/tasks/{name:path}")(self.put)
+        app.delete("/tasks/{name:path}")(self.remove)
+        return app
 
-    def stop(self, *_: object) -> None:
-        """Handle the first SIGINT or SIGTERM; the second ends the process at once."""
-        self.stopping = True
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        threading.Thread(target=self.shutdown).start()
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Run the batcher as long as the application."""
+        running = asyncio.create_task(self.batcher.run())
+        yield
+        running.cancel()
 
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        """Count an image from its decoding to its answer."""
-        with self.counting:
-            if self.waiting >= self.max_waiting:
-                raise Refusal(503, "Too many images are waiting. Try again later.")
-            self.waiting += 1
+    async def overview(self) -> Any:
+        """List the tasks, and count the work."""
+        counts = {"waiting": self.waiting, "batches": self.batcher.batches, "images": self.batcher.images}
+        return {"tasks": self.bank.tasks, **counts, "bytes": self.bank.memory()}
+
+    async def describe(self, name: str) -> Any:
+        """Describe a task."""
+        return self.find(name)._asdict()
+
+    async def predict(self, request: Request, name: str, show: Annotated[int, Query(ge=1)] = 5) -> Any:
+        """Return the most probable classes of the image in the body."""
+        if self.waiting >= self.options.max_waiting:
+            raise HTTPException(503, "Too many images are waiting. Try again later.", {"Retry-After": "1"})
+        self.waiting += 1
         try:
-            yield
+            found = await self.classify(name, await self.body(request))
         finally:
-            with self.counting:
-                self.waiting -= 1
-
-    def run(self) -> None:
-        """Answer requests until `stop`, and then those that have connected before."""
-        self.batcher.start()
-        self.serve_forever(poll_interval=0.1)
-        while select.select([self], [], [], 0)[0]:
-            self.handle_request()
-        self.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers the requests of a connection with JSON."""
-
-    server: Server
-    protocol_version = "HTTP/1.1"  # a connection stays open for further requests
-    timeout = 5  # seconds without a byte
-    disable_nagle_algorithm = True
-
-    def respond(self) -> None:
-        """Answer a request."""
-        torch.set_num_threads(1)  # of this thread, for decoding
-        try:
-            status, content = self.route()
-        except Refusal as refusal:
-            status, content = refusal.args[0], {"error": refusal.args[1]}
-        except LPTError as error:
-            status = 502 if isinstance(error, HubError) else 409 if isinstance(error, StateError) else 422
-            content = {"error": str(error)}
-        except (ConnectionError, TimeoutError):
-            raise
-        except Exception:
-            traceback.print_exc()
-            status, content = 500, {"error": "The server failed; its log has the reason."}
-        self.send(status, content)
-
-    do_GET = do_POST = do_PUT = do_DELETE = respond  # noqa: N815
-
-    def route(self) -> tuple[int, Any]:
-        """Return status code and content of the answer."""
-        url, body, bank, batcher = urlsplit(self.path), self.body(), self.server.bank, self.server.batcher
-        match self.command, [unquote(part) for part in url.path.strip("/").split("/")]:
-            case "POST", ["tasks", name]:
-                return 200, self.predict(name, body, parse_qs(url.query).get("show", ["5"])[-1])
-            case "PUT", ["tasks", name]:
-                with self.server.changing:
-                    return self.put(name, body)
-            case "DELETE", ["tasks", name]:
-                with self.server.changing:
-                    self.find(name)
-                    bank.remove(name)
-                return 200, {"removed": name}
-            case "GET", ["tasks", name]:
-                return 200, self.find(name)._asdict()
-            case "GET", ["tasks"]:
-                return 200, {"tasks": bank.tasks}
-            case "GET", ["health"]:
-                counts = {"waiting": self.server.waiting, "batches": batcher.batches, "images": batcher.images}
-                return 200, {"tasks": len(bank.tasks), **counts, "bytes": bank.memory()}
-            case _, ["tasks"] | ["tasks", _] | ["health"]:
-                raise Refusal(405, f"{self.command} {url.path} is not possible.")
-        raise Refusal(404, "The paths are /tasks, /tasks/NAME and /health.")
-
-    def predict(self, name: str, body: bytes, show: str) -> dict[str, Any]:
-        """Return the most probable classes of an image."""
-        if not re.fullmatch("[1-9][0-9]{0,8}", show):
-            raise Refusal(400, f"show={show!r:.80} must be a number of classes, at least 1.")
-        with self.server.place():
-            found = self.ask(name, body)
+            self.waiting -= 1
         if not bool(found.logits.isfinite().all()):
-            raise Refusal(500, "The logits are NaN or infinite. Start the server with --dtype float32.")
-        names = found.label_names or tuple(map(str, range(len(found.logits))))
-        top = found.probabilities.topk(min(int(show), len(names)))
+            raise HTTPException(500, "The logits are NaN or infinite. Start the server with --dtype float32.")
+        names = found.label_names or [str(label) for label in range(len(found.logits))]
+        top = found.probabilities.topk(min(show, len(names)))
         pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         classes = [{"class": names[label], "label": label, "probability": round(value, 6)} for label, value in pairs]
         return {"task": name, "version": found.digest[:12], "classes": classes}
 
-    def ask(self, name: str, body: bytes) -> TaskPrediction:
+    def put(self, name: str, prompts: Prompts) -> Any:
+        """Add a task, or replace it; a replaced task keeps its value of `pinned`."""
+        with self.changing:
+            if name in self.bank.tasks:
+                self.bank.replace(name, prompts.source)
+            else:
+                self.bank.add(name, prompts.source, prompts.pinned)
+            self.changes += 1
+            return self.find(name)._asdict()
+
+    def remove(self, name: str) -> Any:
+        """Remove a task; images that wait for it are answered with 404."""
+        with self.changing:
+            self.find(name)
+            self.bank.remove(name)
+            self.changes += 1
+        return {"removed": name}
+
+    async def body(self, request: Request) -> bytes:
+        """Return the body of a request."""
+        content, options = bytearray(), self.options
+        try:
+            with anyio.fail_after(options.body_seconds):
+                async for part in request.stream():
+                    content += part
+                    if len(content) > options.max_mebibytes << 20:
+                        raise HTTPException(413, f"The limit of an image file is {options.max_mebibytes} MiB.")
+        except (TimeoutError, ClientDisconnect) as error:
+            raise HTTPException(408, "The image did not arrive in time.", {"Connection": "close"}) from error
+        return bytes(content)
+
+    async def classify(self, name: str, content: bytes) -> TaskPrediction:
         """Return the answer of a version of the task for which the image was preprocessed."""
         while True:
-            info = self.find(name)
+            changes, info = self.changes, self.find(name)
+            image = await asyncio.get_running_loop().run_in_executor(self.decoders, preprocessed, info, content)
             try:
-                image = transform(json.dumps(info.preprocess))(open_image(body))
-            except Exception as error:  # decoders raise all kinds of exceptions on broken bytes
-                raise Refusal(400, f"The image cannot be read: {error}") from error
-            try:
-                found = self.server.batcher.ask(name, image)
+                found = await self.batcher.ask(name, image)
             except InputError:
                 self.find(name)  # 404 if it was removed meanwhile
-                raise
-            if found.digest == info.digest:  # otherwise it was replaced meanwhile
+                if changes == self.changes:
+                    raise
+                continue  # it may have been removed and added again
+            if found.digest == info.digest:  # otherwise the task was replaced meanwhile
                 return found
-
-    def put(self, name: str, body: bytes) -> tuple[int, Any]:
-        """Add or replace a task."""
-        try:
-            options = json.loads(body)
-            source, pinned = options.pop("source"), options.pop("pinned", None)
-            valid = isinstance(source, str) and pinned in (True, False, None) and not options
-        except (ValueError, LookupError, TypeError, AttributeError):
-            valid = False
-        if not valid:
-            raise Refusal(400, 'The body must be {"source": FOLDER or "owner/name"}, and optionally "pinned": true.')
-        bank = self.server.bank
-        if name not in bank.tasks:
-            bank.add(name, source, bool(pinned))
-            return 201, self.find(name)._asdict()
-        if pinned not in (None, self.find(name).pinned):
-            raise Refusal(409, f"A replaced task keeps its value of pinned. DELETE {name!r} before, or omit pinned.")
-        bank.replace(name, source)
-        return 200, self.find(name)._asdict()
 
     def find(self, name: str) -> TaskInfo:
         """Return the current version of a task."""
         with suppress(InputError):
-            return self.server.bank.describe(name)
-        raise Refusal(404, f"There is no task {name!r:.80}; GET /tasks lists the tasks.")
-
-    def body(self) -> bytes:
-        """Read the body of the request."""
-        length = self.headers.get("Content-Length", "0")
-        if "Transfer-Encoding" in self.headers or not re.fullmatch("[0-9]{1,15}", length):
-            self.close_connection = True
-            raise Refusal(411, "The request needs a valid Content-Length.")
-        left = int(length)
-        if left > self.server.max_bytes:
-            self.close_connection = True
-            left = min(left, 16 * self.server.max_bytes)
-            while left and (part := self.rfile.read(min(left, 1 << 16))):  # many clients send all before they read
-                left -= len(part)
-            raise Refusal(413, f"The body has {length} bytes; the limit is {self.server.max_bytes}.")
-        body = self.rfile.read(left)
-        if len(body) < left:
-            raise ConnectionError
-        return body
-
-    def send(self, status: int, content: Any) -> None:
-        """Send an answer."""
-        body = json.dumps(content).encode() + b"\n"
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        if status == 503:
-            headers["Retry-After"] = "1"
-        if self.close_connection or self.server.stopping:
-            headers["Connection"] = "close"
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Send an error that the base class finds, such as an invalid request line."""
-        self.close_connection = True
-        self.send(code, {"error": message or HTTPStatus(code).phrase})
-
-    def log_message(self, *_: object) -> None:
-        """Print no line for each request."""
+            return self.bank.describe(name)
+        raise HTTPException(404, f"There is no task {name!r:.80}; GET /tasks lists the tasks.")
 
 
-@cache
-def transform(preprocess: str) -> Any:
-    """Return the preprocessing of a prompt file; tasks may differ in it, because images meet as tensors."""
-    return transforms(json.loads(preprocess), train=False)
+def preprocessed(info: TaskInfo, content: bytes) -> torch.Tensor:
+    """Return an image as a tensor; tasks may differ in preprocessing, because images meet as tensors."""
+    try:
+        image: torch.Tensor = transforms(info.preprocess, train=False)(open_image(content))
+    except Exception as error:  # decoders raise all kinds of exceptions on broken bytes
+        raise HTTPException(400, f"The image cannot be read: {error}") from error
+    return image
+
+
+async def refuse(_: Request, error: Exception) -> JSONResponse:
+    """Answer an error of the library with its message."""
+    status = 502 if isinstance(error, HubError) else 409 if isinstance(error, StateError) else 422
+    return JSONResponse({"detail": str(error)}, status)
 
 
 def open_bank(options: argparse.Namespace) -> PromptBank:
@@ -310,8 +225,7 @@ def open_bank(options: argparse.Namespace) -> PromptBank:
     first = options.backbone or options.tasks[0][1]
     # In float32, because prompt files are compared with the weights before the cast.
     classifier = Classifier.from_pretrained(first, device=options.device, dtype=torch.float32)
-    vit = classifier.model.unwrap().requires_grad_(False)
-    bank = PromptBank(vit, capacity=options.capacity)
+    bank = PromptBank(classifier.model.unwrap().requires_grad_(False), capacity=options.capacity)
     for name, source in options.tasks:
         bank.add(name, source)
     if options.dtype != "float32":
@@ -331,13 +245,7 @@ def named_source(text: str) -> tuple[str, str]:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "tasks",
-        nargs="+",
-        type=named_source,
-        metavar="NAME=SOURCE",
-        help="task, and a folder of prompts or owner/name on the Hub",
-    )
+    add("tasks", nargs="+", type=named_source, metavar="NAME=SOURCE", help="SOURCE: folder, or owner/name on the Hub")
     add("--backbone", metavar="SOURCE", help="run or prompts whose ViT is built; default: the first task")
     add("--device", help="default: the accelerator if there is any")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the ViT")
@@ -347,6 +255,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--wait-ms", type=float, default=5, help="time that an image waits for others, in ms")
     add("--max-waiting", type=int, default=256, help="images in work; beyond it, the answer is 503")
     add("--max-mebibytes", type=int, default=16, help="size of an image file")
+    add("--body-seconds", type=float, default=60, help="time in which an image file must arrive, in s")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0 chooses a free port")
     return parser.parse_args(arguments)
@@ -354,11 +263,15 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    server = Server(open_bank(options), options)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, server.stop)
-    print(f"{', '.join(server.bank.tasks)}: http://{options.host}:{server.server_port}", flush=True)
-    server.run()
+    app = Server(open_bank(options), options).app()
+    config = uvicorn.Config(app, options.host, options.port, log_level="warning")
+    socket = config.bind_socket()
+    socket.listen()  # clients may connect as soon as they have read the address
+    print(
+        f"{', '.join(name for name, _ in options.tasks)}: http://{options.host}:{socket.getsockname()[1]}", flush=True
+    )
+    with suppress(KeyboardInterrupt):  # uvicorn raises it after a graceful stop
+        uvicorn.Server(config).run([socket])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from tests.serve.server import Process, Prompts
@@ -18,4 +20,4 @@ def server(prompts):
     with Process(f"cars={prompts.source('cars')}", f"birds={prompts.source('birds')}", "--wait-ms", "100") as process:
         yield process
         code, errors = process.stop()
-    assert (code, errors) == (0, "")
+    assert (code, errors) == (-signal.SIGTERM, "")

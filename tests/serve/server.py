@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import uvicorn
 from PIL import Image
 
 from lpt_peft import Classifier
@@ -85,10 +86,10 @@ class Client:
     def connect(self):
         return contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=900))
 
-    def request(self, method, path, body=None):
+    def request(self, method, path, body=None, content_type="application/octet-stream"):
         """Return status code, headers and content of an answer."""
         with self.connect() as connection:
-            connection.request(method, path, body)
+            connection.request(method, path, body, {"Content-Type": content_type})
             response = connection.getresponse()
             return response.status, response.headers, json.loads(response.read())
 
@@ -97,12 +98,17 @@ class Client:
         assert status == 200, content
         return content
 
+    @property
+    def tasks(self):
+        return self.get("/tasks")["tasks"]
+
     def ask(self, task, data, show=99):
         status, _, content = self.request("POST", f"/tasks/{task}?show={show}", data)
         return status, content
 
     def put(self, task, source, **options):
-        status, _, content = self.request("PUT", f"/tasks/{task}", json.dumps({"source": source, **options}))
+        body = json.dumps({"source": source, **options})
+        status, _, content = self.request("PUT", f"/tasks/{task}", body, "application/json")
         return status, content
 
     def delete(self, task):
@@ -144,16 +150,19 @@ def in_threads(*arguments):
     """The server in threads of this process, which starts faster than `Process`; yields a client."""
     module = load_example("serve")
     options = module.parse([*arguments, "--port", "0", "--device", "cpu"])
-    server = module.Server(module.open_bank(options), options)
-    thread = threading.Thread(target=server.run)
-    thread.start()
+    app = module.Server(module.open_bank(options), options).app()
+    config = uvicorn.Config(app, port=0, log_level="warning")
+    listener = config.bind_socket()
+    listener.listen()
     client = Client()
-    client.port = server.server_port
+    client.port = listener.getsockname()[1]
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
     try:
         yield client
     finally:
-        server.stopping = True
-        server.shutdown()
+        server.should_exit = True
         thread.join()
 
 

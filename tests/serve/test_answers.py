@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
@@ -9,27 +10,29 @@ from functools import partial
 
 import pytest
 
+from lpt_peft.errors import InputError
+from tests.clients.example_processes import load_example
 from tests.serve.server import in_threads, photo, together
 
 
 @pytest.fixture
 def all_tasks(server, prompts):
     for name in ("fish", "dark"):
-        assert server.put(name, prompts.source(name))[0] == 201
+        assert server.put(name, prompts.source(name))[0] == 200
     yield ["cars", "birds", "fish", "dark"]
     for name in ("fish", "dark"):
         assert server.delete(name) == (200, {"removed": name})
 
 
 def test_fifty_requests_at_a_time_get_the_answers_of_single_adapters(server, prompts, all_tasks):
-    before = server.get("/health")
+    before = server.get("/tasks")
     tasks = [all_tasks[number % 4] for number in range(50)]
     answers = together([partial(server.ask, task, photo(number)) for number, task in enumerate(tasks)])
     for number, (task, (status, answer)) in enumerate(zip(tasks, answers, strict=True)):
         assert status == 200, answer
         assert answer["task"] == task
         assert prompts.is_answer(answer, task, photo(number))
-    after = server.get("/health")
+    after = server.get("/tasks")
     assert after["images"] - before["images"] == 50
     assert after["batches"] - before["batches"] < 25
 
@@ -66,7 +69,26 @@ def test_a_connection_answers_several_requests(server, prompts):
             content = response.read()
             assert response.status == status, content
             assert response.headers["Connection"] is None
-    assert server.get("/tasks") == {"tasks": ["cars", "birds"]}
+    assert server.tasks == ["cars", "birds"]
+
+
+def test_the_interactive_page_describes_all_requests(server):
+    with server.connect() as connection:
+        connection.request("GET", "/docs")
+        response = connection.getresponse()
+        assert (response.status, b"/openapi.json" in response.read()) == (200, True)
+    paths = server.get("/openapi.json")["paths"]
+    assert {path: set(methods) for path, methods in paths.items()} == {
+        "/tasks": {"get"},
+        "/tasks/{name}": {"get", "post", "put", "delete"},
+    }
+    assert paths["/tasks/{name}"]["post"]["requestBody"]["content"]["image/*"]["schema"]["format"] == "binary"
+
+
+def test_the_same_new_task_several_times_at_once(server, prompts):
+    answers = together([partial(server.put, "new", prompts.source(name)) for name in ["cars", "birds"] * 4])
+    assert [status for status, _ in answers] == [200] * 8
+    assert server.delete("new")[0] == 200
 
 
 def test_more_tasks_at_a_time_than_slots(prompts):
@@ -78,12 +100,12 @@ def test_more_tasks_at_a_time_than_slots(prompts):
             assert status == 200, answer
             assert prompts.is_answer(answer, tasks[number % 4], photo(number))
         assert [server.get(f"/tasks/{name}")["in_slot"] for name in tasks].count(True) == 2
-        assert server.get("/health")["batches"] < 12
+        assert server.get("/tasks")["batches"] < 12
 
 
 def test_backbone_in_half_precision(prompts):
     with in_threads(f"cars={prompts.source('cars')}", "--dtype", "bfloat16") as server:
-        assert server.put("dark", prompts.source("dark"))[0] == 201
+        assert server.put("dark", prompts.source("dark"))[0] == 200
         for task in ("cars", "dark"):
             status, answer = server.ask(task, photo(0))
             assert status == 200
@@ -97,7 +119,7 @@ def test_compiled(prompts):
     tasks = ["cars", "birds"]
     arguments = [f"{name}={prompts.source(name)}" for name in tasks]
     with in_threads(*arguments, "--compile", "--wait-ms", "300") as server:
-        assert server.put("cars-2", prompts.source("cars-2"))[0] == 201
+        assert server.put("cars-2", prompts.source("cars-2"))[0] == 200
         tasks.append("cars-2")
         for count in (1, 3, 9):
             answers = together([partial(server.ask, tasks[number % 3], photo(number)) for number in range(count)])
@@ -119,7 +141,7 @@ def test_a_request_that_waits_while_its_task_is_replaced_or_removed(prompts):
         threads = [threading.Thread(target=ask, args=(name,)) for name in tasks]
         for thread in threads:
             thread.start()
-        while server.get("/health")["waiting"] < 3:
+        while server.get("/tasks")["waiting"] < 3:
             time.sleep(0.01)
         assert server.put("changed", prompts.source("cars-2"))[0] == 200
         assert server.delete("removed")[0] == 200
@@ -130,6 +152,38 @@ def test_a_request_that_waits_while_its_task_is_replaced_or_removed(prompts):
         status, answer = results[name]
         assert status == 200, answer
         assert prompts.is_answer(answer, source, photo(5))
+
+
+@pytest.mark.parametrize("added_again", [True, False])
+def test_a_task_removed_when_its_batch_starts(prompts, added_again):
+    """It is there again when the error of the bank arrives; without a change, the error is that of the image."""
+    module = load_example("serve")
+    options = module.parse([f"cars={prompts.source('cars')}", "--device", "cpu"])
+    server = module.Server(module.open_bank(options), options)
+    forward = server.batcher.forward
+
+    def interrupted(images, tasks):
+        if not added_again:
+            raise InputError("refused")
+        server.batcher.forward = forward
+        server.remove("cars")
+        try:
+            return forward(images, tasks)
+        finally:
+            server.put("cars", module.Prompts(source=prompts.source("cars")))
+
+    async def classify():
+        async with server.lifespan(None):
+            return await server.classify("cars", photo(0))
+
+    server.batcher.forward = interrupted
+    if added_again:
+        found = asyncio.run(classify())
+        expected = {entry["label"]: entry["probability"] for entry in prompts.expected("cars", photo(0))}
+        assert found.probabilities.tolist() == pytest.approx([expected[label] for label in range(10)], abs=1e-4)
+    else:
+        with pytest.raises(InputError, match="refused"):
+            asyncio.run(classify())
 
 
 def test_tasks_that_change_while_requests_run(server, prompts):
@@ -145,7 +199,7 @@ def test_tasks_that_change_while_requests_run(server, prompts):
             if found is None:
                 server.delete("changing")
             else:
-                assert server.put("changing", prompts.source(found))[0] in (200, 201)
+                assert server.put("changing", prompts.source(found))[0] == 200
             history[-1] = (history[-1][0], time.monotonic(), history[-1][2])
             history.append((start, None, found))
             done = len(records) + 16
@@ -176,4 +230,4 @@ def test_tasks_that_change_while_requests_run(server, prompts):
             assert versions[answer["version"]] in possible
             assert prompts.is_answer(answer, versions[answer["version"]], photos[which])
     server.delete("changing")
-    assert server.get("/tasks") == {"tasks": ["cars", "birds"]}
+    assert server.tasks == ["cars", "birds"]

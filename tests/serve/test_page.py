@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 
 from PIL import Image
@@ -48,4 +49,4 @@ def test_the_commands_of_the_page(tmp_path):
             done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
             assert done.returncode == 0, done.stderr
             assert rounded(done.stdout) == rounded(output), command
-        assert server.stop() == (0, "")
+        assert server.stop() == (-signal.SIGTERM, "")
