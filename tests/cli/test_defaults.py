@@ -30,7 +30,7 @@ def test_the_prompt_file_of_a_run_without_settings(default_run, data, capsys):
     assert (content.config.query, content.phase) == ("block_k", "group")
     rates = [recipe["shared"]["learning_rate"], recipe["shared"]["head_learning_rate"]]
     assert (recipe["phases"], recipe["optimizer"], *rates) == ("joint", "adamw", 0.01, 0.01)
-    assert recipe["group"]["pool_learning_rate"] == 0.06
+    assert recipe["group"]["pool_learning_rate"] == 0.03
     assert json.loads((default_run / "settings.json").read_text())["training"]["shared"]["learning_rate"] is None
     results = json.loads((default_run / "results.json").read_text())
     assert main(["evaluate", str(default_run), str(data), "--json"]) == 0
