@@ -27,8 +27,8 @@ class PhaseSettings:
     """Passes of the instance-balanced half over the images; 0 skips the phase."""
     learning_rate: float | None = None
     """With AdamW, the rate itself; with SGD, that for 256 images in each half of a batch, of which the run uses
-    `learning_rate * (batch_size / 2) / 256`. None: the default of the method and the optimizer
-    (`lpt_peft.recipe.DEFAULT_RATES`), for "lpt" 0.01 with AdamW and 0.02 with SGD."""
+    `learning_rate * (batch_size / 2) / 256`. None: the default of the method and the optimizer in
+    `recipe.DEFAULT_RATES`, for "lpt" 0.01 with AdamW and 0.02 with SGD."""
     head_learning_rate: float | None = None
     """Learning rate of the head, with the same scaling and schedule. None: `learning_rate`, or 10 times that with
     method "full"."""
