@@ -61,6 +61,9 @@ def settings_without_effect(settings: TrainSettings) -> Iterator[tuple[str, str]
         yield from _without_groups(settings)
     if settings.shared.pool_learning_rate is not None:
         yield "the rate of the group prompts is group.pool_learning_rate", "shared.pool_learning_rate"
+    if settings.method == "linear_probe" and settings.shared.head_learning_rate is not None:
+        unused = ", ".join(f"shared.{name}" for name in _changed(settings.shared, {"learning_rate"}))
+        yield 'method="linear_probe" trains with the rate of the head', unused
     if settings.loss != "lpt":
         yield f'loss="{settings.loss}" does not weight the halves of a batch', ", ".join(_changed(settings, {"eta"}))
     if settings.sampling == "instance":

@@ -120,6 +120,10 @@ WITHOUT_EFFECT = {
         {"method": "vpt_deep", "shared": replace(PHASE, pool_learning_rate=3.0)},
         "shared.pool_learning_rate: no effect, because the rate of the group prompts is group.pool_learning_rate",
     ),
+    "probe": (
+        {"method": "linear_probe", "shared": PhaseSettings(learning_rate=1.0, head_learning_rate=2.0)},
+        'shared.learning_rate: no effect, because method="linear_probe" trains with the rate of the head',
+    ),
     "joint": (
         {"phases": "joint", "group": PhaseSettings(learning_rate=1.0, pool_learning_rate=3.0)},
         'group.learning_rate: no effect, because phase "joint" trains with the settings of shared',
