@@ -19,7 +19,7 @@ from lpt_peft import DualSampler, LPTLoss  # noqa: E402
 from tests.clients.two_processes import HALF, LABELS, build, loader, numbers  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-OWN = {"shared.prompts", "pool.prompts", "pool.keys", "pool.usage", "head.weight", "phase_index"}
+OWN = {"shared.prompts", "pool.prompts", "pool.keys", "pool.usage", "head.weight", "phase_index", "block_k_query"}
 phases = pytest.mark.parametrize("phase", ["shared", "group"])
 pytestmark = pytest.mark.filterwarnings("ignore:.*weights_only.*")
 

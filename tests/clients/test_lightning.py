@@ -17,7 +17,7 @@ from tests.clients.example_processes import load_example  # noqa: E402
 LABELS = [0] * 30 + [1] * 10 + [2] * 4
 COUNTS = [30, 10, 4]
 EPOCHS = 3
-OWN = {"shared.prompts", "pool.prompts", "pool.keys", "pool.usage", "head.weight", "phase_index"}
+OWN = {"shared.prompts", "pool.prompts", "pool.keys", "pool.usage", "head.weight", "phase_index", "block_k_query"}
 phases = pytest.mark.parametrize("phase", ["shared", "group"])
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

@@ -45,7 +45,7 @@ def clip(kind=CLIP):
 def wrapped(model, phase="shared"):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        adapter = LongTailPromptAdapter.wrap(model.visual, len(NAMES), prompt_length=2, pool_size=4)
+        adapter = LongTailPromptAdapter.wrap(model.visual, len(NAMES), prompt_length=2, pool_size=4, query="final")
     adapter.phase = phase
     return adapter
 

@@ -79,7 +79,7 @@ def test_lora_and_prompts_in_one_state_dict(phase):
     adapter = trained(phase)
     adapter.backbone_in_state_dict = False
     state = adapter.state_dict()
-    own = {"shared.prompts", "pool.prompts", "pool.keys", "pool.usage", "head.weight", "phase_index"}
+    own = {"shared.prompts", "pool.prompts", "pool.keys", "pool.usage", "head.weight", "phase_index", "block_k_query"}
     assert {name for name in state if "lora_" not in name} == own
     assert sum("lora_" in name for name in state) == 8
     again = wrap(with_lora(vit()), "shared").eval()

@@ -30,7 +30,7 @@ from transformers import (  # noqa: E402
 from transformers.modeling_outputs import ImageClassifierOutput  # noqa: E402
 
 NAMES = ["cat", "dog", "emu"]
-OWN = {"shared.prompts", "pool.prompts", "pool.keys", "pool.usage", "head.weight", "phase_index"}
+OWN = {"shared.prompts", "pool.prompts", "pool.keys", "pool.usage", "head.weight", "phase_index", "block_k_query"}
 phases = pytest.mark.parametrize("phase", ["shared", "group"])
 
 
