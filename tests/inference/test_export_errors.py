@@ -173,12 +173,12 @@ def test_without_onnxruntime_the_file_is_kept_with_a_warning(tmp_path, monkeypat
     assert {path.name for path in (tmp_path / "export" / "tasks").iterdir()} == {"a.npz", "a.json"}
 
 
-def test_no_compiler(tmp_path, monkeypatch, without_tracing):
+def test_no_compiler(tmp_path, without_tracing):
     from torch._inductor import config  # noqa: PLC0415 - takes long to import
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     message = "no C++ compiler: install g++"
-    refused(tmp_path, ExportError, message, digit_classifier("linear_probe"), format="aoti")
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        refused(tmp_path, ExportError, message, digit_classifier("linear_probe"), format="aoti")
 
 
 def test_a_compiler_that_fails(tmp_path, monkeypatch, without_tracing):
