@@ -155,7 +155,7 @@ def test_a_meta_model_is_wrapped_and_loaded_later():
     expected = wrap(make("timm ViT")).eval()
     with torch.device("meta"):
         adapter = LongTailPromptAdapter.wrap(
-            copy.deepcopy(make("timm ViT")).to("meta"), 5, prompt_length=3, pool_size=4
+            copy.deepcopy(make("timm ViT")).to("meta"), 5, prompt_length=3, pool_size=4, query="final"
         )
     with pytest.raises(StateError, match="meta device"):
         _ = adapter.fingerprint

@@ -284,7 +284,8 @@ def test_models_for_other_tasks(name):
 def test_whole_method_by_concatenation(name):
     """Both phases of the adapter, all passes from layer 1 on the plain model."""
     plain, given = encoder(name), inputs(name, batch=3)
-    adapter = LongTailPromptAdapter.wrap(copy.deepcopy(plain), 5, prompt_length=3, pool_size=4, top_k=2).double()
+    sizes = {"prompt_length": 3, "pool_size": 4, "top_k": 2}
+    adapter = LongTailPromptAdapter.wrap(copy.deepcopy(plain), 5, query="final", **sizes).double()
     adapter.phase = "group"
     out = adapter(**given, return_output=True)
     shared, group = adapter.shared.prompts, adapter.pool.prompts
