@@ -120,7 +120,7 @@ class RoutingMixin(CallMixin):
             >>> import timm
             >>> from lpt_peft import LongTailPromptAdapter
             >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval()
-            >>> adapter = LongTailPromptAdapter.wrap(vit, num_classes=5)
+            >>> adapter = LongTailPromptAdapter.wrap(vit, num_classes=5, query="final")
             >>> adapter.phase = "group"  # after training
             >>> fit = adapter.fit_router(torch.randn(40, 3, 32, 32))
             >>> adapter.route = 0.01

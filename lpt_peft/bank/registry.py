@@ -72,8 +72,7 @@ class Registry:
     """
 
     def __init__(self, tables: SlotTables, capacity: int, order: StreamOrder) -> None:
-        self._tables, self._capacity, self._order = tables, capacity, order
-        self._changed = threading.Condition()
+        self._tables, self._capacity, self._order, self._changed = tables, capacity, order, threading.Condition()
         self._tasks: dict[str, Version] = {}
         self._versions: dict[str, Version] = {}
         self._pinned: frozenset[str] = frozenset()
@@ -102,8 +101,8 @@ class Registry:
         """Return what a task is now."""
         with self._changed:
             version = self._find(name)
-            state = {"pinned": name in self._pinned, "in_slot": version.slot is not None}
-            return info_of(name, version.digest, version.content, **state)
+            in_slot = version.slot is not None
+            return info_of(name, version.digest, version.content, pinned=name in self._pinned, in_slot=in_slot)
 
     def add(self, name: str, digest: str, content: PromptContent, *, pinned: bool) -> None:
         """Add a task; it gets a slot now if there is an empty slot or a task that can be evicted."""

@@ -137,7 +137,7 @@ def test_configuration_of_an_adapter():
     for train in (True, False):
         assert transforms(preprocess, train)(photo(50, 70)).shape == (3, 32, 32)
     vit = timm.create_model("vit_tiny_patch16_224", img_size=(32, 48), depth=1)
-    wide = LongTailPromptAdapter.wrap(vit, 2).backbone.preprocess()
+    wide = LongTailPromptAdapter.wrap(vit, 2, query="final").backbone.preprocess()
     for train in (True, False):
         image = transforms(wide, train)(photo(50, 70))
         assert image.shape == (3, 32, 48)
