@@ -69,7 +69,7 @@ def test_memory_of_labels_and_paths(script):  # noqa: F811
     folder = Path(script("scale").__file__).parent
 
     def measured(name, count):
-        """In a new process: this one may have free memory, which the object would take."""
+        """In a new process: this process may have free memory, which the object would take."""
         program = (
             f"import queue, sys; sys.path.insert(0, {str(folder)!r}); import scale; results = queue.Queue(); "
             f"scale.measure({name!r}, scale.Settings(num_images={count}), results); print(*results.get()[:3])"
